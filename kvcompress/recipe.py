@@ -1,0 +1,203 @@
+"""The recipe: what is wanted, as a YAML file that a team keeps under review."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from kvcompress.errors import RecipeError
+from kvcompress.plan import (
+    HeadPlan,
+    KVDtype,
+    NonNegativeInt,
+    PositiveInt,
+    ScorerName,
+    StrictModel,
+    explain,
+)
+
+WeightScheme = Literal["bf16", "int8", "nf4"]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+_UNITS: Final = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """``8GiB``, ``512 MiB``, ``1048576B`` as a number of bytes.
+
+    Raises:
+        ValueError: for anything else; decimal units are refused because they are read both ways.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size: write 8GiB, 512MiB, 64KiB or 1048576B")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+class Calibration(StrictModel):
+    """Which prompts the profile runs.
+
+    Attributes:
+        data: ``builtin``, a .txt, .jsonl or .parquet file, or the name of a `datasets` data set.
+        text_column: column or key that holds the text, for everything but .txt.
+        split: of a `datasets` data set.
+        prompts: number of prompts to run.
+        tokens: length to which each prompt is cut; shorter texts are joined.
+    """
+
+    data: str = "builtin"
+    text_column: str = "text"
+    split: str = "train"
+    prompts: PositiveInt = 16
+    tokens: Annotated[int, Field(ge=64)] = 1024
+    seed: NonNegativeInt = 0
+
+
+class Keep(StrictModel):
+    """Settings that every head shares; see `Plan`."""
+
+    sink_tokens: NonNegativeInt = 4
+    recent_tokens: PositiveInt = 16
+    scorer: ScorerName = "lift"
+    score_rows: PositiveInt | None = None
+
+
+class UniformPolicy(StrictModel):
+    """The same keep-set in every head."""
+
+    kind: Literal["uniform"]
+    head: HeadPlan
+
+
+class FastGenPolicy(StrictModel):
+    """FastGen (arXiv 2310.01801): per head the cheapest keep-set whose recovery is at least T.
+
+    Attributes:
+        recovery: T.
+        reading: ``mass`` asks for kept attention mass ≥ T, ``l1`` for ‖A−Â‖₁ ≤ 1−T.
+        frequent_ratio, local_ratio: r_f and r_l of the paper.
+        k_dtype, v_dtype: storage of what is kept.
+    """
+
+    kind: Literal["fastgen"]
+    recovery: Share = 0.95
+    reading: Literal["mass", "l1"] = "mass"
+    frequent_ratio: Share = 0.3
+    local_ratio: Share = 0.3
+    k_dtype: KVDtype = "int8"
+    v_dtype: KVDtype = "int8"
+
+
+class BytesPolicy(StrictModel):
+    """Spend a byte target on keep-set, budget and bits of each head where it buys most.
+
+    Attributes:
+        keep_ratio: target as a share of the bf16 KV bytes at `context` and `batch`; or
+        memory: target for weights, KV cache and one layer of prefill together, like ``8GiB``.
+        dtypes: (key, value) storage pairs that the planner may choose from.
+    """
+
+    kind: Literal["bytes"]
+    keep_ratio: Share | None = None
+    memory: str | None = None
+    context: PositiveInt = 1024
+    batch: PositiveInt = 1
+    dtypes: tuple[tuple[KVDtype, KVDtype], ...] = (
+        ("int8", "int8"),
+        ("int8", "int4"),
+        ("int4", "int4"),
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.keep_ratio is None) == (self.memory is None):
+            raise ValueError("give exactly one of keep_ratio and memory")
+        if self.memory is not None:
+            parse_bytes(self.memory)
+        if not self.dtypes:
+            raise ValueError("dtypes is empty: list at least one [key, value] pair")
+        return self
+
+
+Policy = Annotated[UniformPolicy | FastGenPolicy | BytesPolicy, Field(discriminator="kind")]
+
+
+class Recipe(StrictModel):
+    """Everything that one `kvcompress profile` and `export` need to be repeated."""
+
+    schema_version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")] = "default"
+    description: str = ""
+    calibration: Calibration = Calibration()
+    keep: Keep = Keep()
+    policy: Policy = FastGenPolicy(kind="fastgen")
+    weights: WeightScheme = "bf16"
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Recipe:
+        """Read and check a recipe file.
+
+        Raises:
+            RecipeError: with every problem of the file and its key path, in one message.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot read the recipe ({error})") from None
+        return cls.from_yaml(text, str(path))
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:
+        """As `load`, from a string."""
+        duplicates: list[str] = []
+        loader = _unique_key_loader(duplicates)
+        try:
+            data = yaml.load(text, loader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"{where}: expected a mapping of settings at the top level")
+        try:
+            recipe = cls.model_validate(_tuples(data), strict=True)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {'; '.join([*duplicates, explain(error)])}") from None
+        if duplicates:
+            raise RecipeError(f"{where}: {'; '.join(duplicates)}")
+        return recipe
+
+
+def _tuples(value: Any) -> Any:
+    """YAML lists as the tuples that the strict schema wants."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return value
+
+
+def _unique_key_loader(duplicates: list[str]) -> type[yaml.SafeLoader]:
+    """A SafeLoader that notes every repeated key, with its line, into `duplicates`."""
+
+    class UniqueKeyLoader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = loader.construct_object(key_node)
+            if key in seen:
+                duplicates.append(f"{key}: duplicate key on line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return loader.construct_mapping(node, deep=True)
+
+    UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    return UniqueKeyLoader
