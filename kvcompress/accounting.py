@@ -1,0 +1,158 @@
+"""Bytes of a compressed cache, from the plan alone; equal to the tensors that the runtime holds.
+
+One layer of the cache holds, for `batch` rows:
+  exact     sinks and recent tokens of every KV head in the model's dtype, their positions (int32),
+            class flags (uint8, if a head of the layer keeps classes), the row's start (int32)
+  segments  per (row, head) `capacity_tokens` slots of codes, float16 scale and minimum, position
+            (int32), and for heads that rank a score (float32), also one for each recent token
+  index     20 bytes per (row, head): where its segment lies, and its local window
+Capacities grow in blocks, so bytes move in steps while tokens are generated.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvcompress.plan import HeadPlan, KVDtype, ModelShape, Plan
+from kvcompress.quant.codec import value_groups
+
+GROW_TOKENS: Final = 32
+POSITION_BYTES: Final = 4
+SCORE_BYTES: Final = 4
+FLAG_BYTES: Final = 1
+INDEX_BYTES: Final = 20
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def keeps_scores(head: HeadPlan) -> bool:
+    """Whether the head chooses its victims by score; the others drop the oldest, or nothing."""
+    return head.frequent is not None or (keeps_classes(head) and head.local is not None)
+
+
+def keeps_classes(head: HeadPlan) -> bool:
+    return head.special or head.punct
+
+
+def budget_tokens(head: HeadPlan, length_tokens: int, recent_tokens: int) -> int:
+    """Coded slots that `frequent` and `local` grant a row, beyond its sinks and recent tokens."""
+    local = head.local.resolve(length_tokens) if head.local else 0
+    frequent = head.frequent.resolve(length_tokens) if head.frequent else 0
+    return max(0, local - recent_tokens) + frequent
+
+
+def sinks_of(plan: Plan, layer: int) -> int:
+    """Sink slots of a layer; none where the architecture's window lets the first tokens go."""
+    return 0 if plan.model.sliding_windows[layer] is not None else plan.sink_tokens
+
+
+def capacity_tokens(
+    plan: Plan, layer: int, head: HeadPlan, seen_tokens: int, budget_length: int, class_tokens: int
+) -> int:
+    """Slots of codes that one (row, head) holds.
+
+    Args:
+        seen_tokens: real tokens of the row so far.
+        budget_length: real tokens when the last prompt ended; ratios resolve against it.
+        class_tokens: special and punctuation tokens that the head keeps in codes.
+    """
+    window = plan.model.sliding_windows[layer]
+    exact = sinks_of(plan, layer) + plan.recent_tokens
+    coded = round_up(max(0, seen_tokens - exact), GROW_TOKENS)
+    if not head.full:
+        budget = budget_tokens(head, budget_length, plan.recent_tokens)
+        coded = min(coded, budget + class_tokens)
+    if window is not None:
+        coded = min(coded, max(0, window - plan.recent_tokens))
+    return coded
+
+
+def vector_bytes(dtype: KVDtype, head_dim: int, model_dtype_bytes: int, groups: int = 1) -> int:
+    """One stored vector with its scale and minimum."""
+    if dtype == "model":
+        return head_dim * model_dtype_bytes
+    if dtype == "fp8":
+        return head_dim + 2
+    return (head_dim if dtype == "int8" else head_dim // 2) + 4 * groups
+
+
+def slot_bytes(head: HeadPlan, shape: ModelShape) -> int:
+    """One coded token of one head: K, V, position and, where the head ranks, its score."""
+    dim, size = shape.head_dim, shape.model_dtype_bytes
+    k = vector_bytes(head.k_dtype, dim, size)
+    v = vector_bytes(head.v_dtype, dim, size, value_groups(head.v_dtype, dim))
+    score = SCORE_BYTES if keeps_scores(head) else 0
+    return k + v + POSITION_BYTES + score
+
+
+def row_head_bytes(
+    plan: Plan,
+    layer: int,
+    head: HeadPlan,
+    seen_tokens: int,
+    budget_length: int,
+    class_tokens: int,
+) -> int:
+    """Bytes of one (row, head); arguments as for `capacity_tokens`."""
+    exact = sinks_of(plan, layer) + plan.recent_tokens
+    capacity = capacity_tokens(plan, layer, head, seen_tokens, budget_length, class_tokens)
+    vector = 2 * plan.model.head_dim * plan.model.model_dtype_bytes
+    scores = SCORE_BYTES * plan.recent_tokens if keeps_scores(head) else 0
+    return capacity * slot_bytes(head, plan.model) + exact * vector + scores + INDEX_BYTES
+
+
+def head_plan_bytes(plan: Plan, layer: int, head: HeadPlan, context_tokens: int, batch: int) -> int:
+    """Bytes of one KV head that follows `head`, all rows `context_tokens` long.
+
+    Class tokens are expected from the plan's `special_share` and `punct_share`; everything else is
+    exact.
+    """
+    share = plan.special_share * head.special + plan.punct_share * head.punct
+    exact = sinks_of(plan, layer) + plan.recent_tokens
+    classes = round(share * max(0, context_tokens - exact))
+    return batch * row_head_bytes(plan, layer, head, context_tokens, context_tokens, classes)
+
+
+def head_bytes(plan: Plan, layer: int, head: int, context_tokens: int, batch: int) -> int:
+    """`head_plan_bytes` of the head that the plan has there."""
+    return head_plan_bytes(plan, layer, plan.heads[layer][head], context_tokens, batch)
+
+
+def layer_shared_bytes(plan: Plan, layer: int, batch: int) -> int:
+    """What the heads of a layer share: positions and flags of the exact slots, row starts."""
+    exact = sinks_of(plan, layer) + plan.recent_tokens
+    flags = FLAG_BYTES if any(map(keeps_classes, plan.heads[layer])) else 0
+    return batch * (exact * (POSITION_BYTES + flags) + POSITION_BYTES)
+
+
+def layer_bytes(plan: Plan, layer: int, context_tokens: int, batch: int) -> int:
+    heads = range(plan.model.kv_heads)
+    own = sum(head_bytes(plan, layer, head, context_tokens, batch) for head in heads)
+    return own + layer_shared_bytes(plan, layer, batch)
+
+
+def kv_bytes(plan: Plan, context_tokens: int, batch: int) -> int:
+    """Bytes of the whole cache after `context_tokens` tokens in each of `batch` rows."""
+    layers = range(plan.model.layers)
+    return sum(layer_bytes(plan, layer, context_tokens, batch) for layer in layers)
+
+
+def prefill_bytes(shape: ModelShape, context_tokens: int, batch: int) -> int:
+    """Full K and V of the one layer that prefill holds before it is compressed."""
+    vector = shape.head_dim * shape.model_dtype_bytes
+    return 2 * batch * shape.kv_heads * context_tokens * vector
+
+
+def cache_bytes(plan: Plan, seen_tokens: list[int], prompt_tokens: list[int]) -> int:
+    """Bytes of a cache whose rows have these real lengths now and had those when the prompt ended.
+
+    Exact for plans without class tokens, whose number only the text tells.
+    """
+    total = 0
+    for seen, prompt in zip(seen_tokens, prompt_tokens, strict=True):
+        for layer, heads in enumerate(plan.heads):
+            total += layer_shared_bytes(plan, layer, 1)
+            total += sum(row_head_bytes(plan, layer, head, seen, prompt, 0) for head in heads)
+    return total

@@ -1,0 +1,1 @@
+"""What to keep: scorers and the keep rule."""

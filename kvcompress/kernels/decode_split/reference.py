@@ -1,0 +1,134 @@
+"""Attention of a few query rows over coded segments, codes read in place (pure PyTorch).
+
+With keys stored as k = scale·code + minimum, and the key constants already folded into the query,
+    logit = scale_t·(q·code_t) + minimum_t·Σq + offset
+    out   = Σ_t (p_t·scale_t)·code_t + Σ_t p_t·minimum_t
+so nothing of the cache is ever dequantized; a tile of codes is widened at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kvcompress.plan import KVDtype
+from kvcompress.quant.codec import Codes
+
+TILE_ELEMENTS: Final = 1 << 20  # of codes widened to float32 at a time: 4 MB, stays in cache
+
+
+@dataclass(slots=True)
+class Partial:
+    """Softmax over a part of the keys, to be merged with the other parts.
+
+    Attributes:
+        accumulated: ``[S, R, Dv]`` Σ exp(logit − maximum)·v.
+        maximum: ``[S, R]`` largest visible logit, −inf where the row sees nothing.
+        total: ``[S, R]`` Σ exp(logit − maximum).
+        logits: ``[S, R, C]``, −inf where not visible.
+    """
+
+    accumulated: Tensor
+    maximum: Tensor
+    total: Tensor
+    logits: Tensor
+
+
+def decode_split(
+    query: Tensor,
+    offset: Tensor | None,
+    keys: Codes,
+    values: Codes,
+    k_dtype: KVDtype,
+    v_dtype: KVDtype,
+    visible: Tensor | None,
+    softcap: float | None = None,
+) -> Partial:
+    """One part of the attention of each segment.
+
+    Args:
+        query: ``[S, R, D]`` float32, times the softmax scale and the key scale.
+        offset: ``[S, R]`` added to every logit (query · key centre), or None.
+        keys, values: codes ``[S, C, row]`` with scale and minimum ``[S, C, groups]``.
+        visible: bool, broadcastable to ``[S, R, C]``, or None if every key is.
+        softcap: logits become softcap·tanh(logit/softcap), as Gemma 2 does.
+    """
+    logits = key_logits(query, offset, keys, k_dtype)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    maximum = logits.amax(-1)
+    shift = maximum.masked_fill(maximum == -torch.inf, 0.0)
+    weights = torch.exp(logits - shift.unsqueeze(-1))
+    accumulated = weighted_values(weights, values, v_dtype)
+    return Partial(accumulated, maximum, weights.sum(-1), logits)
+
+
+def key_logits(query: Tensor, offset: Tensor | None, keys: Codes, dtype: KVDtype) -> Tensor:
+    """``[S, R, C]`` logits before softcap and mask."""
+    segments, rows, dim = query.shape
+    slots = keys.data.shape[1]
+    out = query.new_empty(segments, rows, slots)
+    half = dim // 2
+    for low, high in _tiles(segments, slots, dim):
+        data = keys.data[:, low:high]
+        target = out[:, :, low:high]
+        if dtype == "int4":
+            torch.bmm(query[..., :half], (data & 15).float().mT, out=target)
+            target.baddbmm_(query[..., half:], (data >> 4).float().mT)
+        else:
+            torch.bmm(query, data.float().mT, out=target)
+    if keys.scale is not None:
+        out *= keys.scale.float().mT
+    if keys.minimum is not None:
+        out += query.sum(-1, keepdim=True) * keys.minimum.float().mT
+    if offset is not None:
+        out += offset.unsqueeze(-1)
+    return out
+
+
+def weighted_values(weights: Tensor, values: Codes, dtype: KVDtype) -> Tensor:
+    """``[S, R, Dv]``: Σ_t weights_t · v_t.
+
+    Args:
+        weights: ``[S, R, C]`` float32.
+    """
+    segments, rows, slots = weights.shape
+    groups = 1 if values.scale is None else values.scale.shape[-1]
+    dim = values.data.shape[-1] * (2 if dtype == "int4" else 1)
+    out = weights.new_zeros(segments, rows, dim)
+    width = dim // groups
+    for group in range(groups):
+        scaled = weights
+        if values.scale is not None:
+            scaled = weights * values.scale[..., group].float().unsqueeze(1)
+        channels = slice(group * width, (group + 1) * width)
+        for low, high in _tiles(segments, slots, dim):
+            tile = _value_tile(values.data[:, low:high], dtype, dim, channels)
+            out[..., channels] += torch.bmm(scaled[..., low:high], tile)
+        if values.minimum is not None:
+            shift = torch.bmm(weights, values.minimum[..., group].float().unsqueeze(-1))
+            out[..., channels] += shift
+    return out
+
+
+def _value_tile(data: Tensor, dtype: KVDtype, dim: int, channels: slice) -> Tensor:
+    if dtype != "int4":
+        return data[..., channels].float()
+    half = dim // 2
+    if channels.stop <= half:
+        return (data[..., channels] & 15).float()
+    if channels.start >= half:
+        return (data[..., channels.start - half : channels.stop - half] >> 4).float()
+    low = data[..., channels.start : half] & 15
+    high = data[..., : channels.stop - half] >> 4
+    return torch.cat([low, high], -1).float()
+
+
+def _tiles(segments: int, slots: int, dim: int) -> list[tuple[int, int]]:
+    step = max(64, TILE_ELEMENTS // max(1, segments * dim))
+    return [(low, min(slots, low + step)) for low in range(0, slots, step)]

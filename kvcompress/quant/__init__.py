@@ -1,0 +1,1 @@
+"""KV codes, key constants and weight formats."""

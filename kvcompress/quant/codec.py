@@ -1,0 +1,131 @@
+"""Codes of one vector per (token, head): each slot can be overwritten alone.
+
+A vector of `head_dim` numbers becomes
+  int8   head_dim bytes, x = scale·code + minimum, code in 0..255
+  int4   head_dim/2 bytes, byte j = dim j (low nibble) | dim j + head_dim/2 (high), code in 0..15
+  fp8    head_dim bytes e4m3, x = scale·code
+  model  the vector itself
+with `scale` and `minimum` in float16, one pair for the vector or for each of `groups` equal parts.
+
+Per-channel groups over tokens (KIVI, arXiv 2402.02750) need no second look here: they lose accuracy
+when single slots are overwritten, because an old range must hold a new token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kvcompress.plan import KVDtype
+
+FP8_MAX: Final = 448.0  # e4m3; torch before 2.12 casts anything above it to NaN
+_LEVELS: Final = {"int8": 255, "int4": 15}
+VALUE_GROUP: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Stored form of vectors ``[..., D]``.
+
+    Attributes:
+        data: ``[..., row]``, see `row_elements`; uint8, float8_e4m3fn or the model's dtype.
+        scale: ``[..., groups]`` float16, None for ``model``.
+        minimum: ``[..., groups]`` float16, None for ``model`` and ``fp8``.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    minimum: Tensor | None
+
+
+def value_groups(dtype: KVDtype, head_dim: int) -> int:
+    """Groups of a value vector: int4 values are scaled in parts of at most 64 channels."""
+    if dtype != "int4":
+        return 1
+    groups = -(-head_dim // VALUE_GROUP)
+    while head_dim % groups:
+        groups += 1
+    return groups
+
+
+def row_elements(dtype: KVDtype, head_dim: int) -> int:
+    """Elements of `Codes.data` for one vector."""
+    return head_dim // 2 if dtype == "int4" else head_dim
+
+
+def row_torch_dtype(dtype: KVDtype, model_dtype: torch.dtype) -> torch.dtype:
+    """Element type of `Codes.data`."""
+    if dtype == "model":
+        return model_dtype
+    return torch.float8_e4m3fn if dtype == "fp8" else torch.uint8
+
+
+def has_minimum(dtype: KVDtype) -> bool:
+    return dtype in _LEVELS
+
+
+def encode(x: Tensor, dtype: KVDtype, groups: int = 1) -> Codes:
+    """Codes of `x`.
+
+    Args:
+        x: ``[..., D]``; D even for int4 and divisible by `groups`.
+
+    Raises:
+        ValueError: for an odd D with int4, or a D that `groups` does not divide.
+    """
+    if dtype == "model":
+        return Codes(x, None, None)
+    head_dim = x.shape[-1]
+    if head_dim % groups or (dtype == "int4" and head_dim % 2):
+        raise ValueError(f"{dtype} in {groups} groups cannot hold vectors of {head_dim} channels")
+    parts = x.float().unflatten(-1, (groups, head_dim // groups))
+    if dtype == "fp8":
+        scale = _half(parts.abs().amax(-1) / FP8_MAX)
+        scaled = parts / scale.float().unsqueeze(-1)
+        data = scaled.clamp(-FP8_MAX, FP8_MAX).flatten(-2).to(torch.float8_e4m3fn)
+        return Codes(data, scale, None)
+    levels = _LEVELS[dtype]
+    low = parts.amin(-1).to(torch.float16)  # rounded first: the codes then absorb its rounding
+    scale = _half((parts.amax(-1) - low.float()) / levels)
+    steps = (parts - low.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
+    codes = steps.round_().clamp_(0, levels).to(torch.uint8).flatten(-2)
+    return Codes(pack_nibbles(codes) if dtype == "int4" else codes, scale, low)
+
+
+def decode(codes: Codes, dtype: KVDtype, head_dim: int) -> Tensor:
+    """The vectors ``[..., D]`` in float32; for tests and calibration, never for the cache."""
+    if dtype == "model":
+        return codes.data.float()
+    assert codes.scale is not None
+    data = unpack_nibbles(codes.data) if dtype == "int4" else codes.data
+    groups = codes.scale.shape[-1]
+    parts = data.float().unflatten(-1, (groups, head_dim // groups))
+    x = parts * codes.scale.float().unsqueeze(-1)
+    if codes.minimum is not None:
+        x = x + codes.minimum.float().unsqueeze(-1)
+    return x.flatten(-2)
+
+
+def roundtrip(x: Tensor, dtype: KVDtype, groups: int = 1) -> Tensor:
+    """What `x` reads as once stored, float32."""
+    return decode(encode(x, dtype, groups), dtype, x.shape[-1])
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """``[..., D]`` codes 0..15 to ``[..., D/2]`` bytes; RoPE partners share a byte."""
+    half = codes.shape[-1] // 2
+    return codes[..., :half] | (codes[..., half:] << 4)
+
+
+def unpack_nibbles(data: Tensor) -> Tensor:
+    """Inverse of `pack_nibbles`."""
+    return torch.cat([data & 15, data >> 4], dim=-1)
+
+
+def _half(scale: Tensor) -> Tensor:
+    """`scale` as float16, never zero: a constant vector has range 0 and codes 0."""
+    tiny = torch.finfo(torch.float16).tiny
+    return scale.clamp(min=tiny, max=torch.finfo(torch.float16).max).to(torch.float16)

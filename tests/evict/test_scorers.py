@@ -1,0 +1,71 @@
+"""One suite over the registry of scorers, and the property that tells lift from raw sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvcompress.evict.keepset import HeadRules, class_mask, priority
+from kvcompress.evict.scorers import SCORERS
+from kvcompress.plan import Budget, HeadPlan
+
+
+def uniform_attention_ranks(name: str, length: int) -> torch.Tensor:
+    """Rank of every token after `length` rows of uniform causal attention."""
+    scorer = SCORERS[name]
+    rows = torch.arange(length)
+    weight = scorer.row_weight(rows)
+    attention = torch.ones(length, length).tril() / (rows + 1.0)[:, None]
+    score = (attention * weight[:, None]).sum(0)
+    return scorer.rank(score, length - rows)
+
+
+def test_uniform_attention_favours_early_tokens_in_raw_sums_and_none_in_lift():
+    raw, lift = uniform_attention_ranks("raw", 4096), uniform_attention_ranks("lift", 4096)
+    assert raw[0] == pytest.approx(8.90, abs=0.01)  # H_4096
+    assert raw[2048] == pytest.approx(0.69, abs=0.01)
+    torch.testing.assert_close(lift, torch.ones(4096), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(SCORERS))
+def test_registry(name):
+    scorer = SCORERS[name]
+    key, position = torch.randn(2, 3, 5, 8), torch.arange(5).expand(2, 3, 5)
+    head = torch.arange(3)[None, :, None].expand(2, 3, 5)
+    first = scorer.initial(key, position, head)
+    assert scorer.name == name
+    assert first.shape == (2, 3, 5) and first.dtype == torch.float32
+    assert torch.equal(first, scorer.initial(key, position, head))
+    assert (scorer.row_weight(torch.arange(4)) > 0).all() == scorer.uses_attention
+    larger = scorer.rank(torch.tensor([1.0, 2.0]), torch.tensor([3, 3]))
+    assert larger[1] > larger[0]
+
+
+def test_random_differs_by_position_and_head_and_is_uniform():
+    position = torch.arange(4000)
+    values = SCORERS["random"].initial(torch.zeros(4000, 1), position, torch.zeros(4000))
+    other = SCORERS["random"].initial(torch.zeros(4000, 1), position, torch.ones(4000))
+    assert values.mean() == pytest.approx(0.5, abs=0.03)
+    assert abs(torch.corrcoef(torch.stack([values, other]))[0, 1]) < 0.05
+
+
+def test_priority_orders_class_then_local_then_score():
+    heads = [
+        HeadPlan(special=True, frequent=Budget(tokens=1), local=Budget(tokens=2)),
+        HeadPlan(punct=True),
+        HeadPlan(local=Budget(tokens=2)),
+    ]
+    rules = HeadRules.of(heads, torch.device("cpu"))
+    position = torch.tensor([-1, 3, 4, 9, 10]).expand(3, 5)
+    score = torch.tensor([9e9, 5.0, 7.0, 1.0, 0.0]).expand(3, 5)
+    protected = torch.zeros(3, 5, dtype=torch.bool)
+    protected[:2, 1] = True
+    windows = torch.tensor([[2], [0], [2]])
+    order = priority(
+        rules, SCORERS["raw"], torch.arange(3)[:, None], windows, position, score, protected,
+        torch.ones(3, 5), 10,
+    ).argsort(1, descending=True)  # fmt: skip
+    assert order[0].tolist() == [1, 4, 3, 2, 0]
+    assert order[1, 0] == 1
+    assert order[2, :4].tolist() == [4, 3, 2, 1]
+    assert [class_mask(h) for h in heads] == [1, 2, 0]
