@@ -1,0 +1,230 @@
+"""Taking tokens into a layer: sinks, recent tokens, and codes for what the keep rule chooses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompress.evict.keepset import priority
+from kvcompress.runtime.attend import Chunk, first_positions
+from kvcompress.runtime.state import Group, LayerState
+from kvcompress.runtime.store import EMPTY, place_segments
+
+
+class Pool:
+    """Recent tokens and the chunk side by side, ``[B, recent + T]``: what may enter the codes.
+
+    Attributes:
+        position: int64, −1 for padding, empty slots and tokens that became sinks.
+        flags: class flags int64.
+        leaving: bool, tokens that are older than the newest `recent` ones.
+    """
+
+    def __init__(self, state: LayerState, chunk: Chunk, taken: Tensor) -> None:
+        batch, length = taken.shape
+        own = torch.arange(chunk.position, chunk.position + length, device=taken.device)
+        own = own.expand(batch, length).masked_fill(taken, EMPTY)
+        self.key, self.value = chunk.key, chunk.value
+        self.position = torch.cat([state.exact_position[:, state.recent].long(), own], 1)
+        flags = torch.zeros_like(own) if chunk.flags is None else chunk.flags.long()
+        before = (
+            torch.zeros_like(self.position[:, : -length or None])
+            if state.exact_class is None
+            else state.exact_class[:, state.recent].long()
+        )
+        self.flags = torch.cat([before, flags], 1)
+        self.recent_k = state.exact_k[:, :, state.recent]
+        self.recent_v = state.exact_v[:, :, state.recent]
+        count = state.settings.recent_tokens
+        self.newest = self.position.topk(count, dim=1).indices.sort(1).values  # [B, recent]
+        stays = torch.zeros_like(self.position, dtype=torch.bool).scatter_(1, self.newest, True)
+        self.leaving = (self.position >= 0) & ~stays
+
+    def vectors(self, row: Tensor, head: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V ``[N, D]`` of pool tokens, without joining the two sources."""
+        count = self.recent_k.shape[2]
+        old = index < count
+        key = torch.empty(len(row), self.key.shape[-1], dtype=self.key.dtype, device=row.device)
+        value = torch.empty_like(key)
+        for where, k, v, shift in (
+            (old, self.recent_k, self.recent_v, 0),
+            (~old, self.key, self.value, count),
+        ):
+            at = (row[where], head[where], index[where] - shift)
+            key[where], value[where] = k[at], v[at]
+        return key, value
+
+
+def commit(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
+    """Take a whole chunk in, after its attention: score on exact values, evict, then encode once.
+
+    Args:
+        scores: per scored group the chunk's scores ``[B, Hg, T]``, as `attend` gives them.
+    """
+    settings = state.settings
+    batch, length = chunk.query.shape[0], chunk.length
+    valid = chunk.valid
+    if valid is None:
+        valid = torch.ones(batch, length, dtype=torch.bool, device=chunk.key.device)
+        added = [length] * batch
+    else:
+        added = valid.sum(1).tolist()
+    state.start = first_positions(state, chunk)
+    taken = ~valid | _fill_sinks(state, chunk, valid)
+    pool = Pool(state, chunk, taken)
+    now = chunk.position + length - 1
+    state.row_seen = [seen + new for seen, new in zip(state.row_seen, added, strict=True)]
+    state.budget_length = list(state.row_seen)
+    state.resolve_windows()
+    if settings.uses_classes:
+        _count_classes(state, pool)
+    for number, group in enumerate(state.groups):
+        _commit_group(state, group, pool, scores.get(number), now)
+    _move_recent(state, pool, scores)
+
+
+def _fill_sinks(state: LayerState, chunk: Chunk, valid: Tensor) -> Tensor:
+    """Put the row's first tokens into its free sink slots; True for those tokens, ``[B, T]``."""
+    sinks = state.settings.sink_tokens
+    seen = torch.tensor(state.row_seen, device=valid.device)
+    slot = seen[:, None] + valid.cumsum(1) - 1
+    into = valid & (slot < sinks)
+    row, index = into.nonzero(as_tuple=True)
+    if len(row):
+        target = slot[row, index]
+        state.exact_k[row, :, target] = chunk.key[row, :, index]
+        state.exact_v[row, :, target] = chunk.value[row, :, index]
+        state.exact_position[row, target] = (index + chunk.position).to(torch.int32)
+    return into
+
+
+def _count_classes(state: LayerState, pool: Pool) -> None:
+    for flags in (1, 2, 3):
+        counts = ((pool.flags == flags) & pool.leaving).sum(1).tolist()
+        for row, count in enumerate(counts):
+            state.class_counts[row][flags] += count
+
+
+def _commit_group(
+    state: LayerState, group: Group, pool: Pool, chunk_score: Tensor | None, now: int
+) -> None:
+    """Choose among stored and leaving tokens, lay the store out anew and encode the new ones."""
+    store, members = group.store, len(group.heads)
+    row, head, index = _leaving(pool, members)
+    old_row, old_head = store.segment_of_slot()
+    all_row, all_head = torch.cat([old_row, row]), torch.cat([old_head, head])
+    position = torch.cat([store.position.long(), pool.position[row, index]])
+    flags = pool.flags[row, index]
+    new_protected = (flags & group.rules.classes[head]) != 0
+    score = None
+    if store.score is not None and chunk_score is not None and group.recent_score is not None:
+        joined = torch.cat([group.recent_score, chunk_score], 2)
+        new_score = joined[row, head, index].masked_fill(new_protected, torch.inf)
+        score = torch.cat([store.score, new_score])
+        old_protected = store.score == torch.inf
+    else:  # a head that keeps classes without scores never evicts what it took in
+        keeps = (group.rules.classes != 0) & ~group.rules.keeps_rest
+        old_protected = keeps[old_head] & (store.position >= 0)
+    protected = torch.cat([old_protected, new_protected])
+    window = state.settings.window
+    if window is not None:
+        position = position.masked_fill(position < now + 2 - window, EMPTY)
+    rank = priority(
+        group.rules,
+        state.settings.scorer,
+        all_head,
+        group.windows[all_row, all_head],
+        position,
+        score,
+        protected,
+        votes(state, position, now),
+        now,
+    )
+    capacities = state.capacities(group)
+    kept, place = _best(all_row * members + all_head, rank, position, capacities)
+    old_count = old_row.shape[0]
+    is_old = kept < old_count
+    _, starts = place_segments(capacities)
+    start = torch.tensor(starts, device=kept.device).flatten()
+    slots = start[all_row[kept] * members + all_head[kept]] + place
+    store.rebuild(capacities, kept[is_old], slots[is_old])
+    fresh = kept[~is_old] - old_count
+    fresh_row, fresh_head = row[fresh], group.index[head[fresh]]
+    center, scale = state.settings.key_constants(state.start.device)
+
+    def rows_of(part: slice) -> tuple[Tensor, Tensor]:
+        heads = fresh_head[part]
+        key, value = pool.vectors(fresh_row[part], heads, index[fresh[part]])
+        return to_code_space(key, heads, center, scale, store.kind.k_dtype), value
+
+    store.write(
+        slots[~is_old],
+        rows_of,
+        position[kept[~is_old]],
+        None if score is None else score[kept[~is_old]],
+    )
+
+
+def to_code_space(key: Tensor, heads: Tensor, center: Tensor, scale: Tensor, dtype: str) -> Tensor:
+    """Keys ``[N, D]`` minus their head's centre, divided by its scale, in float32."""
+    return (key.float() - center[heads]) / scale[heads]
+
+
+def votes(state: LayerState, position: Tensor, now: int) -> Tensor:
+    """How many query rows have voted on a token."""
+    return now + 1 - position.clamp(min=state.first_vote)
+
+
+def _leaving(pool: Pool, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, head in group, pool index) of every (token, head) to be coded or dropped."""
+    row, index = pool.leaving.nonzero(as_tuple=True)
+    head = torch.arange(heads, device=row.device).repeat_interleave(len(row))
+    return row.repeat(heads), head, index.repeat(heads)
+
+
+def _best(
+    segment: Tensor, rank: Tensor, position: Tensor, capacities: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """The candidates that each segment keeps.
+
+    Returns:
+        Their indices, ordered by segment and position, and the place of each inside its segment.
+    """
+    room = torch.tensor([c for row in capacities for c in row], device=segment.device)
+    order = rank.argsort(descending=True, stable=True)
+    order = order[segment[order].argsort(stable=True)]
+    kept = order[(_place(segment[order]) < room[segment[order]]) & (rank[order] > -torch.inf)]
+    kept = kept[position[kept].argsort(stable=True)]
+    kept = kept[segment[kept].argsort(stable=True)]
+    return kept, _place(segment[kept])
+
+
+def _place(segment: Tensor) -> Tensor:
+    """Running index inside each run of equal values of a sorted tensor."""
+    if not len(segment):
+        return segment
+    _, counts = segment.unique_consecutive(return_counts=True)
+    first = counts.cumsum(0) - counts
+    return torch.arange(len(segment), device=segment.device) - first.repeat_interleave(counts)
+
+
+def _move_recent(state: LayerState, pool: Pool, scores: dict[int, Tensor]) -> None:
+    """The pool's newest tokens become the recent ones."""
+    batch, heads = state.exact_k.shape[:2]
+    count = state.settings.recent_tokens
+    row = torch.arange(batch, device=pool.newest.device)[:, None, None].expand(-1, heads, count)
+    head = torch.arange(heads, device=row.device)[None, :, None].expand_as(row)
+    index = pool.newest[:, None, :].expand_as(row)
+    key, value = pool.vectors(row.reshape(-1), head.reshape(-1), index.reshape(-1))
+    for number, group in enumerate(state.groups):
+        if group.recent_score is not None:
+            joined = torch.cat([group.recent_score, scores[number]], 2)
+            where = pool.newest[:, None, :].expand(-1, len(group.heads), -1)
+            group.recent_score = joined.gather(2, where)
+    state.exact_k[:, :, state.recent] = key.reshape(batch, heads, count, -1)
+    state.exact_v[:, :, state.recent] = value.reshape(batch, heads, count, -1)
+    position = pool.position.gather(1, pool.newest)
+    state.exact_position[:, state.recent] = position.to(torch.int32)
+    if state.exact_class is not None:
+        flags = pool.flags.gather(1, pool.newest)
+        state.exact_class[:, state.recent] = flags.to(torch.uint8)

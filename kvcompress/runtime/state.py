@@ -1,0 +1,215 @@
+"""What one layer of the compressed cache holds, and how it grows, repeats and reorders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.accounting import capacity_tokens, keeps_classes, keeps_scores, sinks_of
+from kvcompress.evict.keepset import HeadRules, class_mask
+from kvcompress.evict.scorers import SCORERS, Scorer
+from kvcompress.plan import HeadPlan, Plan
+from kvcompress.quant.keystats import KVParams
+from kvcompress.runtime.store import EMPTY, SegmentStore, StorageKind
+
+
+class LayerSettings:
+    """The part of a plan that one layer needs; shared by every cache and never copied."""
+
+    def __init__(self, plan: Plan, params: KVParams | None, layer: int) -> None:
+        self.plan = plan
+        self.layer = layer
+        self.heads: tuple[HeadPlan, ...] = plan.heads[layer]
+        self.sink_tokens = sinks_of(plan, layer)
+        self.recent_tokens = plan.recent_tokens
+        self.window: int | None = plan.model.sliding_windows[layer]
+        self.scorer: Scorer = SCORERS[plan.scorer]
+        self.uses_classes = any(map(keeps_classes, self.heads))
+        self._params = params
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerSettings:
+        return self
+
+    @property
+    def exact_tokens(self) -> int:
+        return self.sink_tokens + self.recent_tokens
+
+    @cached_property
+    def groups(self) -> list[tuple[StorageKind, list[int]]]:
+        """Heads that share storage, in a fixed order."""
+        found: dict[StorageKind, list[int]] = {}
+        for index, head in enumerate(self.heads):
+            kind = StorageKind(head.k_dtype, head.v_dtype, keeps_scores(head))
+            found.setdefault(kind, []).append(index)
+        return list(found.items())
+
+    def key_constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(centre, scale), each ``[Hkv, D]`` float32 on `device`."""
+        if device not in self._constants:
+            shape = (self.plan.model.kv_heads, self.plan.model.head_dim)
+            if self._params is None:
+                pair = (torch.zeros(shape), torch.ones(shape))
+            else:
+                pair = (self._params.k_center[self.layer], self._params.k_scale[self.layer])
+            self._constants[device] = (pair[0].to(device).float(), pair[1].to(device).float())
+        return self._constants[device]
+
+
+@dataclass(slots=True)
+class Group:
+    """Heads of a layer that share storage.
+
+    Attributes:
+        heads: KV head numbers; `index` is the same as a tensor.
+        recent_score: ``[B, Hg, recent]`` float32 scores of the recent tokens, or None.
+        windows: ``[B, Hg]`` int32 local window in tokens.
+    """
+
+    heads: list[int]
+    index: Tensor
+    rules: HeadRules
+    store: SegmentStore
+    windows: Tensor
+    recent_score: Tensor | None
+
+
+@dataclass(slots=True)
+class LayerState:
+    """Tensors and host counters of one layer.
+
+    Attributes:
+        exact_k, exact_v: ``[B, Hkv, sinks + recent, D]`` model dtype.
+        exact_position: ``[B, sinks + recent]`` int32, −1 where empty.
+        exact_class: ``[B, sinks + recent]`` uint8 class flags, or None.
+        start: ``[B]`` int32 position of the row's first real token, −1 before it.
+        row_seen: real tokens of each row so far.
+        budget_length: `row_seen` when the last prompt ended; ratios resolve against it.
+        class_counts: per row, coded tokens by class flags (1 special, 2 punctuation, 3 both).
+        first_vote: first position whose query votes for `frequent` tokens.
+    """
+
+    settings: LayerSettings
+    exact_k: Tensor
+    exact_v: Tensor
+    exact_position: Tensor
+    exact_class: Tensor | None
+    start: Tensor
+    groups: list[Group]
+    row_seen: list[int]
+    budget_length: list[int]
+    class_counts: list[list[int]] = field(default_factory=list)
+    first_vote: int = 0
+
+    @staticmethod
+    def empty(settings: LayerSettings, key: Tensor) -> LayerState:
+        """For keys like `key` ``[B, Hkv, T, D]``."""
+        batch, heads, _, dim = key.shape
+        device, exact = key.device, settings.exact_tokens
+
+        def vectors() -> Tensor:
+            return key.new_zeros(batch, heads, exact, dim)
+
+        groups = []
+        for kind, members in settings.groups:
+            store = SegmentStore(kind, dim, key.dtype, device, [[0] * len(members)] * batch)
+            plans = [settings.heads[h] for h in members]
+            scores = torch.zeros(batch, len(members), settings.recent_tokens, device=device)
+            groups.append(
+                Group(
+                    members,
+                    torch.tensor(members, device=device),
+                    HeadRules.of(plans, device),
+                    store,
+                    torch.zeros(batch, len(members), dtype=torch.int32, device=device),
+                    scores if kind.scored else None,
+                )
+            )
+        position = torch.full((batch, exact), EMPTY, dtype=torch.int32, device=device)
+        flags = torch.zeros(batch, exact, dtype=torch.uint8, device=device)
+        return LayerState(
+            settings,
+            vectors(),
+            vectors(),
+            position,
+            flags if settings.uses_classes else None,
+            torch.full((batch,), EMPTY, dtype=torch.int32, device=device),
+            groups,
+            [0] * batch,
+            [0] * batch,
+            [[0, 0, 0, 0] for _ in range(batch)],
+        )
+
+    @property
+    def batch(self) -> int:
+        return len(self.row_seen)
+
+    @property
+    def recent(self) -> slice:
+        """The recent tokens' place among the exact slots."""
+        return slice(self.settings.sink_tokens, None)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that grows with the batch or the context."""
+        held = [self.exact_k, self.exact_v, self.exact_position, self.start]
+        held += [] if self.exact_class is None else [self.exact_class]
+        for group in self.groups:
+            held += [group.windows, *group.store.tensors()]
+            held += [] if group.recent_score is None else [group.recent_score]
+        return held
+
+    def nbytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in self.tensors())
+
+    def capacities(self, group: Group) -> list[list[int]]:
+        """Slots that each (row, head) of `group` should have now."""
+        settings = self.settings
+        result = []
+        for row in range(self.batch):
+            counts = self.class_counts[row]
+            line = []
+            for h in group.heads:
+                mask = class_mask(settings.heads[h])
+                classes = sum(counts[flags] for flags in (1, 2, 3) if flags & mask)
+                line.append(
+                    capacity_tokens(
+                        settings.plan,
+                        settings.layer,
+                        settings.heads[h],
+                        self.row_seen[row],
+                        self.budget_length[row],
+                        classes,
+                    )
+                )
+            result.append(line)
+        return result
+
+    def resolve_windows(self) -> None:
+        """Local windows for the current `budget_length` of each row."""
+        for group in self.groups:
+            table = []
+            for length in self.budget_length:
+                plans = (self.settings.heads[h] for h in group.heads)
+                table.append([p.local.resolve(length) if p.local else 0 for p in plans])
+            group.windows = torch.tensor(table, dtype=torch.int32, device=self.start.device)
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Row b becomes a copy of old row ``rows[b]``; for beams, repeats and selections."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.start.device)
+        self.exact_k, self.exact_v = self.exact_k[index], self.exact_v[index]
+        self.exact_position, self.start = self.exact_position[index], self.start[index]
+        if self.exact_class is not None:
+            self.exact_class = self.exact_class[index]
+        for group in self.groups:
+            group.windows = group.windows[index]
+            if group.recent_score is not None:
+                group.recent_score = group.recent_score[index]
+            capacities = [group.store.capacities[row] for row in rows]
+            group.store.relayout(capacities, rows)
+        self.row_seen = [self.row_seen[row] for row in rows]
+        self.budget_length = [self.budget_length[row] for row in rows]
+        self.class_counts = [list(self.class_counts[row]) for row in rows]

@@ -1,0 +1,247 @@
+"""Ragged storage of one group of heads: flat arrays, a segment per (batch row, KV head).
+
+Heads of a layer that share key storage, value storage and the need for scores form a group. Their
+segments lie in flat arrays ``[slots, …]``, sorted by capacity, so that segments of equal capacity
+are one dense ``[segments, capacity, …]`` view, a `Bucket`, which the attention reads in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kvcompress.plan import KVDtype
+from kvcompress.quant.codec import (
+    Codes,
+    encode,
+    has_minimum,
+    row_elements,
+    row_torch_dtype,
+    value_groups,
+)
+
+EMPTY: Final = -1
+_ENCODE_ROWS: Final = 16384  # widened to float32 at a time
+
+
+def place_segments(capacities: list[list[int]]) -> tuple[list[tuple[int, int]], list[list[int]]]:
+    """Segments ``(row, head)`` in the order of their capacity, and where each one starts."""
+    order = [(c, b, h) for b, row in enumerate(capacities) for h, c in enumerate(row)]
+    order.sort()
+    starts = [[0] * len(row) for row in capacities]
+    total = 0
+    for capacity, b, h in order:
+        starts[b][h] = total
+        total += capacity
+    return [(b, h) for _, b, h in order], starts
+
+
+@dataclass(frozen=True, slots=True)
+class StorageKind:
+    """What the heads of a group share."""
+
+    k_dtype: KVDtype
+    v_dtype: KVDtype
+    scored: bool
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Segments of equal capacity, as views into the flat arrays of a store.
+
+    Attributes:
+        start: first flat slot.
+        batch, head: ``[S]`` int64, the row and the head (index inside the group) of each segment.
+        keys, values: codes ``[S, C, …]``.
+        position: ``[S, C]`` int32, −1 where empty.
+        score: ``[S, C]`` float32, +inf for a protected token, or None.
+    """
+
+    start: int
+    capacity: int
+    batch: Tensor
+    head: Tensor
+    keys: Codes
+    values: Codes
+    position: Tensor
+    score: Tensor | None
+
+
+@dataclass(slots=True)
+class SegmentStore:
+    """See the module docstring.
+
+    Attributes:
+        capacities: host copy, ``capacities[row][head]`` in slots.
+        batch_index, head_index: ``[segments]`` int64 in the order in which segments lie.
+    """
+
+    kind: StorageKind
+    head_dim: int
+    model_dtype: torch.dtype
+    device: torch.device
+    capacities: list[list[int]] = field(default_factory=list)
+    batch_index: Tensor = field(init=False)
+    head_index: Tensor = field(init=False)
+    starts: list[list[int]] = field(init=False)
+    keys: Codes = field(init=False)
+    values: Codes = field(init=False)
+    position: Tensor = field(init=False)
+    score: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._lay_out(self.capacities)
+
+    # ---- layout
+    def _lay_out(self, capacities: list[list[int]]) -> None:
+        """Fresh, empty arrays for `capacities`."""
+        order, self.starts = place_segments(capacities)
+        self.capacities = [list(row) for row in capacities]
+        total = sum(map(sum, capacities))
+        index = torch.tensor(order, dtype=torch.int64).reshape(-1, 2)
+        self.batch_index = index[:, 0].contiguous().to(self.device)
+        self.head_index = index[:, 1].contiguous().to(self.device)
+        self.keys = self._empty_codes(self.kind.k_dtype, total, 1)
+        groups = value_groups(self.kind.v_dtype, self.head_dim)
+        self.values = self._empty_codes(self.kind.v_dtype, total, groups)
+        self.position = torch.full((total,), EMPTY, dtype=torch.int32, device=self.device)
+        self.score = torch.zeros(total, device=self.device) if self.kind.scored else None
+
+    def _empty_codes(self, dtype: KVDtype, slots: int, groups: int) -> Codes:
+        row = row_elements(dtype, self.head_dim)
+        element = row_torch_dtype(dtype, self.model_dtype)
+        data = torch.zeros(slots, row, dtype=element, device=self.device)
+        if dtype == "model":
+            return Codes(data, None, None)
+
+        def meta() -> Tensor:
+            return torch.zeros(slots, groups, dtype=torch.float16, device=self.device)
+
+        return Codes(data, meta(), meta() if has_minimum(dtype) else None)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the store holds."""
+        held = [self.batch_index, self.head_index, self.position, self.score]
+        for codes in (self.keys, self.values):
+            held += [codes.data, codes.scale, codes.minimum]
+        return [t for t in held if t is not None]
+
+    def buckets(self) -> Iterator[Bucket]:
+        """Views of all segments that have slots."""
+        flat = [c for row in self.capacities for c in row]
+        low, start = 0, 0
+        for capacity in sorted(set(flat)):
+            high = low + flat.count(capacity)
+            stop = start + (high - low) * capacity
+            if capacity:
+                yield self._bucket(capacity, slice(low, high), slice(start, stop))
+            low, start = high, stop
+
+    def _bucket(self, capacity: int, segments: slice, slots: slice) -> Bucket:
+        def view(t: Tensor) -> Tensor:
+            return t[slots].unflatten(0, (-1, capacity))
+
+        def codes(c: Codes) -> Codes:
+            return Codes(
+                view(c.data),
+                None if c.scale is None else view(c.scale),
+                None if c.minimum is None else view(c.minimum),
+            )
+
+        return Bucket(
+            slots.start,
+            capacity,
+            self.batch_index[segments],
+            self.head_index[segments],
+            codes(self.keys),
+            codes(self.values),
+            view(self.position),
+            None if self.score is None else view(self.score),
+        )
+
+    def segment_of_slot(self) -> tuple[Tensor, Tensor]:
+        """(row, head) of every flat slot, int64."""
+        order = [
+            self.capacities[b][h]
+            for b, h in zip(self.batch_index.tolist(), self.head_index.tolist(), strict=True)
+        ]
+        repeats = torch.tensor(order, device=self.device)
+        return self.batch_index.repeat_interleave(repeats), self.head_index.repeat_interleave(
+            repeats
+        )
+
+    # ---- moves
+    def relayout(self, capacities: list[list[int]], source_rows: list[int] | None = None) -> None:
+        """New capacities, none smaller than before; row b continues old row `source_rows[b]`."""
+        rows = source_rows if source_rows is not None else list(range(len(capacities)))
+        old = (self.keys, self.values, self.position, self.score)
+        old_starts, old_capacities = self.starts, self.capacities
+        self._lay_out(capacities)
+        source, target = [], []
+        for b, row in enumerate(capacities):
+            for h in range(len(row)):
+                count = min(row[h], old_capacities[rows[b]][h])
+                first = old_starts[rows[b]][h]
+                source.append(torch.arange(first, first + count))
+                target.append(torch.arange(self.starts[b][h], self.starts[b][h] + count))
+        if source:
+            self._copy(old, torch.cat(source).to(self.device), torch.cat(target).to(self.device))
+
+    def rebuild(self, capacities: list[list[int]], kept: Tensor, target: Tensor) -> None:
+        """New layout that holds only the old slots `kept`, at the new flat slots `target`."""
+        old = (self.keys, self.values, self.position, self.score)
+        self._lay_out(capacities)
+        self._copy(old, kept, target)
+
+    def _copy(
+        self, old: tuple[Codes, Codes, Tensor, Tensor | None], source: Tensor, target: Tensor
+    ) -> None:
+        pairs = [(old[2], self.position), (old[3], self.score)]
+        for before, after in ((old[0], self.keys), (old[1], self.values)):
+            pairs += [
+                (before.data, after.data),
+                (before.scale, after.scale),
+                (before.minimum, after.minimum),
+            ]
+        for before_t, after_t in pairs:
+            if before_t is not None and after_t is not None:
+                after_t[target] = before_t[source]
+
+    def write(
+        self,
+        slots: Tensor,
+        rows_of: Callable[[slice], tuple[Tensor, Tensor]],
+        position: Tensor,
+        score: Tensor | None,
+    ) -> None:
+        """Encode vectors into flat `slots`, overwriting what was there.
+
+        Args:
+            slots: ``[N]`` int64.
+            rows_of: gives keys and values ``[n, D]`` (keys already centred and scaled) of a slice
+                of the N tokens, so that only a slice of them is widened at a time.
+            position: ``[N]``.
+            score: ``[N]``, needed where the store keeps scores.
+        """
+        for low in range(0, slots.shape[0], _ENCODE_ROWS):
+            part = slice(low, min(slots.shape[0], low + _ENCODE_ROWS))
+            k, v = rows_of(part)
+            self._put(self.keys, encode(k, self.kind.k_dtype), slots[part])
+            groups = value_groups(self.kind.v_dtype, self.head_dim)
+            self._put(self.values, encode(v, self.kind.v_dtype, groups), slots[part])
+        self.position[slots] = position.to(torch.int32)
+        if self.score is not None:
+            assert score is not None
+            self.score[slots] = score
+
+    @staticmethod
+    def _put(target: Codes, source: Codes, slots: Tensor) -> None:
+        target.data[slots] = source.data.to(target.data.dtype)
+        if target.scale is not None and source.scale is not None:
+            target.scale[slots] = source.scale
+        if target.minimum is not None and source.minimum is not None:
+            target.minimum[slots] = source.minimum
