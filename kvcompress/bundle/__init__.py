@@ -1,0 +1,1 @@
+"""The bundle: one directory with weights, plan, key constants and what was measured."""

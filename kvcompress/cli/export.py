@@ -1,0 +1,62 @@
+"""`kvcompress export`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcompress.cli.common import JsonOption, console, emit
+
+
+class Weights(StrEnum):
+    """Weight formats that a bundle can have."""
+
+    bf16 = "bf16"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+def command(
+    profile: Annotated[Path, typer.Argument(help="Directory made by kvcompress profile.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where the bundle goes.")],
+    plan: Annotated[
+        Path | None, typer.Option(help="plan.json to ship in place of the profile's.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("-r", "--recipe", help="Recipe in place of the profile's.")
+    ] = None,
+    weights: Annotated[
+        Weights | None, typer.Option(help="Weight format in place of the recipe's.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the profiled model is now, if it was moved.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where weights are quantized.")] = "cpu",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the bundle that is there.")
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Write one directory with weights, plan and key constants, checked in a fresh process.
+
+    Example: `kvcompress export profile -o bundle --weights nf4`
+    """
+    from kvcompress.bundle.write import export
+    from kvcompress.plan import Plan
+    from kvcompress.recipe import Recipe
+
+    report = export(
+        model,
+        profile,
+        out,
+        plan=None if plan is None else Plan.load(plan),
+        recipe=None if recipe is None else Recipe.load(recipe),
+        weights=None if weights is None else weights.value,
+        overwrite=overwrite,
+        device_map=device,
+        note=console().print,
+    )
+    emit(report, json_)

@@ -1,0 +1,92 @@
+"""What a weight format has to say about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import nn
+
+from kvcompress.recipe import WeightScheme
+
+BITSANDBYTES: Final = ("bitsandbytes>=0.46.1", "accelerate>=1.1")
+_NOISE: Final = ("inputs will be cast from", "Failed to load CPU gemm_4bit_forward")
+_NOISY_LOGGERS: Final = ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops")
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """One way to store the weights of a bundle.
+
+    Attributes:
+        linear_bits: bits of one weight of a linear layer on disk, block scales included.
+        needs: packages that loading asks for, as requirement strings.
+        load_kwargs: keyword arguments of `from_pretrained` that quantize while loading, given the
+            names of the modules that stay as they are.
+        fits: whether a linear layer with (out_features, in_features) can run in this format on
+            every device.
+        matches: whether the `quantization_config` of a config.json says this format.
+    """
+
+    name: WeightScheme
+    linear_bits: float
+    needs: tuple[str, ...]
+    load_kwargs: Callable[[Sequence[str]], dict[str, Any]]
+    fits: Callable[[int, int], bool]
+    matches: Callable[[dict[str, Any] | None], bool]
+
+
+def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of every linear layer by its name; meta tensors are enough."""
+    from transformers.pytorch_utils import Conv1D
+
+    sizes = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            sizes[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            in_features, out_features = module.weight.shape
+            sizes[name] = (out_features, in_features)
+    return sizes
+
+
+def misfits(model: nn.Module, weight_format: WeightFormat) -> tuple[str, ...]:
+    """Names of the linear layers whose sizes the format cannot run, the output head apart."""
+    heads = set(output_heads(model))
+    return tuple(
+        name
+        for name, (out_features, in_features) in linear_layers(model).items()
+        if name not in heads and not weight_format.fits(out_features, in_features)
+    )
+
+
+def output_heads(model: Any) -> tuple[str, ...]:
+    """Names of the layers that produce logits: few weights, and rounding them costs the most."""
+    head = model.get_output_embeddings()
+    return tuple(name for name, module in model.named_modules() if module is head)
+
+
+def weights_bytes(model: nn.Module, weight_format: WeightFormat, kept: Sequence[str]) -> int:
+    """Bytes of the weights in this format, `kept` layers in 16 bits; within a few percent."""
+    rounded = sum(
+        out_features * in_features
+        for name, (out_features, in_features) in linear_layers(model).items()
+        if name not in kept
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return round(rounded * weight_format.linear_bits / 8) + 2 * (total - rounded)
+
+
+def quiet_bitsandbytes() -> None:
+    """Drop the lines that bitsandbytes logs for every matrix product; once is enough."""
+    import logging
+
+    for name in _NOISY_LOGGERS:
+        logger = logging.getLogger(name)
+        if _is_news not in logger.filters:
+            logger.addFilter(_is_news)
+
+
+def _is_news(record: Any) -> bool:
+    return not any(text in str(record.msg) for text in _NOISE)

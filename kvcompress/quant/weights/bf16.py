@@ -1,0 +1,26 @@
+"""Weights as they are, in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+
+from kvcompress.quant.weights.base import WeightFormat
+
+
+def load_kwargs(skip_modules: Sequence[str]) -> dict[str, Any]:
+    """Nothing is quantized, so there is nothing to skip."""
+    return {"dtype": torch.bfloat16}
+
+
+def fits(out_features: int, in_features: int) -> bool:
+    return True
+
+
+def matches(quantization_config: dict[str, Any] | None) -> bool:
+    return quantization_config is None
+
+
+FORMAT: Final = WeightFormat("bf16", 16.0, (), load_kwargs, fits, matches)

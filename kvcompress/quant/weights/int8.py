@@ -1,0 +1,33 @@
+"""LLM.int8 of bitsandbytes: int8 rows with a scale each, outlier columns in 16 bits.
+
+Source: Dettmers et al., arXiv 2208.07339.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+
+from kvcompress.quant.weights.base import BITSANDBYTES, WeightFormat
+
+
+def load_kwargs(skip_modules: Sequence[str]) -> dict[str, Any]:
+    """See `WeightFormat.load_kwargs`."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(skip_modules))
+    return {"dtype": torch.bfloat16, "quantization_config": config}
+
+
+def fits(out_features: int, in_features: int) -> bool:
+    return True
+
+
+def matches(quantization_config: dict[str, Any] | None) -> bool:
+    config = quantization_config or {}
+    return config.get("quant_method") == "bitsandbytes" and config.get("load_in_8bit") is True
+
+
+FORMAT: Final = WeightFormat("int8", 8.0, BITSANDBYTES, load_kwargs, fits, matches)

@@ -1,0 +1,71 @@
+"""One completion, with what its cache held at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvcompress.runtime.cache import CompressedCache
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Text that was generated, and the bytes that its cache measured."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    kv_cache_bytes: int
+    bf16_kv_cache_bytes: int
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stream: bool = False,
+) -> Completion:
+    """Go on from `prompt` with a model that has a plan attached.
+
+    Args:
+        temperature: 0 is greedy.
+        stream: print each token on stdout as it comes.
+
+    Raises:
+        ValueError: if the prompt has no token at all.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    if prompt_tokens == 0:
+        raise ValueError("the prompt is empty and the tokenizer adds nothing; give some text")
+    sampling = (
+        {"do_sample": True, "temperature": temperature}
+        if temperature > 0
+        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    )
+    torch.manual_seed(seed)
+    output = model.generate(
+        **inputs,
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=True,
+        streamer=TextStreamer(tokenizer, skip_prompt=True) if stream else None,
+    )
+    cache = output.past_key_values
+    assert isinstance(cache, CompressedCache)
+    new_ids = output.sequences[0, prompt_tokens:]
+    return Completion(
+        text=tokenizer.decode(new_ids, skip_special_tokens=True),
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(new_ids),
+        kv_cache_bytes=cache.nbytes(),
+        bf16_kv_cache_bytes=cache.plan.model.bf16_kv_bytes(cache.get_seq_length(), batch=1),
+    )

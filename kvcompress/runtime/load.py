@@ -1,0 +1,61 @@
+"""From a bundle to a model that generates with the compressed cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvcompress.bundle.read import Bundle, open_bundle
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load(
+    bundle: Path | str, device_map: Any = None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Check a bundle, load it and attach its plan; `model.generate` then works as usual.
+
+    Args:
+        device_map: as in `from_pretrained`; None is the CPU.
+        dtype: of the weights that are not quantized; None is what the bundle says.
+
+    Raises:
+        BundleError: where the bundle is damaged, foreign or from a newer version.
+    """
+    from kvcompress.runtime.hf import attach
+
+    checked = open_bundle(bundle)
+    model = load_weights(checked, device_map, dtype)
+    return attach(model, checked.plan, checked.params), load_tokenizer(checked)
+
+
+def load_weights(
+    bundle: Bundle, device_map: Any = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The bundle's model as plain transformers loads it, with its own full cache."""
+    from transformers import AutoModelForCausalLM
+
+    from kvcompress.quant.weights.base import quiet_bitsandbytes
+
+    quiet_bitsandbytes()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        bundle.path,
+        device_map="cpu" if device_map is None else device_map,
+        dtype="auto" if dtype is None else dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    return model.eval()
+
+
+def load_tokenizer(bundle: Bundle) -> PreTrainedTokenizerBase:
+    """The bundle's tokenizer; it pads on the left, as generation in batches needs."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        bundle.path, trust_remote_code=False, local_files_only=True, padding_side="left"
+    )
+    return tokenizer

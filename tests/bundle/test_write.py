@@ -1,0 +1,462 @@
+"""Export: what a bundle holds, that it loads, and that a failed export changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from kvcompress.bundle import files, manifest, verify, write
+from kvcompress.bundle.read import open_bundle
+from kvcompress.bundle.write import export
+from kvcompress.cli.app import main
+from kvcompress.errors import BundleError, UnsupportedModelError
+from kvcompress.plan import Plan
+from kvcompress.profile.store import Profile
+from tests.bundle.helpers import Exported, contents
+
+SCHEMES = ("bf16", "int8", "nf4")
+ATTENTION = 128 * 128 + 2 * 64 * 128 + 128 * 128
+MLP = 3 * 128 * 176
+OUTSIDE_LAYERS = 2 * 259 * 128 + 128  # embedding, output head, last norm
+LAYER_NORMS = 2 * 128
+NF4_TABLE_BYTES = 4 * (256 + 16) + 100
+HEADER_BYTES = 8192  # names and offsets in front of the tensors
+
+PLAIN = """
+import sys
+sys.modules["kvcompress"] = None  # any import of it now raises
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for bundle, expected in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = AutoModelForCausalLM.from_pretrained(bundle).eval()
+    logits = load_file(expected)
+    with torch.inference_mode():
+        found = model(input_ids=logits["ids"]).logits.float()
+    assert (found - logits["logits"]).norm() <= 0.02 * logits["logits"].norm(), bundle
+    assert AutoTokenizer.from_pretrained(bundle)("hi")["input_ids"][0] == 0
+    print(bundle)
+"""
+
+KILLED = """
+import sys, time
+from kvcompress.bundle.write import export
+def note(text):
+    print(text, flush=True)
+    if "fresh process" in text:
+        time.sleep(120)
+export(*sys.argv[1:4], overwrite=True, note=note)
+"""
+
+
+def left_beside(out: Path) -> list[str]:
+    return [path.name for path in out.parent.iterdir() if path != out]
+
+
+@pytest.mark.parametrize("weights", SCHEMES)
+def test_bundle_passes_its_own_checks(exported: Exported, weights: str) -> None:
+    path, report = exported(weights)
+    opened = open_bundle(path)
+    assert opened.manifest.weights.format == opened.recipe.weights == weights
+    assert report.reload_error <= 1e-2
+    assert report.lossless_error <= 2e-2
+    assert left_beside(path) == []
+
+
+def test_weights_are_smaller_by_what_the_format_says(exported: Exported) -> None:
+    parameters = 2 * (ATTENTION + MLP + LAYER_NORMS) + OUTSIDE_LAYERS
+    bf16, int8, nf4 = (exported(weights)[1] for weights in SCHEMES)
+    assert bf16.base_weights_bytes == nf4.base_weights_bytes == 2 * parameters
+    assert bf16.weights_bytes == pytest.approx(2 * parameters, rel=0.01)
+    # a byte less for each weight in the layers, a float32 scale more for each of their rows
+    int8_bytes = 2 * parameters - 2 * (ATTENTION + MLP) + 2 * 4 * (3 * 128 + 2 * 64 + 2 * 176)
+    assert int8.weights_bytes == pytest.approx(int8_bytes, abs=HEADER_BYTES)
+    # half a byte and 1/64 byte of scales for each weight of the attention, a table for each matrix
+    nf4_bytes = 2 * parameters - 2 * ATTENTION * (1.5 - 1 / 64) + 2 * 4 * NF4_TABLE_BYTES
+    assert nf4.weights_bytes == pytest.approx(nf4_bytes, abs=HEADER_BYTES)
+    assert int8.kept == ()
+    names = ("gate_proj", "up_proj", "down_proj")
+    assert set(nf4.kept) == {f"model.layers.{i}.mlp.{name}" for i in range(2) for name in names}
+
+
+def test_plain_transformers_loads_every_format(exported: Exported, tmp_path: Path) -> None:
+    from kvcompress.runtime.load import load_weights
+
+    arguments = []
+    for weights in SCHEMES:
+        path = exported(weights)[0]
+        ids = torch.arange(3, 40)[None]
+        with torch.inference_mode():
+            logits = load_weights(open_bundle(path))(input_ids=ids).logits.float()
+        expected = tmp_path / f"{weights}.safetensors"
+        save_file({"ids": ids, "logits": logits}, expected)
+        arguments += [str(path), str(expected)]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PLAIN, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == arguments[::2]
+
+
+def test_layout(exported: Exported, plan: Plan) -> None:
+    path = exported("bf16")[0]
+    assert set(contents(path)) == {
+        "LICENSE",
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "kvcompress/manifest.json",
+        "kvcompress/plan.json",
+        "kvcompress/kv_params.safetensors",
+        "kvcompress/profile.json",
+        "kvcompress/recipe.yaml",
+    }
+    assert Plan.load(path) == plan
+    config = json.loads((path / "config.json").read_text())
+    assert config["kvcompress"] == {"schema": 1, "manifest": "kvcompress/manifest.json"}
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    with safe_open(path / "model.safetensors", framework="pt") as tensors:
+        assert set(index["weight_map"]) == set(tensors.keys())
+    modes = {file.stat().st_mode for file in path.rglob("*") if file.is_file()}
+    assert len(modes) == 1
+
+
+def test_nothing_tells_where_the_model_lay(exported: Exported, model_dir: Path) -> None:
+    for name, data in contents(exported("nf4")[0]).items():
+        assert str(model_dir.parent).encode() not in data, name
+
+
+def test_card_has_the_bytes_of_the_bundle(exported: Exported) -> None:
+    path, report = exported("int8")
+    card = (path / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == "tiny-llama"
+    assert head["base_model_relation"] == "quantized"
+    assert head["license"] == "apache-2.0"
+    ratio = report.weights_bytes / report.base_weights_bytes
+    assert re.search(rf"\| weights \| int8 \| .* \| {ratio:.3f} \|", card)
+    assert "| KV cache at 512 tokens | int8, k8v4 | 256.00 KiB |" in card
+
+
+def test_measured_figures_reach_card_and_manifest(
+    tmp_path: Path, model_dir: Path, profile_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_fresh_process(monkeypatch)
+    export(model_dir, profile_dir, tmp_path / "b", measured={"recall": 0.975})
+    opened = open_bundle(tmp_path / "b")
+    assert opened.manifest.measured == {"recall": 0.975}
+    assert "| recall | 0.975 |" in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_profile_knows_where_its_model_is(
+    tmp_path: Path, profile_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_fresh_process(monkeypatch)
+    export(None, profile_dir, tmp_path / "b")
+    assert Profile.load(tmp_path / "b" / "kvcompress").model == "tiny-llama"
+
+
+def test_calibration_text_is_taken_out(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    quantization = {"bits": 4, "dataset": ["a private letter"], "tokenizer": "/home/me/model"}
+    path.write_text(json.dumps({"_name_or_path": "/home/me", "quantization_config": quantization}))
+    write._patch_config(path)
+    assert json.loads(path.read_text()) == {
+        "quantization_config": {"bits": 4},
+        "kvcompress": {"schema": 1, "manifest": "kvcompress/manifest.json"},
+    }
+
+
+def skip_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = {"digest": "0" * 64, "reload_error": 0.0, "lossless_error": 0.0}
+    monkeypatch.setattr(write, "_check_in_fresh_process", lambda *_: report)
+
+
+# ------------------------------------------------------------------------------- failing exports
+def fail_export(
+    capsys: pytest.CaptureFixture[str], model: Path, profile: Path, out: Path, *options: str
+) -> str:
+    """The one line of a `kvcompress export` that ends with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(profile), "-o", str(out), "--model", str(model), *options])
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2
+    assert len(err) == 1
+    return err[0]
+
+
+def full_disk(*arguments: Any, **keywords: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "transformers.PreTrainedModel.save_pretrained",
+        "kvcompress.bundle.write._write_rest",
+        "kvcompress.bundle.files.settle",
+        "shutil.copyfile",
+    ],
+)
+def test_full_disk(
+    where: str,
+    bundle: Path,
+    model_dir: Path,
+    profile_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = contents(bundle)
+    monkeypatch.setattr(where, full_disk)
+    line = fail_export(capsys, model_dir, profile_dir, bundle, "--overwrite")
+    assert f"{bundle}: No space left on device; free some space" in line
+    assert contents(bundle) == before
+    assert left_beside(bundle) == []
+
+
+def test_full_disk_as_the_system_reports_it(
+    tmp_path: Path, model_dir: Path, profile_dir: Path
+) -> None:
+    """A file size limit makes the real write of the weights fail half-way."""
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        "from kvcompress.cli.app import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    out = tmp_path / "out" / "bundle"
+    command = ["export", profile_dir, "-o", out, "--model", model_dir]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, command)], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert f"error: {out}: the weights do not fit on the disk" in done.stderr.splitlines()[-1]
+    assert list(out.parent.iterdir()) == []
+
+
+def test_too_little_space_is_seen_before_the_work(
+    tmp_path: Path,
+    model_dir: Path,
+    profile_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1024)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    line = fail_export(capsys, model_dir, profile_dir, tmp_path / "b")
+    assert "1.00 KiB are free and the weights alone take about" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keeps_an_existing_bundle_without_overwrite(
+    bundle: Path, model_dir: Path, profile_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(bundle)
+    line = fail_export(capsys, model_dir, profile_dir, bundle)
+    assert "a bundle is there already; add --overwrite" in line
+    assert contents(bundle) == before
+
+
+def test_never_replaces_what_is_no_bundle(
+    tmp_path: Path, model_dir: Path, profile_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "one.txt").write_text("dear")
+    for out in (tmp_path / "letters", tmp_path / "letters" / "one.txt"):
+        line = fail_export(capsys, model_dir, profile_dir, out, "--overwrite")
+        assert "exists and is not a bundle" in line
+    assert (tmp_path / "letters" / "one.txt").read_text() == "dear"
+
+
+def test_failed_check_keeps_the_old_bundle(
+    bundle: Path,
+    model_dir: Path,
+    profile_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Saved weights that are not those of the model: the fresh process has to notice."""
+    before = contents(bundle)
+    truth = verify.check_logits
+    monkeypatch.setattr(write, "check_logits", lambda model: truth(model) * 1.2)
+    line = fail_export(capsys, model_dir, profile_dir, bundle, "--overwrite")
+    assert "the written bundle failed its check, nothing was changed" in line
+    assert "logits of the reloaded model differ by 0.167 of their size" in line
+    assert contents(bundle) == before
+    assert left_beside(bundle) == []
+
+
+def test_overwrite_replaces_the_bundle(
+    bundle: Path, model_dir: Path, profile_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_fresh_process(monkeypatch)
+    export(model_dir, profile_dir, bundle, weights="int8", overwrite=True)
+    assert open_bundle(bundle).manifest.weights.format == "int8"
+    assert left_beside(bundle) == []
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_killed_export_leaves_no_half_bundle(
+    existing: bool, tmp_path: Path, exported: Exported, model_dir: Path, profile_dir: Path
+) -> None:
+    out = tmp_path / "out" / "bundle"
+    before = {}
+    if existing:
+        shutil.copytree(exported("bf16")[0], out)
+        before = contents(out)
+    command = [sys.executable, "-c", KILLED, str(model_dir), str(profile_dir), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "fresh process" in line:
+                break
+        process.send_signal(signal.SIGKILL)
+    assert (contents(out) if existing else out.exists()) == (before or False)
+    (left,) = left_beside(out)
+    assert left.startswith(".bundle.kvcompress-export-")
+    with files.staging(out):
+        assert left not in left_beside(out)
+    assert left_beside(out) == []
+
+
+# ------------------------------------------------------------------------------------- bad input
+def test_profile_of_another_model(
+    tmp_path: Path, tiny_model_dir: Path, profile_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fail_export(capsys, tiny_model_dir, profile_dir, tmp_path / "b")
+    assert "its plan was made for another model than" in line
+
+
+def test_profile_with_another_tokenizer(
+    tmp_path: Path,
+    model_dir: Path,
+    profile_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    data = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (other / "tokenizer.json").write_text(json.dumps(data))
+    line = fail_export(capsys, other, profile_dir, tmp_path / "b")
+    assert "its plan was made with another tokenizer" in line
+
+
+def test_profile_without_a_plan(
+    tmp_path: Path, model_dir: Path, profile_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = Path(shutil.copytree(profile_dir, tmp_path / "profile"))
+    (profile / "plan.json").unlink()
+    line = fail_export(capsys, model_dir, profile, tmp_path / "b")
+    assert "has no plan.json; run kvcompress plan, or give --plan" in line
+
+
+def test_missing_model(
+    tmp_path: Path, profile_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fail_export(capsys, tmp_path / "nowhere", profile_dir, tmp_path / "b")
+    assert f"{tmp_path / 'nowhere'}: no such directory" in line
+    (tmp_path / "empty").mkdir()
+    line = fail_export(capsys, tmp_path / "empty", profile_dir, tmp_path / "b")
+    assert "no config.json in it" in line
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda path: path.unlink(), "its weights cannot be read"),
+        (lambda path: os.truncate(path, 1000), "its weights cannot be read"),
+        (lambda path: drop_tensor(path), "lm_head.weight is not among its weights"),
+    ],
+)
+def test_model_without_all_of_its_weights(
+    damage: Callable[[Path], None],
+    problem: str,
+    tmp_path: Path,
+    model_dir: Path,
+    profile_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    damage(other / "model.safetensors")
+    line = fail_export(capsys, other, profile_dir, tmp_path / "b")
+    assert f"{other}: {problem}" in line
+    assert left_beside(tmp_path / "b") == ["model"]
+
+
+def drop_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors["lm_head.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_quantized_model(tmp_path: Path, exported: Exported, profile_dir: Path) -> None:
+    with pytest.raises(BundleError, match="its weights are quantized already"):
+        export(exported("int8")[0], profile_dir, tmp_path / "b")
+
+
+def test_model_that_is_not_causal(tmp_path: Path, model_dir: Path, profile_dir: Path) -> None:
+    from transformers import ViTConfig
+
+    other = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    ViTConfig().save_pretrained(other)
+    with pytest.raises(UnsupportedModelError, match="not a causal language model"):
+        export(other, profile_dir, tmp_path / "b")
+
+
+def test_fallback_without_atomic_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    out, staged = tmp_path / "out", tmp_path / "staged"
+    for folder, text in ((out, "old"), (staged, "new")):
+        folder.mkdir()
+        (folder / "file").write_text(text)
+    files.put_in_place(staged, out)
+    assert contents(tmp_path) == {"out/file": b"new"}
+
+
+def test_fallback_killed_half_way_is_mended(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    files._old(out).mkdir()
+    (files._old(out) / "file").write_text("old")
+    with files.staging(out):
+        assert (out / "file").read_text() == "old"
+    assert left_beside(out) == []
+
+
+def test_a_living_export_keeps_its_directory(tmp_path: Path) -> None:
+    with files.staging(tmp_path / "out") as first, files.staging(tmp_path / "out") as second:
+        assert first.exists() and second.exists() and first != second
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_manifest_names_every_other_file(exported: Exported) -> None:
+    path = exported("nf4")[0]
+    listed = open_bundle(path).manifest
+    assert set(listed.sizes_bytes) == set(contents(path)) - {manifest.MANIFEST}
+    assert listed.needs == (
+        "torch>=2.9",
+        "transformers>=5.17",
+        "bitsandbytes>=0.46.1",
+        "accelerate>=1.1",
+    )
+    assert listed.base_model.id == "tiny-llama"
