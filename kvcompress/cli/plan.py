@@ -1,0 +1,55 @@
+"""`kvcompress plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcompress.cli.common import JsonOption, console, emit
+
+
+def command(
+    profile: Annotated[Path, typer.Argument(help="Directory that `kvcompress profile` wrote.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")],
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Weights, KV cache and prefill of one layer together, like 8GiB."),
+    ] = None,
+    keep_ratio: Annotated[
+        float | None, typer.Option(help="Share of the bf16 KV bytes to keep, like 0.25.")
+    ] = None,
+    recovery: Annotated[
+        float | None, typer.Option(help="FastGen: least share of attention to keep, like 0.95.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in each row.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows at once.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Solve PROFILE for another target, without measuring again.
+
+    Example:
+
+        kvcompress plan runs/fastgen --keep-ratio 0.25 --context 1024 -o plan.json
+    """
+    from kvcompress.profile import report
+    from kvcompress.profile.options import policy_from_options
+    from kvcompress.profile.solve import solve
+    from kvcompress.profile.store import Profile, write_atomically
+
+    measured = Profile.load(profile)
+    policy = policy_from_options(
+        measured.recipe.policy,
+        memory=memory,
+        keep_ratio=keep_ratio,
+        recovery=recovery,
+        context=context,
+        batch=batch,
+    )
+    plan = solve(measured, policy)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, plan.to_json())
+    console().print(f"plan written to {out}")
+    size = report.planned_size(measured.recipe, policy)
+    emit(report.summary(plan, *size) if json_ else report.table(plan, *size), json_)

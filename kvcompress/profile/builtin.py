@@ -1,0 +1,82 @@
+"""The built-in calibration set: recall documents that end in questions with answers, and text.
+
+Three prompts in four are recall documents, because only a question shows which heads look far back;
+plain text shows the rest. The rows that are measured are the last of each prompt, so questions and
+answers fill at least those.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+from kvcompress.evaluate.tasks import Note, lay_out, recall_notes
+from kvcompress.profile.rows import held_out_rows
+from kvcompress.profile.tokens import opening_ids
+from kvcompress.recipe import Calibration
+
+_WORDS_TO_RECALL = (2, 6, 16)
+_MOST_NOTES = 40
+
+
+def builtin_prompts(calibration: Calibration, tokenizer: Any) -> list[list[int]]:
+    """See the module docstring; every prompt has `calibration.tokens` tokens."""
+    opening = opening_ids(tokenizer)
+    fresh = calibration.tokens - len(opening)
+    filler = calibration_text()
+
+    @lru_cache(100_000)
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    text_ids = encode(filler)
+    prompts = []
+    for number in range(calibration.prompts):
+        rng = random.Random(calibration.seed * 1_000_003 + number)
+        if number % 4 == 3:
+            start = rng.randrange(len(text_ids))
+            ids = [text_ids[(start + i) % len(text_ids)] for i in range(fresh)]
+        else:
+            ids = _recall(rng, filler, fresh, encode)
+        prompts.append(opening + ids)
+    return prompts
+
+
+def calibration_text() -> str:
+    """Ordinary text that shares no line with the demo model's held-out text."""
+    text = files("kvcompress.profile").joinpath("calibration_text.txt")
+    return text.read_text(encoding="utf-8")
+
+
+def _recall(
+    rng: random.Random, filler: str, length: int, encode: Callable[[str], tuple[int, ...]]
+) -> list[int]:
+    """A recall document and its questions, exactly `length` tokens."""
+
+    def count(text: str) -> int:
+        return len(encode(text))
+
+    asked_tokens = max(held_out_rows(length) + 16, int(length * rng.uniform(0.12, 0.25)))
+    context = length - asked_tokens
+    notes = _fitting(rng, int(context * rng.uniform(0.15, 0.7)), count)
+    document, order, _ = lay_out(rng, notes, filler, context, count)
+    ids = list(encode(document))
+    while len(ids) < length:
+        for note in rng.sample(order, len(order)):
+            ids += encode(f"{note.question}{note.answer}\n")
+    return ids[:length]
+
+
+def _fitting(rng: random.Random, room_tokens: int, count: Callable[[str], int]) -> list[Note]:
+    """As many notes as fit into `room_tokens`, at least one."""
+    notes = recall_notes(rng, _MOST_NOTES, rng.choice(_WORDS_TO_RECALL))
+    fitting: list[Note] = []
+    for note in notes:
+        room_tokens -= count(note.line)
+        if room_tokens < 0:
+            break
+        fitting.append(note)
+    return fitting or [min(notes, key=lambda note: count(note.line))]

@@ -1,0 +1,129 @@
+"""What a head may be given: keep-sets times storage, and the order in which one holds the other."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kvcompress.plan import Budget, HeadPlan, KVDtype
+from kvcompress.recipe import FastGenPolicy, Recipe, UniformPolicy
+
+STORAGE: Final[tuple[tuple[KVDtype, KVDtype], ...]] = (
+    ("model", "model"),
+    ("int8", "int8"),
+    ("int8", "int4"),
+    ("int4", "int4"),
+    ("fp8", "fp8"),
+)
+LOCAL_RATIOS: Final = (0.5, 0.25, 0.125, 0.0625, 0.03)
+FREQUENT_RATIOS: Final = (0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625, 0.03)
+LOCAL_SHARE: Final = 0.25  # of a frequent budget, beside it
+_BELOW: Final = {"int4": {"int4"}, "int8": {"int4", "int8"}, "fp8": {"int4", "fp8"}}
+
+
+def fastgen_chain(policy: FastGenPolicy) -> tuple[HeadPlan, ...]:
+    """FastGen's keep-sets in cost order, each holding the one before it; stored as the policy says.
+
+    Source: arXiv 2310.01801, section 3.3. Differs from the paper: all hold sinks and recent tokens.
+    """
+    stored = {"k_dtype": policy.k_dtype, "v_dtype": policy.v_dtype}
+    frequent, local = Budget(ratio=policy.frequent_ratio), Budget(ratio=policy.local_ratio)
+    parts: tuple[dict[str, object], ...] = (
+        {"special": True},
+        {"special": True, "punct": True},
+        {"special": True, "punct": True, "frequent": frequent},
+        {"special": True, "punct": True, "frequent": frequent, "local": local},
+        {"full": True},
+    )
+    return tuple(HeadPlan(**part, **stored) for part in parts)  # type: ignore[arg-type]
+
+
+def fastgen_policy(recipe: Recipe) -> FastGenPolicy:
+    """The recipe's, or the paper's ratios for a recipe with another policy."""
+    policy = recipe.policy
+    return policy if isinstance(policy, FastGenPolicy) else FastGenPolicy(kind="fastgen")
+
+
+def candidates(recipe: Recipe, head_dim: int) -> tuple[HeadPlan, ...]:
+    """Everything that the profile measures for each head, without repeats."""
+    keep_sets = [HeadPlan(full=True)]
+    keep_sets += [HeadPlan(local=Budget(ratio=ratio)) for ratio in LOCAL_RATIOS]
+    for classes in (False, True):
+        keep_sets += [
+            HeadPlan(
+                special=classes,
+                punct=classes,
+                frequent=Budget(ratio=ratio),
+                local=Budget(ratio=ratio * LOCAL_SHARE),
+            )
+            for ratio in FREQUENT_RATIOS
+        ]
+    keep_sets += fastgen_chain(fastgen_policy(recipe))
+    found = [HeadPlan()]
+    for keep_set in keep_sets:
+        found += [with_storage(keep_set, *pair) for pair in STORAGE]
+    if isinstance(recipe.policy, UniformPolicy):
+        found.append(recipe.policy.head)
+    even = head_dim % 2 == 0  # int4 packs two channels into a byte
+    return tuple(dict.fromkeys(h for h in found if even or "int4" not in (h.k_dtype, h.v_dtype)))
+
+
+def with_storage(head: HeadPlan, k_dtype: KVDtype, v_dtype: KVDtype) -> HeadPlan:
+    return head.model_copy(update={"k_dtype": k_dtype, "v_dtype": v_dtype})
+
+
+def keep_set(head: HeadPlan) -> HeadPlan:
+    """`head` without its storage, to compare keep-sets by."""
+    return with_storage(head, "model", "model")
+
+
+def codes_nothing(head: HeadPlan) -> bool:
+    """Whether the head holds sinks and recent tokens alone, so that its storage does not matter."""
+    return not (head.full or head.special or head.punct or head.frequent or head.local)
+
+
+def within(small: HeadPlan, large: HeadPlan) -> bool:
+    """Whether `large` keeps every token of `small`, each in at least as many bits."""
+    if codes_nothing(small):
+        return True
+    bits = _holds(small.k_dtype, large.k_dtype) and _holds(small.v_dtype, large.v_dtype)
+    if large.full or small.full:
+        return bits and large.full
+    return (
+        bits
+        and small.special <= large.special
+        and small.punct <= large.punct
+        and _budget_within(small.frequent, large.frequent)
+        and _budget_within(small.local, large.local)
+    )
+
+
+def _holds(small: KVDtype, large: KVDtype) -> bool:
+    return large == "model" or small in _BELOW[large]
+
+
+def _budget_within(small: Budget | None, large: Budget | None) -> bool:
+    """Conservative: budgets in different units, or with different bounds, are not compared."""
+    if small is None or small == large:
+        return True
+    if large is None:
+        return False
+    if small.tokens is not None and large.tokens is not None:
+        return small.tokens <= large.tokens
+    if small.ratio is not None and large.ratio is not None:
+        bounds = small.min_tokens <= large.min_tokens and small.max_tokens == large.max_tokens
+        return bounds and small.ratio <= large.ratio
+    return False
+
+
+def lower_envelope(losses: Tensor, heads: tuple[HeadPlan, ...]) -> Tensor:
+    """`losses` ``[..., C]`` where no candidate is worse than one that it holds.
+
+    Measured losses nearly follow the order but noise breaks it: rounding can happen to cancel what
+    was dropped. A plan may always store the smaller candidate in the larger one's room.
+    """
+    order = torch.tensor([[within(small, large) for small in heads] for large in heads])
+    held = losses.unsqueeze(-2).expand(*losses.shape[:-1], len(heads), len(heads))
+    return held.masked_fill(~order, torch.inf).amin(-1)

@@ -1,0 +1,82 @@
+"""One prompt, one forward: recovery and loss of every head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.plan import HeadPlan, ModelShape
+from kvcompress.profile.collect import LayerRows, forward, watching_rows
+from kvcompress.profile.losses import LossMeter
+from kvcompress.profile.masks import KeepMasks
+from kvcompress.profile.recovery import head_recovery, kept_mass
+from kvcompress.quant.keystats import KVParams
+from kvcompress.recipe import Keep
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured, the same for every prompt.
+
+    Attributes:
+        chain: FastGen's keep-sets.
+        heads: candidates whose loss is wanted.
+        params: key constants that stored keys are coded with.
+    """
+
+    shape: ModelShape
+    keep: Keep
+    special_ids: tuple[int, ...]
+    punct_ids: tuple[int, ...]
+    chain: tuple[HeadPlan, ...]
+    heads: tuple[HeadPlan, ...]
+    params: KVParams
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """float32, on the CPU.
+
+    Attributes:
+        recovery: ``[L, Hkv, len(chain)]``.
+        loss: ``[L, Hkv, len(heads)]``.
+        shares: ``[2]`` share of special and of punctuation tokens.
+    """
+
+    recovery: Tensor
+    loss: Tensor
+    shares: Tensor
+
+
+def measure_prompt(model: Any, setup: Setup, ids: list[int]) -> PromptResult:
+    tokens = torch.tensor(ids, device=model.device)
+    special = torch.isin(tokens, _ids(setup.special_ids, tokens))
+    punct = torch.isin(tokens, _ids(setup.punct_ids, tokens))
+    recovery: dict[int, Tensor] = {}
+    loss: dict[int, Tensor] = {}
+
+    def observe(rows: LayerRows) -> None:
+        masks = KeepMasks(rows, setup.keep, special, punct)
+        logits = rows.softmax.logits(rows.query, rows.key)
+        attention = logits.masked_fill_(~masks.visible, -torch.inf).softmax(-1)
+        reached = [head_recovery(kept_mass(attention, masks.kept(h))) for h in setup.chain]
+        recovery[rows.layer] = torch.stack(reached, -1).cpu()
+        center = setup.params.k_center[rows.layer]
+        scale = setup.params.k_scale[rows.layer]
+        loss[rows.layer] = LossMeter(rows, center, scale).measure(setup.heads, masks).cpu()
+
+    with watching_rows(model, setup.shape, setup.keep, observe):
+        forward(model, ids)
+    order = range(setup.shape.layers)
+    return PromptResult(
+        torch.stack([recovery[i] for i in order]),
+        torch.stack([loss[i] for i in order]),
+        torch.stack([special.float().mean(), punct.float().mean()]).cpu(),
+    )
+
+
+def _ids(ids: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.tensor(ids, dtype=like.dtype, device=like.device)

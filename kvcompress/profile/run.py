@@ -1,0 +1,240 @@
+"""The profiler: two passes over the prompts, each prompt kept on disk as soon as it is done.
+
+Pass one reads the keys of the first prompts and derives the key constants. Pass two measures
+recovery and losses on all prompts, with the very constants that the bundle will ship.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from kvcompress.errors import CalibrationError
+from kvcompress.fingerprint import tokenizer_hash
+from kvcompress.plan import Plan
+from kvcompress.profile.calibration import data_hash, load_prompts
+from kvcompress.profile.candidates import (
+    candidates,
+    fastgen_chain,
+    fastgen_policy,
+    lower_envelope,
+)
+from kvcompress.profile.keys import LayerRotation, find_rotations, key_moments
+from kvcompress.profile.measure import PromptResult, Setup, measure_prompt
+from kvcompress.profile.progress import (
+    Workplace,
+    result_to_tensors,
+    stats_to_tensors,
+    tensors_to_result,
+    tensors_to_stats,
+)
+from kvcompress.profile.recovery import l1_distance, over_prompts
+from kvcompress.profile.rows import held_out_rows
+from kvcompress.profile.solve import solve
+from kvcompress.profile.source import check_vocabulary, weight_bytes, weights_hash
+from kvcompress.profile.store import (
+    PARAMS_FILE,
+    PLAN_FILE,
+    Profile,
+    Provenance,
+    Table,
+    write_atomically,
+)
+from kvcompress.profile.tokens import punct_ids, special_ids
+from kvcompress.quant.keystats import KeyStats, KVParams, derive
+from kvcompress.recipe import Recipe
+from kvcompress.runtime.families import check, shape_of
+
+KEY_PROMPTS: Final = 8  # moments of 8 k tokens are exact enough: 4 k are, see `keystats`
+SHARE_QUANTILE: Final = 0.95
+Progress = Callable[[int, int], None]  # (finished steps, all steps)
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    out_dir: Path | str,
+    progress: Progress | None = None,
+    name: str | None = None,
+) -> Profile:
+    """Profile `model` into `out_dir`; stopped at any moment, the same call goes on.
+
+    Args:
+        name: what the profile calls the model; None is its own path.
+
+    Raises:
+        UnsupportedModelError: if the runtime cannot serve the model.
+        CalibrationError: if the calibration data cannot be used.
+        ProfileError: if `out_dir` holds a profile by other settings, or something else.
+    """
+    check(model)
+    prompts = load_prompts(recipe.calibration, tokenizer)
+    check_vocabulary(model, tokenizer, prompts)
+    shape = shape_of(model.config, model.dtype)
+    if recipe.calibration.tokens > shape.max_position:
+        raise CalibrationError(
+            f"calibration.tokens is {recipe.calibration.tokens}, the model was made for "
+            f"{shape.max_position} positions; set it to {shape.max_position} or lower"
+        )
+    provenance = _provenance(model, recipe, prompts)
+    place = Workplace(
+        Path(out_dir),
+        {
+            "recipe": recipe.model_dump(mode="json", include={"calibration", "keep", "policy"}),
+            "model": shape.model_dump(mode="json"),
+            "weights": provenance.weights_hash,
+            "calibration data": provenance.data_hash,
+            "tokenizer": tokenizer_hash(tokenizer),
+        },
+    )
+    done = place.finished()
+    if done is not None:
+        place.clear()
+        return done
+    was_training = model.training
+    model.eval()
+    try:
+        steps = _Steps(progress, len(prompts))
+        rotations = find_rotations(model, shape, prompts[0][-1])
+        params = _key_constants(model, shape, rotations, prompts, place, steps)
+        setup = Setup(
+            shape,
+            recipe.keep,
+            special_ids(tokenizer),
+            punct_ids(tokenizer),
+            fastgen_chain(fastgen_policy(recipe)),
+            candidates(recipe, shape.head_dim),
+            params,
+        )
+        results = [_measured(model, setup, i, ids, place, steps) for i, ids in enumerate(prompts)]
+    finally:
+        model.train(was_training)
+    profile = _profile(model, name, recipe, provenance, tokenizer, setup, rotations, results)
+    params.save(place.directory / f".{PARAMS_FILE}")
+    (place.directory / f".{PARAMS_FILE}").replace(place.directory / PARAMS_FILE)
+    profile.save(place.directory)
+    place.clear()
+    return profile
+
+
+def run_and_plan(
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    out_dir: Path | str,
+    progress: Progress | None = None,
+    name: str | None = None,
+) -> Plan:
+    """As `run`, then solve the recipe's own policy and write it beside the profile."""
+    profile = run(model, tokenizer, recipe, out_dir, progress, name)
+    plan = solve(profile)
+    write_atomically(Path(out_dir) / PLAN_FILE, plan.to_json())
+    return plan
+
+
+class _Steps:
+    """Counts finished steps for the caller's progress bar; a measured prompt is worth several."""
+
+    MEASURE: Final = 4
+
+    def __init__(self, progress: Progress | None, prompts: int) -> None:
+        self.progress = progress
+        self.total = min(prompts, KEY_PROMPTS) + prompts * self.MEASURE
+        self.done = 0
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def _key_constants(
+    model: Any,
+    shape: Any,
+    rotations: list[LayerRotation],
+    prompts: list[list[int]],
+    place: Workplace,
+    steps: _Steps,
+) -> KVParams:
+    parts: list[list[KeyStats]] = []
+    for i, ids in enumerate(prompts[:KEY_PROMPTS]):
+        kept = place.kept(f"{i:04d}.keys")
+        stats = tensors_to_stats(kept) if kept else key_moments(model, shape, rotations, ids)
+        if not kept:
+            place.keep(f"{i:04d}.keys", stats_to_tensors(stats))
+        parts.append(stats)
+        steps.add(1)
+    merged = [reduce(KeyStats.merge, layer) for layer in zip(*parts, strict=True)]
+    return derive(merged, [r.rotation for r in rotations], shape.max_position)
+
+
+def _measured(
+    model: Any, setup: Setup, number: int, ids: list[int], place: Workplace, steps: _Steps
+) -> PromptResult:
+    kept = place.kept(f"{number:04d}")
+    result = tensors_to_result(kept) if kept else measure_prompt(model, setup, ids)
+    if not kept:
+        place.keep(f"{number:04d}", result_to_tensors(result))
+    steps.add(_Steps.MEASURE)
+    return result
+
+
+def _profile(
+    model: Any,
+    name: str | None,
+    recipe: Recipe,
+    provenance: Provenance,
+    tokenizer: Any,
+    setup: Setup,
+    rotations: list[LayerRotation],
+    results: list[PromptResult],
+) -> Profile:
+    recovery = over_prompts(torch.stack([r.recovery for r in results]))
+    losses = torch.stack([r.loss for r in results]).mean(0)
+    shares = torch.quantile(torch.stack([r.shares for r in results]), SHARE_QUANTILE, dim=0)
+    return Profile(
+        model=name or model.config.name_or_path or type(model).__name__,
+        shape=setup.shape,
+        recipe=recipe,
+        provenance=provenance,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        weight_bytes=weight_bytes(model),
+        special_ids=setup.special_ids,
+        punct_ids=setup.punct_ids,
+        special_share=float(shares[0]),
+        punct_share=float(shares[1]),
+        rotations=tuple(r.note for r in rotations),
+        chain=setup.chain,
+        recovery=_table(recovery),
+        recovery_l1=_table(l1_distance(recovery)),
+        candidates=setup.heads,
+        losses=_table(lower_envelope(losses, setup.heads)),
+    )
+
+
+def _table(values: Tensor) -> Table:
+    """Nested tuples of six significant digits: more would be noise."""
+    return tuple(
+        tuple(tuple(float(f"{x:.6g}") for x in row) for row in layer) for layer in values.tolist()
+    )
+
+
+def _provenance(model: Any, recipe: Recipe, prompts: list[list[int]]) -> Provenance:
+    return Provenance(
+        data=recipe.calibration.data,
+        data_hash=data_hash(prompts),
+        weights_hash=weights_hash(model),
+        prompts=len(prompts),
+        prompt_tokens=len(prompts[0]),
+        held_out_rows=held_out_rows(len(prompts[0])),
+        device=model.device.type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        versions={"torch": torch.__version__, "transformers": version("transformers")},
+    )

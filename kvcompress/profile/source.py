@@ -1,0 +1,123 @@
+"""The model and tokenizer that a profile is taken of."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kvcompress.errors import CalibrationError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_SAMPLED: Final = 1024  # elements of each tensor that enter `weights_hash`
+
+
+def load_source(model: str, device: str = "auto") -> tuple[Any, Any]:
+    """A causal language model and its tokenizer, from a directory or a hub name.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``auto``, which takes CUDA where there is one.
+
+    Raises:
+        UnsupportedModelError: if there is no such model, or it is not a causal language model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(model)
+    if path.exists() and not (path / "config.json").is_file():
+        raise UnsupportedModelError(f"{model}: no config.json in it; give a model directory")
+    if not path.exists() and (path.is_absolute() or model.count("/") != 1 or model[0] in ".~"):
+        raise UnsupportedModelError(
+            f"{model}: no such directory; give a model directory or a hub name"
+        )
+    config = _attempt(model, "config.json", lambda: AutoConfig.from_pretrained(model))
+    _refuse_unless_causal(model, config)
+    tokenizer = _attempt(model, "tokenizer", lambda: AutoTokenizer.from_pretrained(model))
+    loaded = _attempt(
+        model,
+        "weights",
+        lambda: AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True),
+    )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return loaded.to(device).eval(), tokenizer
+
+
+def _refuse_unless_causal(model: str, config: Any) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{model}: {kind} is an encoder-decoder model; give a decoder-only language model"
+        )
+    saved = config.architectures or []
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if causal is None or (saved and causal.__name__ not in saved):
+        raise UnsupportedModelError(
+            f"{model}: {', '.join(saved) or kind} is not a causal language model; give one that "
+            "generates text"
+        )
+
+
+def _attempt(model: str, what: str, load: Any) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
+        raise UnsupportedModelError(
+            f"{model}: cannot load the {what} ({reason}); give the directory of a complete model"
+        ) from None
+
+
+def check_vocabulary(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+    """Refuse a tokenizer of another model before an index error does.
+
+    Raises:
+        CalibrationError: if a prompt has a token that the model does not embed.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    largest = max(map(max, prompts))
+    if largest >= size:
+        raise CalibrationError(
+            f"the tokenizer has token {largest}, the model embeds {size}: it is another model's; "
+            "give the tokenizer that came with the model"
+        )
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over a sample of every parameter: tells a retrained model from the profiled one."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weight_bytes(model: Any) -> dict[str, int]:
+    """Bytes of the weights in each scheme: linear layers of the decoder in it, the rest in bf16."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linear = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    total = sum(p.numel() for p in model.parameters())
+    inside = sum(w.numel() for w in linear)
+    rows = sum(w.shape[0] for w in linear)
+    blocks = sum(-(-w.numel() // 64) for w in linear)
+    rest = 2 * (total - inside)
+    return {
+        "bf16": 2 * total,
+        "int8": rest + inside + 4 * rows,
+        # a byte for the scale of each block of 64, itself scaled by a float32 per 256 blocks
+        "nf4": rest + -(-inside // 2) + blocks + 4 * -(-blocks // 256),
+    }

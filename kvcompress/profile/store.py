@@ -1,0 +1,151 @@
+"""The profile: what was measured, as a directory that plans are solved from again and again.
+
+profile.json            this value; token ids of classes, but no calibration text
+kv_params.safetensors   key constants, see `kvcompress.quant.keystats`
+plan.json               the plan of the recipe's own policy
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from kvcompress.errors import ProfileError
+from kvcompress.plan import HeadPlan, ModelShape, NonNegativeInt, PositiveInt, StrictModel, explain
+from kvcompress.quant.keystats import KVParams
+from kvcompress.recipe import Recipe
+
+PROFILE_FILE: Final = "profile.json"
+PARAMS_FILE: Final = "kv_params.safetensors"
+PLAN_FILE: Final = "plan.json"
+
+Table = tuple[tuple[tuple[float, ...], ...], ...]  # [layer][KV head][candidate]
+
+
+class Provenance(StrictModel):
+    """Where the numbers come from.
+
+    Attributes:
+        data_hash: sha256 of the token ids of all prompts.
+        weights_hash: sha256 over a sample of every parameter.
+        held_out_rows: rows of each prompt that were measured.
+        versions: of the packages that computed the numbers.
+    """
+
+    data: str
+    data_hash: str
+    weights_hash: str
+    prompts: PositiveInt
+    prompt_tokens: PositiveInt
+    held_out_rows: PositiveInt
+    device: str
+    dtype: str
+    versions: dict[str, str]
+
+
+class Profile(StrictModel):
+    """See the module docstring.
+
+    Attributes:
+        model: path or name that was profiled.
+        weight_bytes: bytes of the model's weights in each scheme.
+        special_share, punct_share: share of the classes, at the prompts with the most of them.
+        rotations: per layer, the rotary embedding that the probe found.
+        chain: FastGen's keep-sets in cost order.
+        recovery: kept attention mass of each keep-set of `chain` at the worst prompts and rows.
+        recovery_l1: ‖A − Â‖₁ at the same prompts and rows.
+        candidates: what the byte planner chooses from.
+        losses: loss of each candidate, see `kvcompress.profile.losses`.
+    """
+
+    schema_version: Literal[1] = 1
+    model: str
+    shape: ModelShape
+    recipe: Recipe
+    provenance: Provenance
+    tokenizer_hash: str
+    weight_bytes: dict[str, NonNegativeInt]
+    special_ids: tuple[NonNegativeInt, ...]
+    punct_ids: tuple[NonNegativeInt, ...]
+    special_share: Annotated[float, Field(ge=0.0, le=1.0)]
+    punct_share: Annotated[float, Field(ge=0.0, le=1.0)]
+    rotations: tuple[str, ...]
+    chain: tuple[HeadPlan, ...]
+    recovery: Table
+    recovery_l1: Table
+    candidates: tuple[HeadPlan, ...]
+    losses: Table
+
+    @model_validator(mode="after")
+    def _tables_fit(self) -> Self:
+        widths = {"recovery": self.chain, "recovery_l1": self.chain, "losses": self.candidates}
+        for name, columns in widths.items():
+            table: Table = getattr(self, name)
+            sizes = {(len(layer), len(row)) for layer in table for row in layer}
+            if len(table) != self.shape.layers or sizes != {(self.shape.kv_heads, len(columns))}:
+                raise ValueError(f"{name} does not cover every layer, KV head and candidate")
+        return self
+
+    def save(self, directory: Path | str) -> None:
+        """Write profile.json; it appears whole or not at all."""
+        write_atomically(Path(directory) / PROFILE_FILE, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Self:
+        """Read a finished profile directory.
+
+        Raises:
+            ProfileError: if it is missing, unfinished, damaged or of a newer version.
+        """
+        directory = Path(directory)
+        path = directory / PROFILE_FILE
+        if not path.is_file():
+            begun = (directory / "prompts").is_dir()
+            what = "unfinished, run the same profile command again" if begun else "no profile there"
+            raise ProfileError(f"{directory}: {what}; give a directory that `profile` has written")
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(f"{path}: cannot read it ({error})") from None
+        except ValidationError as error:
+            raise ProfileError(f"{path}: {explain(error)}; profile again") from None
+
+    def load_params(self, directory: Path | str) -> KVParams:
+        """The key constants beside profile.json.
+
+        Raises:
+            ProfileError: if they are missing, damaged or of another model.
+        """
+        return load_params(directory, self.shape)
+
+
+def load_params(directory: Path | str, shape: ModelShape) -> KVParams:
+    """See `Profile.load_params`."""
+    path = Path(directory) / PARAMS_FILE
+    try:
+        params = KVParams.load(path)
+    except Exception as error:  # safetensors raises a type of its own for a damaged file
+        raise ProfileError(f"{path}: no usable key constants ({error}); profile again") from None
+    want = (shape.kv_heads, shape.head_dim)
+    if len(params.k_center) != shape.layers or any(tuple(c.shape) != want for c in params.k_center):
+        raise ProfileError(f"{path}: key constants of another model; profile again")
+    return params
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write a temporary sibling and rename it over `path`: readers see the old or the new file."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,177 @@
+"""Static constants of the key codec, from key statistics taken before the rotary embedding.
+
+A key is stored as the codes of (k − centre) / scale. Both constants hold for every position, so
+they are derived for the positions 0 … max_position − 1 from the un-rotated mean m and variance:
+constants taken from rotated keys fit only the positions that calibration happened to see.
+
+For a rotary pair (j, j') with frequency ω and m read as the complex number m_j + i·m_j':
+    centre = m · c,  c = mean over p of exp(iωp)
+    scale² = (var_j + var_j') / 2 + |m|² (1 − |c|²) / 2
+so a large bias that the rotation leaves in place goes into the centre, and one that it spreads over
+a circle goes into the scale. The pair shares its scale, which then commutes with the rotation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+Convention = Literal["half-split", "interleaved"]
+SMALLEST_SCALE: Final = 1e-4  # of the layer's median, for channels that never move
+
+
+@dataclass(frozen=True)
+class KVParams:
+    """Key constants of every layer, each ``[Hkv, D]`` float32."""
+
+    k_center: tuple[Tensor, ...]
+    k_scale: tuple[Tensor, ...]
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file with ``layers.{i}.k_center`` and ``layers.{i}.k_scale``."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for i, (center, scale) in enumerate(zip(self.k_center, self.k_scale, strict=True)):
+            tensors[f"layers.{i}.k_center"] = center.detach().cpu().float().contiguous()
+            tensors[f"layers.{i}.k_scale"] = scale.detach().cpu().float().contiguous()
+        save_file(tensors, str(path), metadata={"format": "pt"})
+
+    @staticmethod
+    def load(path: Path | str) -> KVParams:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if layers are missing or a constant is not finite or not positive.
+        """
+        from safetensors.torch import load_file
+
+        tensors = load_file(str(path))
+        layers = len(tensors) // 2
+        wanted = {f"layers.{i}.{name}" for i in range(layers) for name in ("k_center", "k_scale")}
+        if not layers or set(tensors) != wanted:
+            raise ValueError(f"{path}: expected k_center and k_scale of layers 0 to {layers - 1}")
+        params = KVParams(
+            tuple(tensors[f"layers.{i}.k_center"] for i in range(layers)),
+            tuple(tensors[f"layers.{i}.k_scale"] for i in range(layers)),
+        )
+        for i, (center, scale) in enumerate(zip(params.k_center, params.k_scale, strict=True)):
+            if not (center.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
+                raise ValueError(
+                    f"{path}: layer {i} holds constants that are not finite or positive"
+                )
+        return params
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A rotary embedding of the first ``2 · len(inv_freq)`` channels.
+
+    Attributes:
+        inv_freq: ``[rot/2]``, radians per position.
+        convention: ``half-split`` turns channels (j, j + rot/2), ``interleaved`` (2j, 2j + 1).
+    """
+
+    inv_freq: Tensor
+    convention: Convention
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Channel numbers of the first and of the second member of each pair."""
+        half = self.inv_freq.shape[0]
+        index = torch.arange(half)
+        if self.convention == "half-split":
+            return index, index + half
+        return 2 * index, 2 * index + 1
+
+    def turn(self, key: Tensor, position: Tensor, sign: int = 1) -> Tensor:
+        """`key` ``[..., S, D]`` turned by ``sign`` times the angle of `position` ``[S]``.
+
+        In float64 where `key` is: angles of far positions need it.
+        """
+        angle = position.double()[:, None] * self.inv_freq.to(position.device).double() * sign
+        cos, sin = angle.cos().to(key.dtype), angle.sin().to(key.dtype)
+        first, second = (p.to(key.device) for p in self.pairs())
+        a, b = key[..., first], key[..., second]
+        turned = key.clone()
+        turned[..., first] = a * cos - b * sin
+        turned[..., second] = b * cos + a * sin
+        return turned
+
+
+@dataclass(frozen=True)
+class KeyStats:
+    """Moments of one layer's un-rotated keys, float64.
+
+    Attributes:
+        count: tokens seen.
+        mean, var: ``[Hkv, D]``, the population variance.
+    """
+
+    count: int
+    mean: Tensor
+    var: Tensor
+
+    @staticmethod
+    def of(key: Tensor) -> KeyStats:
+        """From keys ``[Hkv, S, D]``."""
+        exact = key.double()
+        var, mean = torch.var_mean(exact, dim=1, correction=0)
+        return KeyStats(key.shape[1], mean.cpu(), var.cpu())
+
+    def merge(self, other: KeyStats) -> KeyStats:
+        """Moments of both samples together (Chan's update, stable for large means)."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        spread = self.var * self.count + other.var * other.count
+        spread = spread + delta**2 * (self.count * other.count / count)
+        return KeyStats(count, mean, spread / count)
+
+
+def derive(stats: list[KeyStats], rotations: list[Rotation | None], max_position: int) -> KVParams:
+    """Constants for positions 0 to ``max_position − 1``; see the module docstring.
+
+    Args:
+        rotations: per layer, None where keys are stored as they leave their projection.
+    """
+    constants = [
+        _constants(layer, rotation, max_position)
+        for layer, rotation in zip(stats, rotations, strict=True)
+    ]
+    return KVParams(tuple(c for c, _ in constants), tuple(s for _, s in constants))
+
+
+def _constants(
+    stats: KeyStats, rotation: Rotation | None, max_position: int
+) -> tuple[Tensor, Tensor]:
+    center, square = stats.mean.clone(), stats.var.clone()
+    if rotation is not None:
+        first, second = rotation.pairs()
+        mean = torch.complex(stats.mean[:, first], stats.mean[:, second])
+        turn = mean_turn(rotation.inv_freq, max_position)
+        stays = mean * turn
+        center[:, first], center[:, second] = stays.real, stays.imag
+        shared = (stats.var[:, first] + stats.var[:, second]) / 2
+        shared = shared + mean.abs() ** 2 * (1 - turn.abs() ** 2).clamp(min=0) / 2
+        square[:, first] = shared
+        square[:, second] = shared
+    scale = square.sqrt()
+    median = float(scale.median())
+    scale = scale.clamp(min=SMALLEST_SCALE * median) if median > 0 else torch.ones_like(scale)
+    return center.float(), scale.float()
+
+
+def mean_turn(inv_freq: Tensor, positions: int) -> Tensor:
+    """Mean of exp(iωp) over p = 0 … positions − 1, complex128: a geometric sum in closed form."""
+    omega = inv_freq.detach().cpu().double()
+    # sin(Nω/2) / (N sin(ω/2)) · exp(iω(N−1)/2), which stays exact where ω is tiny
+    half = torch.sin(omega / 2)
+    ratio = torch.sin(positions * omega / 2) / (positions * half)
+    # where ω is a multiple of 2π every term is 1
+    ratio = torch.where(half.abs() < 1e-15, torch.ones_like(ratio), ratio)
+    angle = omega * (positions - 1) / 2
+    return torch.complex(ratio * angle.cos(), ratio * angle.sin())

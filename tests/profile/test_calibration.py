@@ -1,0 +1,143 @@
+"""Calibration prompts from every kind of source, and what is said when there are none."""
+
+import json
+
+import pytest
+
+from kvcompress.errors import CalibrationError
+from kvcompress.profile.builtin import calibration_text
+from kvcompress.profile.calibration import data_hash, load_prompts
+from kvcompress.profile.rows import held_out_rows
+from kvcompress.profile.tokens import opening_ids, punct_ids, special_ids
+from kvcompress.recipe import Calibration
+
+TEXTS = [f"Line {i} of the calibration text.\n" for i in range(100)]
+
+
+def load(tokenizer, data, **settings):
+    settings = {"prompts": 2, "tokens": 64} | settings
+    return load_prompts(Calibration(data=str(data), **settings), tokenizer)
+
+
+def test_builtin_prompts_end_in_answered_questions(tiny_tokenizer):
+    prompts = load(tiny_tokenizer, "builtin", prompts=8, tokens=1024)
+    assert {len(p) for p in prompts} == {1024} and {p[0] for p in prompts} == {0}
+    texts = [tiny_tokenizer.decode(p[1:]) for p in prompts]
+    for number, text in enumerate(texts):
+        held_out = tiny_tokenizer.decode(prompts[number][-held_out_rows(1024) :])
+        if number % 4 == 3:
+            assert "Ask: " not in text
+            continue
+        assert "Ask: " in held_out
+        document, _, questions = text.partition("Ask: ")
+        for line in f"Ask: {questions}".splitlines()[:-1]:
+            assert line.replace("Ask:", "Note:") in document
+
+
+def test_prompts_follow_the_seed(tiny_tokenizer):
+    first, again, other = (
+        data_hash(load(tiny_tokenizer, "builtin", tokens=512, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_calibration_text_is_not_the_held_out_text(demo_model_dir):
+    held_out = (demo_model_dir / "held_out.txt").read_text().splitlines()
+    lines = {line.strip() for line in held_out if len(line.strip()) > 30}
+    assert not any(line.strip() in lines for line in calibration_text().splitlines())
+
+
+def write(path, texts, column="text"):
+    if path.suffix == ".txt":
+        path.write_text("".join(texts))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({column: t}) + "\n" for t in texts))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({column: texts}), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_files_give_consecutive_pieces_of_their_text(tiny_tokenizer, tmp_path, suffix):
+    prompts = load(tiny_tokenizer, write(tmp_path / f"data{suffix}", TEXTS), prompts=3)
+    assert [len(p) for p in prompts] == [64] * 3
+    pieces = {tiny_tokenizer.decode(p[1:]) for p in prompts}
+    whole = "".join(TEXTS)
+    assert pieces == {whole[:63], whole[63:126], whole[126:189]}
+
+
+def test_a_data_set_is_read_by_its_name(tiny_tokenizer, monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load_dataset(name, **settings):
+        asked.update(settings, name=name)
+        return [{"body": text} for text in TEXTS]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    prompts = load(tiny_tokenizer, "some/set", text_column="body", split="validation")
+    assert len(prompts) == 2
+    assert asked == {"name": "some/set", "split": "validation", "streaming": True}
+
+
+def test_a_data_set_that_cannot_be_loaded(tiny_tokenizer, monkeypatch):
+    import datasets
+
+    def load_dataset(name, **settings):
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = r"some/set: neither a file nor a data set .*\(no network at all\)"
+    with pytest.raises(CalibrationError, match=message):
+        load(tiny_tokenizer, "some/set")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_an_unknown_column_names_those_that_exist(tiny_tokenizer, tmp_path, suffix):
+    path = write(tmp_path / f"data{suffix}", TEXTS, column="body")
+    with pytest.raises(CalibrationError, match="no column 'text'; set .* to one of body"):
+        load(tiny_tokenizer, path)
+
+
+def test_data_that_is_missing_empty_or_too_short(tiny_tokenizer, tmp_path):
+    with pytest.raises(CalibrationError, match=r"gone\.txt: no such file"):
+        load(tiny_tokenizer, tmp_path / "gone.txt")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(CalibrationError, match=r"empty\.txt: empty"):
+        load(tiny_tokenizer, tmp_path / "empty.txt")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(CalibrationError, match=r"empty\.jsonl: empty"):
+        load(tiny_tokenizer, tmp_path / "empty.jsonl")
+    (tmp_path / "short.txt").write_text("x" * 100)
+    message = "100 tokens found, 2 prompts of 64 tokens need 126; .* calibration.prompts to 1"
+    with pytest.raises(CalibrationError, match=message):
+        load(tiny_tokenizer, tmp_path / "short.txt")
+
+
+def test_files_that_cannot_be_read(tiny_tokenizer, tmp_path):
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(CalibrationError, match="must be UTF-8"):
+        load(tiny_tokenizer, tmp_path / "bytes.txt")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(CalibrationError, match="line 2 is not JSON"):
+        load(tiny_tokenizer, tmp_path / "bad.jsonl")
+    (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n')
+    with pytest.raises(CalibrationError, match="text holds int, expected text"):
+        load(tiny_tokenizer, tmp_path / "numbers.jsonl")
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    with pytest.raises(CalibrationError, match="not a readable parquet file"):
+        load(tiny_tokenizer, tmp_path / "bad.parquet")
+    (tmp_path / "data.csv").touch()
+    with pytest.raises(CalibrationError, match="give a file that ends in"):
+        load(tiny_tokenizer, tmp_path / "data.csv")
+
+
+def test_token_classes(tiny_tokenizer):
+    assert special_ids(tiny_tokenizer) == (0, 1, 2)
+    texts = {tiny_tokenizer.decode([i]) for i in punct_ids(tiny_tokenizer)}
+    assert texts == set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+    assert opening_ids(tiny_tokenizer) == [0]
