@@ -1,0 +1,48 @@
+# make demo: set up and run the main job on the shipped model. make test: set up and check everything.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.kvcompress-setup
+
+.PHONY: demo test setup lint format types peak-memory train-demo-model clean
+
+demo: setup
+	$(BIN)/kvcompress demo
+
+test: lint types
+	$(BIN)/python -m pytest
+
+setup: $(STAMP)
+
+# torch goes first and alone, by its exact pin, so that no other package chooses its build.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed: install it or run make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Resident memory of one long generation, compressed cache against DynamicCache.
+peak-memory: setup
+	$(BIN)/python benchmarks/peak_memory.py
+
+# Hours on a CPU, minutes on a GPU; goes on from its last checkpoint when run again.
+MINUTES ?= 100
+DEVICE ?= cpu
+train-demo-model: setup
+	$(BIN)/python tools/train_demo_model.py -o out/demo --minutes $(MINUTES) --device $(DEVICE)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,59 @@
+"""Shrink a language model's weights and its KV cache, per head, and run the result.
+
+    import kvcompress
+
+    model, tokenizer = kvcompress.load("bundle")
+    model.generate(**tokenizer("Note: amber river", return_tensors="pt"))
+
+Names are imported on first use: `import kvcompress` alone loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvcompress.errors import KVCompressError as KVCompressError
+    from kvcompress.plan import Plan as Plan
+    from kvcompress.profile.store import Profile as Profile
+    from kvcompress.recipe import Recipe as Recipe
+    from kvcompress.runtime.cache import CompressedCache as CompressedCache
+    from kvcompress.runtime.hf import attach as attach
+    from kvcompress.runtime.hf import detach as detach
+    from kvcompress.runtime.load import load as load
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CompressedCache": "kvcompress.runtime.cache",
+    "KVCompressError": "kvcompress.errors",
+    "Plan": "kvcompress.plan",
+    "Profile": "kvcompress.profile.store",
+    "Recipe": "kvcompress.recipe",
+    "attach": "kvcompress.runtime.hf",
+    "detach": "kvcompress.runtime.hf",
+    "load": "kvcompress.runtime.load",
+}
+
+__all__ = [
+    "CompressedCache",
+    "KVCompressError",
+    "Plan",
+    "Profile",
+    "Recipe",
+    "__version__",
+    "attach",
+    "detach",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'kvcompress' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

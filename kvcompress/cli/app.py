@@ -1,0 +1,108 @@
+"""The `kvcompress` program: registers the commands and turns a user's errors into one line."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Final, NoReturn
+
+import typer
+
+from kvcompress import __version__
+from kvcompress.cli import demo, export, generate, inspect, plan, profile, verify
+from kvcompress.cli import eval as evaluate
+from kvcompress.cli.common import quiet_libraries
+from kvcompress.errors import KVCompressError
+
+COMMANDS: Final[dict[str, Callable[..., None]]] = {
+    "demo": demo.command,
+    "profile": profile.command,
+    "plan": plan.command,
+    "export": export.command,
+    "inspect": inspect.command,
+    "verify": verify.command,
+    "eval": evaluate.command,
+    "generate": generate.command,
+}
+USER_ERROR: Final = 2
+INTERRUPTED: Final = 130
+GO_ON: Final = {
+    "profile": "finished prompts are kept: run the same command again to go on",
+    "export": "nothing half-made is left: run the same command again",
+}
+
+
+def build() -> typer.Typer:
+    """The program with its commands; nothing heavy is imported until a command runs."""
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name, command in COMMANDS.items():
+        app.command(name)(command)
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command.
+
+    Exits with 0, with 2 and one line on stderr for an error that the user can mend, with 130 when
+    interrupted. Any other exception is a bug of ours and keeps its traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    name = next((word for word in arguments if word in COMMANDS), "")
+    quiet_libraries()
+    try:
+        code = build()(args=arguments, prog_name="kvcompress", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except typer.TyperException as error:
+        see = " ".join(["kvcompress", name, "--help"]).replace("  ", " ")
+        _fail(f"{error.format_message().rstrip('.')}: see {see}")
+    except (KVCompressError, ValueError, OSError) as error:
+        if "--traceback" in arguments:
+            raise
+        _fail(_explain(error))
+    if code == INTERRUPTED:
+        hint = GO_ON.get(name, "run the same command again to start over")
+        print(f"stopped; {hint}", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvcompress {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_version, help="Print the version."),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where in the code a user's error was raised.")
+    ] = False,
+) -> None:
+    """Shrink a language model's weights and its KV cache, per head, and run the result.
+
+    Start with `kvcompress demo`: it profiles, plans, exports, loads and runs the model that ships
+    with the package, offline.
+    """
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        todo = "; free some space and run the same command again"
+        return f"{where}{error.strerror}{todo if error.errno == errno.ENOSPC else ''}"
+    return str(error) or type(error).__name__
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(USER_ERROR)

@@ -1,0 +1,159 @@
+"""What every command shares: where text goes, how a result is printed, how progress is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+PIPE_COLUMNS = 160  # a table that goes to a file or a pipe is not cut to 80 columns
+
+
+def console() -> Console:
+    """Console on stderr: progress and remarks, never results."""
+    return Console(stderr=True, highlight=False)
+
+
+def stdout() -> Console:
+    """Console on stdout: the result of a command."""
+    width = None if sys.stdout.isatty() else PIPE_COLUMNS
+    return Console(highlight=False, markup=False, width=width)
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time that is left, on stderr, only where stderr is a terminal.
+
+    Yields:
+        A function to call with the number of finished steps.
+    """
+    screen = console()
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def emit(value: Any, json_: bool) -> None:
+    """Print a command's result on stdout.
+
+    Args:
+        value: a mapping, a sequence of mappings (a table), a string, or a pydantic model or
+            dataclass of these. Keys that end in ``_bytes`` hold whole bytes and are printed in
+            KiB, MiB or GiB; JSON keeps them as they are.
+        json_: one JSON document in place of tables.
+    """
+    if json_:
+        print(json.dumps(plain(value), indent=2, allow_nan=False))
+    elif hasattr(value, "__rich__") or hasattr(value, "__rich_console__"):
+        stdout().print(value)
+    else:
+        _print(plain(value), stdout())
+
+
+def plain(value: Any) -> Any:
+    """`value` in the types of JSON; a number that JSON lacks (NaN, infinity) becomes None."""
+    if isinstance(value, BaseModel):
+        return plain(value.model_dump(mode="json"))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Sequence | set | frozenset):
+        return [plain(item) for item in value]
+    raise TypeError(f"cannot print a {type(value).__name__}: give mappings, lists, text or numbers")
+
+
+def human_bytes(count_bytes: int) -> str:
+    """``1536`` as ``1.50 KiB``; whole bytes below 1 KiB."""
+    size, unit = float(count_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{count_bytes} B" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def quiet_libraries() -> None:
+    """Keep stderr for our own lines: set before transformers is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _print(value: Any, out: Console, title: str | None = None) -> None:
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        out.print(_rows(value, title))
+    elif isinstance(value, dict):
+        simple = {key: item for key, item in value.items() if not _is_table(item)}
+        if simple:
+            out.print(_pairs(simple, title))
+        for key, item in value.items():
+            if _is_table(item):
+                _print(item, out, key.replace("_", " "))
+    else:
+        out.print(_cell("", value), soft_wrap=True)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict | list) and bool(value) and not _is_flat_list(value)
+
+
+def _is_flat_list(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
+
+
+def _rows(rows: list[dict[str, Any]], title: str | None) -> Table:
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left")
+    for key in keys:
+        numeric = all(isinstance(row.get(key), int | float | None) for row in rows)
+        table.add_column(_heading(key), justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(_cell(key, row.get(key)) for key in keys))
+    return table
+
+
+def _pairs(pairs: dict[str, Any], title: str | None) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    for key, value in pairs.items():
+        table.add_row(_heading(key), _cell(key, value))
+    return table
+
+
+def _heading(key: str) -> str:
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and key.endswith("_bytes"):
+        return human_bytes(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | dict):
+        return json.dumps(value)
+    return str(value)

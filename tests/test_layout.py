@@ -1,0 +1,192 @@
+"""The house rules that a machine can check: import direction, file sizes, public surface."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import kvcompress
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "kvcompress"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 400
+
+# What each part may import, beside itself. Parts are the modules and packages right under
+# kvcompress; a dotted name opens one module of a part. ARCHITECTURE.md draws the same picture.
+VALUES = {"errors", "fingerprint", "plan", "recipe"}
+MAY_IMPORT = {
+    "errors": set(),
+    "fingerprint": set(),
+    "plan": {"errors"},
+    "recipe": {"errors", "plan"},
+    "kernels": {"errors", "plan", "quant.codec"},  # they read codes in place
+    "quant": VALUES,
+    "evict": VALUES,
+    "accounting": VALUES | {"quant.codec"},
+    "profile": VALUES
+    | {"accounting", "evict.scorers", "quant.codec", "quant.keystats"}
+    | {"evaluate.tasks", "evaluate.words", "runtime.families"},
+    "runtime": VALUES | {"accounting", "evict", "kernels", "quant", "bundle"},
+    "bundle": VALUES | {"accounting", "profile.store", "quant", "runtime", "evaluate"},
+    "evaluate": VALUES | {"accounting", "evict", "quant", "runtime", "bundle"},
+    "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant"},
+    "cli": VALUES
+    | {"accounting", "profile", "bundle", "runtime", "evaluate", "demo", "quant.keystats"},
+    "__main__": {"cli"},
+}
+PUBLIC = {
+    "CompressedCache",
+    "KVCompressError",
+    "Plan",
+    "Profile",
+    "Recipe",
+    "__version__",
+    "attach",
+    "detach",
+    "load",
+}
+HOME = {name: home.partition(".")[2] for name, home in kvcompress._HOME.items()}
+# modules of transformers that change from release to release
+TRANSFORMERS_INTERNAL = re.compile(
+    r"transformers\.(masking_utils|modeling_utils|integrations|models)\b"
+)
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """(line, dotted name) of everything that the file imports, inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write imports in full"
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id == "kvcompress":  # a lazy re-export is an import of its home
+                found.append((node.lineno, f"kvcompress.{node.attr}"))
+    return found
+
+
+def breaches(source: str, targets: list[tuple[int, str]]) -> list[str]:
+    """The imports of part `source` that MAY_IMPORT does not allow."""
+    allowed = MAY_IMPORT[source] | {source}
+    wrong = []
+    for line, name in targets:
+        package, _, inner = name.partition(".")
+        inner = HOME.get(inner, inner)
+        if package != "kvcompress" or not inner or inner.startswith("__"):
+            continue
+        if not any(inner == place or inner.startswith(f"{place}.") for place in allowed):
+            wrong.append(f"line {line}: {source} imports {name}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    if path == PACKAGE / "__init__.py":
+        pytest.skip("re-exports lazily, see test_public_surface")
+    assert part_of(path) in MAY_IMPORT, "a new part needs its line in MAY_IMPORT"
+    assert breaches(part_of(path), imports_of(path)) == []
+
+
+def test_the_import_rule_notices_a_breach():
+    bad = [(1, "kvcompress.runtime.cache"), (2, "kvcompress.plan.Plan"), (3, "torch.nn")]
+    assert breaches("quant", bad) == ["line 1: quant imports kvcompress.runtime.cache"]
+    assert breaches("profile", [(4, "kvcompress.quant.codec.encode")]) == []
+    assert breaches("profile", [(4, "kvcompress.quant.weights.nf4")]) != []
+    assert breaches("profile", [(4, "kvcompress.load"), (5, "kvcompress.__version__")]) == [
+        "line 4: profile imports kvcompress.load"
+    ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_names_of_transformers_stay_in_hf_files(path):
+    if path.name == "hf.py":
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    private = [
+        f"line {line}: {name}"
+        for line, name in imports_of(path)
+        if name.startswith("transformers.") and any(p.startswith("_") for p in name.split("."))
+    ]
+    internal = [
+        f"line {line}: {name}"
+        for line, name in imports_of(path)
+        if TRANSFORMERS_INTERNAL.match(name)
+    ]
+    assert private + internal == [], "move it to the hf.py beside this file"
+    assert not any(
+        isinstance(node, ast.Attribute) and node.attr == "_attn_implementation"
+        for node in ast.walk(tree)
+    ), "the attention implementation is set in hf.py"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_small(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines: split it by what it does"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_unpickles(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(
+        r"^\s*(import|from) (pickle|dill|cloudpickle|joblib)\b", text, re.MULTILINE
+    )
+    assert "torch.load(" not in text
+    assert "trust_remote_code=True" not in text
+
+
+def test_every_folder_is_a_package():
+    folders = {path.parent for path in FILES}
+    assert [str(f) for f in sorted(folders) if not (f / "__init__.py").is_file()] == []
+
+
+def test_public_surface():
+    assert set(kvcompress.__all__) == PUBLIC
+    assert sorted(kvcompress.__all__) == dir(kvcompress)
+    for name in PUBLIC:
+        assert getattr(kvcompress, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'Engine'"):
+        kvcompress.Engine  # noqa: B018
+
+
+def test_importing_the_package_or_the_program_loads_nothing_heavy():
+    code = (
+        "import sys, kvcompress, kvcompress.cli.app as app; app.build();"
+        "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_pins_are_exact_where_a_check_depends_on_the_version():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    dev = data["project"]["optional-dependencies"]["dev"]
+    for tool in ("ruff", "mypy"):
+        assert any(re.fullmatch(rf"{tool}==[\d.]+", line) for line in dev)
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert re.search(r"^torch==2\.13\.0$", constraints, re.MULTILINE)
+
+
+def test_documents_name_only_recipes_and_files_that_exist():
+    for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for name in re.findall(r"\brecipes/[a-z0-9-]+\.yaml", text):
+            assert (ROOT / name).is_file(), f"{document} names {name}"
+        for name in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (ROOT / name).exists(), f"{document} links to {name}"
+
+
+def test_architecture_stays_within_two_pages():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
