@@ -1,0 +1,79 @@
+"""`kvcompress eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvcompress.cli.common import JsonOption, emit, progress
+
+if TYPE_CHECKING:
+    from kvcompress.evaluate.compare import Row
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Bundle, model directory or a name on the Hub.")],
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="plan.json, profile or bundle whose plan to measure on the model."),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Of recall, multi_key, hops and count, with commas between.")
+    ] = "recall,multi_key",
+    context: Annotated[int, typer.Option(min=64, help="Tokens of each document.")] = 960,
+    samples: Annotated[int, typer.Option(min=1, help="Questions per task.")] = 24,
+    windows: Annotated[
+        int, typer.Option(min=0, help="Text windows for KL and perplexity; 0 for none.")
+    ] = 8,
+    text: Annotated[
+        Path | None, typer.Option(help="Held-out text; the demo model's by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Rows evaluated together.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    json_: JsonOption = False,
+) -> None:
+    """Measure recall, KL, perplexity and bytes beside the same model with its full cache.
+
+    Example: `kvcompress eval bundle --samples 48 --context 900`
+    """
+    from kvcompress.evaluate.compare import compare
+    from kvcompress.evaluate.suite import make_suite
+    from kvcompress.evaluate.table import breakdown, comparison
+    from kvcompress.evaluate.tasks import HELD_OUT
+
+    loaded, tokenizer, rows = _load(model, plan, device)
+    suite = make_suite(
+        tokenizer,
+        tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+        samples=samples,
+        context_tokens=context,
+        windows=windows,
+        text=text or HELD_OUT,
+        seed=seed,
+        batch_rows=batch,
+    )
+    with progress("evaluating", 1 + len(rows)) as finished:
+        reports = list(compare(loaded, tokenizer, suite, rows, finished))
+    emit(reports if json_ else comparison(reports), json_)
+    if not json_ and suite.samples:
+        emit(breakdown(reports), json_)
+
+
+def _load(model: str, plan: Path | None, device: str) -> tuple[Any, Any, list[Row]]:
+    """The model, its tokenizer, and the plans to measure: a bundle brings its own."""
+    from kvcompress.bundle.read import is_bundle
+    from kvcompress.evaluate.compare import Row, plan_row
+    from kvcompress.profile.source import load_source
+    from kvcompress.runtime.hf import attached
+    from kvcompress.runtime.load import load
+
+    rows = [] if plan is None else [plan_row(plan)]
+    if not is_bundle(model):
+        return *load_source(model, device), rows
+    loaded, tokenizer = load(model, device_map=device)
+    served = attached(loaded)
+    assert served is not None
+    return loaded, tokenizer, [Row(Path(model).name, *served), *rows]
