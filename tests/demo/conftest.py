@@ -1,0 +1,3 @@
+from tests.evaluate.conftest import filler, text_file
+
+__all__ = ["filler", "text_file"]
