@@ -27,6 +27,7 @@ from kvcompress.bundle.verify import check_logits
 from kvcompress.errors import BundleError, ProfileError
 from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Plan
+from kvcompress.profile.source import weights_hash
 from kvcompress.profile.store import PARAMS_FILE, PLAN_FILE, Profile
 from kvcompress.quant.weights import FORMATS
 from kvcompress.quant.weights.base import (
@@ -120,6 +121,7 @@ def export(
     _check_space(target, job)
     with _one_line(target), files.staging(target) as staged:
         note(f"loading {job.source.id} and storing its weights as {job.format.name}")
+        _check_weights(Path(profile), job)
         expected = _write_weights(job, staged, device_map)
         gc.collect()  # the fresh process needs the memory
         note("writing the plan, the model card and the manifest")
@@ -187,6 +189,15 @@ def _check_fit(profile: Path, found: Source, plan: Plan) -> None:
         raise BundleError(
             f"{profile}: its plan was made with another tokenizer than that of {found.location}, "
             "so its special and punctuation ids mean other tokens; profile again"
+        )
+
+
+def _check_weights(profile: Path, job: _Job) -> None:
+    """Refuse another model of the same architecture: its heads do not do what the profile says."""
+    if weights_hash(job.source.load("cpu", dtype="auto")) != job.profile.provenance.weights_hash:
+        raise BundleError(
+            f"{profile}: it profiled other weights than those of {job.source.location}; "
+            "profile this model, or give the profiled one with --model"
         )
 
 

@@ -13,7 +13,7 @@ from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
 from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.attend import Chunk, attend, new_scores
+from kvcompress.runtime.attend import Chunk, attend, new_scores, score_rows
 from kvcompress.runtime.commit import commit
 from kvcompress.runtime.insert import insert
 from kvcompress.runtime.state import LayerSettings, LayerState
@@ -160,12 +160,14 @@ class CompressedLayer(CacheLayerMixin):
     def _attend(self, chunk: Chunk, fast_attention: Any) -> tuple[Tensor, dict[int, Tensor]]:
         state, settings = self.state, self.settings
         assert state is not None
-        first = not any(state.row_seen)
-        if first and settings.plan.score_rows is not None:
-            state.first_vote = chunk.position + max(0, chunk.length - settings.plan.score_rows)
+        first, rows = not any(state.row_seen), settings.plan.score_rows
+        if first and rows is not None:
+            state.first_vote = chunk.position + max(0, chunk.length - rows)
         voting = settings.scorer.uses_attention and any(kind.scored for kind, _ in settings.groups)
-        if first and not voting and chunk.softcap is None:
+        if first and chunk.softcap is None and not voting:
             return fast_attention(), new_scores(state, chunk)
+        if first and chunk.softcap is None and rows is not None:
+            return fast_attention(), score_rows(state, chunk, max(0, chunk.length - rows))
         out, scores = attend(state, chunk)
         return out.transpose(1, 2).contiguous(), scores
 

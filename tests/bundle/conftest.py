@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvcompress.bundle.write import ExportReport, export
 from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Budget, HeadPlan, Plan
+from kvcompress.profile.source import weights_hash
 from kvcompress.profile.store import Profile, Provenance
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Recipe
@@ -81,7 +82,7 @@ def profile_dir(tmp_path_factory: pytest.TempPathFactory, plan: Plan, model_dir:
         provenance=Provenance(
             data="builtin",
             data_hash="0" * 64,
-            weights_hash="0" * 64,
+            weights_hash=weights_hash(LlamaForCausalLM.from_pretrained(model_dir, dtype="auto")),
             prompts=1,
             prompt_tokens=64,
             held_out_rows=8,

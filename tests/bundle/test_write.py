@@ -347,6 +347,17 @@ def test_profile_of_another_model(
     assert "its plan was made for another model than" in line
 
 
+def test_profile_of_other_weights(
+    tmp_path: Path, model_dir: Path, profile_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    line = fail_export(capsys, other, profile_dir, tmp_path / "b")
+    assert "it profiled other weights than those of" in line
+
+
 def test_profile_with_another_tokenizer(
     tmp_path: Path,
     model_dir: Path,
