@@ -5,13 +5,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvcompress-setup
 
-.PHONY: demo test setup lint format types peak-memory train-demo-model clean
+.PHONY: demo test test-slow setup lint format types peak-memory train-demo-model clean
 
 demo: setup
 	$(BIN)/kvcompress demo
 
+# One thread for each of two workers: two threads each would wait for one another on two cores.
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
+# The README's walk-through and the demo's figures on the shipped model: minutes.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 setup: $(STAMP)
 

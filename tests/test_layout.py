@@ -32,7 +32,8 @@ MAY_IMPORT = {
     | {"accounting", "evict.scorers", "quant.codec", "quant.keystats"}
     | {"evaluate.tasks", "evaluate.words", "runtime.families"},
     "runtime": VALUES | {"accounting", "evict", "kernels", "quant", "bundle"},
-    "bundle": VALUES | {"accounting", "profile.store", "quant", "runtime", "evaluate"},
+    "bundle": VALUES
+    | {"accounting", "profile.source", "profile.store", "quant", "runtime", "evaluate"},
     "evaluate": VALUES | {"accounting", "evict", "quant", "runtime", "bundle"},
     "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant"},
     "cli": VALUES

@@ -95,10 +95,16 @@ def human_bytes(count_bytes: int) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep stderr for our own lines: set before transformers is imported."""
+    """Keep stderr for our own lines; best called before transformers is imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if sys.stderr.isatty():
+        return
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
+    if "transformers" in sys.modules:  # it has read the variables already
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def _print(value: Any, out: Console, title: str | None = None) -> None:

@@ -12,7 +12,7 @@ NAMES = [
     "reference, bf16",
     "int8",
     "int4",
-    "FastGen 0.95 int8",
+    "FastGen 0.8 int8",
     "byte plan 1/4 (bundle)",
     "byte plan 1/8",
     "sink+recent int8",
