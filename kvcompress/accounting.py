@@ -11,6 +11,7 @@ Capacities grow in blocks, so bytes move in steps while tokens are generated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from kvcompress.plan import HeadPlan, KVDtype, ModelShape, Plan
@@ -29,7 +30,8 @@ def round_up(value: int, step: int) -> int:
 
 def keeps_scores(head: HeadPlan) -> bool:
     """Whether the head chooses its victims by score; the others drop the oldest, or nothing."""
-    return head.frequent is not None or (keeps_classes(head) and head.local is not None)
+    mixed = head.local is not None or head.cap is not None
+    return head.frequent is not None or (keeps_classes(head) and mixed)
 
 
 def keeps_classes(head: HeadPlan) -> bool:
@@ -48,8 +50,19 @@ def sinks_of(plan: Plan, layer: int) -> int:
     return 0 if plan.model.sliding_windows[layer] is not None else plan.sink_tokens
 
 
+def protected_tokens(spans: Sequence[range], first: int, stop: int) -> int:
+    """How many tokens numbered ``first ≤ i < stop`` lie in one of the (disjoint) `spans`."""
+    return sum(max(0, min(span.stop, stop) - max(span.start, first)) for span in spans)
+
+
 def capacity_tokens(
-    plan: Plan, layer: int, head: HeadPlan, seen_tokens: int, budget_length: int, class_tokens: int
+    plan: Plan,
+    layer: int,
+    head: HeadPlan,
+    seen_tokens: int,
+    budget_length: int,
+    class_tokens: int,
+    spans: Sequence[range] = (),
 ) -> int:
     """Slots of codes that one (row, head) holds.
 
@@ -57,13 +70,19 @@ def capacity_tokens(
         seen_tokens: real tokens of the row so far.
         budget_length: real tokens when the last prompt ended; ratios resolve against it.
         class_tokens: special and punctuation tokens that the head keeps in codes.
+        spans: protected tokens of the row, numbered from its first real token.
     """
     window = plan.model.sliding_windows[layer]
     exact = sinks_of(plan, layer) + plan.recent_tokens
     coded = round_up(max(0, seen_tokens - exact), GROW_TOKENS)
     if not head.full:
         budget = budget_tokens(head, budget_length, plan.recent_tokens)
-        coded = min(coded, budget + class_tokens)
+        budget += class_tokens
+        if head.cap is not None:
+            budget = min(budget, head.cap)
+        left = seen_tokens - plan.recent_tokens
+        budget += protected_tokens(spans, sinks_of(plan, layer), left)
+        coded = min(coded, budget)
     if window is not None:
         coded = min(coded, max(0, window - plan.recent_tokens))
     return coded
@@ -82,7 +101,7 @@ def slot_bytes(head: HeadPlan, shape: ModelShape) -> int:
     """One coded token of one head: K, V, position and, where the head ranks, its score."""
     dim, size = shape.head_dim, shape.model_dtype_bytes
     k = vector_bytes(head.k_dtype, dim, size)
-    v = vector_bytes(head.v_dtype, dim, size, value_groups(head.v_dtype, dim))
+    v = vector_bytes(head.v_dtype, shape.v_dim, size, value_groups(head.v_dtype, shape.v_dim))
     score = SCORE_BYTES if keeps_scores(head) else 0
     return k + v + POSITION_BYTES + score
 
@@ -94,11 +113,12 @@ def row_head_bytes(
     seen_tokens: int,
     budget_length: int,
     class_tokens: int,
+    spans: Sequence[range] = (),
 ) -> int:
     """Bytes of one (row, head); arguments as for `capacity_tokens`."""
     exact = sinks_of(plan, layer) + plan.recent_tokens
-    capacity = capacity_tokens(plan, layer, head, seen_tokens, budget_length, class_tokens)
-    vector = 2 * plan.model.head_dim * plan.model.model_dtype_bytes
+    capacity = capacity_tokens(plan, layer, head, seen_tokens, budget_length, class_tokens, spans)
+    vector = (plan.model.head_dim + plan.model.v_dim) * plan.model.model_dtype_bytes
     scores = SCORE_BYTES * plan.recent_tokens if keeps_scores(head) else 0
     return capacity * slot_bytes(head, plan.model) + exact * vector + scores + INDEX_BYTES
 
@@ -122,13 +142,15 @@ def head_bytes(plan: Plan, layer: int, head: int, context_tokens: int, batch: in
 
 def layer_shared_bytes(plan: Plan, layer: int, batch: int) -> int:
     """What the heads of a layer share: positions and flags of the exact slots, row starts."""
+    if not plan.heads[layer]:
+        return 0
     exact = sinks_of(plan, layer) + plan.recent_tokens
     flags = FLAG_BYTES if any(map(keeps_classes, plan.heads[layer])) else 0
     return batch * (exact * (POSITION_BYTES + flags) + POSITION_BYTES)
 
 
 def layer_bytes(plan: Plan, layer: int, context_tokens: int, batch: int) -> int:
-    heads = range(plan.model.kv_heads)
+    heads = range(len(plan.heads[layer]))
     own = sum(head_bytes(plan, layer, head, context_tokens, batch) for head in heads)
     return own + layer_shared_bytes(plan, layer, batch)
 
@@ -141,18 +163,29 @@ def kv_bytes(plan: Plan, context_tokens: int, batch: int) -> int:
 
 def prefill_bytes(shape: ModelShape, context_tokens: int, batch: int) -> int:
     """Full K and V of the one layer that prefill holds before it is compressed."""
-    vector = shape.head_dim * shape.model_dtype_bytes
-    return 2 * batch * shape.kv_heads * context_tokens * vector
+    vector = (shape.head_dim + shape.v_dim) * shape.model_dtype_bytes
+    return batch * shape.kv_heads * context_tokens * vector
 
 
-def cache_bytes(plan: Plan, seen_tokens: list[int], prompt_tokens: list[int]) -> int:
+def cache_bytes(
+    plan: Plan,
+    seen_tokens: list[int],
+    prompt_tokens: list[int],
+    spans: Sequence[Sequence[range]] | None = None,
+) -> int:
     """Bytes of a cache whose rows have these real lengths now and had those when the prompt ended.
 
     Exact for plans without class tokens, whose number only the text tells.
+
+    Args:
+        spans: protected tokens of each row.
     """
     total = 0
-    for seen, prompt in zip(seen_tokens, prompt_tokens, strict=True):
+    rows = spans or [()] * len(seen_tokens)
+    for seen, prompt, protected in zip(seen_tokens, prompt_tokens, rows, strict=True):
         for layer, heads in enumerate(plan.heads):
             total += layer_shared_bytes(plan, layer, 1)
-            total += sum(row_head_bytes(plan, layer, head, seen, prompt, 0) for head in heads)
+            total += sum(
+                row_head_bytes(plan, layer, head, seen, prompt, 0, protected) for head in heads
+            )
     return total

@@ -22,6 +22,10 @@ from kvcompress.errors import PlanError
 SCHEMA_VERSION: Final = 1
 
 KVDtype = Literal["model", "fp8", "int8", "int4"]
+# what a layer keeps: keys and values of all, of a window or of an aligned block of tokens; one MLA
+# latent; the keys and values of another layer; the recurrent state of linear attention; nothing
+LayerKind = Literal["full", "sliding", "chunked", "latent", "shared", "linear", "none"]
+HOLDS_KV: Final = frozenset({"full", "sliding", "chunked", "latent"})
 ScorerName = Literal["raw", "mean", "lift", "random", "key_norm"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -64,19 +68,26 @@ class Budget(StrictModel):
 
 
 class HeadPlan(StrictModel):
-    """What one KV head keeps, beyond the plan's sinks and recent tokens, and how it stores it."""
+    """What one KV head keeps, beyond the plan's sinks and recent tokens, and how it stores it.
+
+    Attributes:
+        cap: most tokens that the head's parts may hold together, protected spans aside. Beyond it
+            `frequent` tokens go first, then the oldest punctuation, then the oldest local tokens,
+            then the oldest special tokens. None: class tokens always find room.
+    """
 
     full: bool = False
     special: bool = False
     punct: bool = False
     frequent: Budget | None = None
     local: Budget | None = None
+    cap: PositiveInt | None = None
     k_dtype: KVDtype = "int8"
     v_dtype: KVDtype = "int8"
 
     @model_validator(mode="after")
     def _full_is_alone(self) -> Self:
-        if self.full and (self.special or self.punct or self.frequent or self.local):
+        if self.full and (self.special or self.punct or self.frequent or self.local or self.cap):
             raise ValueError("a full head keeps everything: drop its other parts")
         return self
 
@@ -107,7 +118,12 @@ class ModelShape(StrictModel):
 
     Attributes:
         config_hash: sha256 of the architecture's settings, see `runtime.families.config_hash`.
+        kv_heads, head_dim: of the cache; a latent layer has one head, as wide as its latent.
+        value_dim: channels of a value where they differ from the key's, as in latent layers, whose
+            second tensor is the rotated key part. None: `head_dim`.
         sliding_windows: per layer the architecture's own window in tokens, None where it has none.
+        layer_kinds: per layer; empty where every layer is full or sliding.
+        kv_sources: per layer the layer whose keys it reads; empty where each reads its own.
         model_dtype_bytes: bytes of one element of the model's own KV cache.
     """
 
@@ -117,15 +133,47 @@ class ModelShape(StrictModel):
     query_heads: PositiveInt
     kv_heads: PositiveInt
     head_dim: PositiveInt
+    value_dim: PositiveInt | None = None
     sliding_windows: tuple[PositiveInt | None, ...]
+    layer_kinds: tuple[LayerKind, ...] = ()
+    kv_sources: tuple[NonNegativeInt, ...] = ()
     model_dtype_bytes: PositiveInt = 2
     max_position: PositiveInt
 
+    @model_validator(mode="after")
+    def _one_entry_per_layer(self) -> Self:
+        for name in ("sliding_windows", "layer_kinds", "kv_sources"):
+            count = len(getattr(self, name))
+            if count != self.layers and (count or name == "sliding_windows"):
+                raise ValueError(f"{name} needs one entry for each of {self.layers} layers")
+        return self
+
+    @property
+    def v_dim(self) -> int:
+        """Channels of one value."""
+        return self.value_dim or self.head_dim
+
+    def kind(self, layer: int) -> LayerKind:
+        if self.layer_kinds:
+            return self.layer_kinds[layer]
+        return "full" if self.sliding_windows[layer] is None else "sliding"
+
+    def heads_of(self, layer: int) -> int:
+        """KV heads that the layer itself stores: none where it shares or keeps a state."""
+        return self.kv_heads if self.kind(layer) in HOLDS_KV else 0
+
+    def readers(self, layer: int) -> tuple[int, ...]:
+        """Layers that read this layer's keys, itself first."""
+        others = (i for i, source in enumerate(self.kv_sources) if source == layer and i != layer)
+        return (layer, *others)
+
     def bf16_kv_bytes(self, context_tokens: int, batch: int) -> int:
         """Bytes of the uncompressed cache of a 16-bit model, the unit of every ratio we print."""
-        per_token = 2 * self.kv_heads * self.head_dim * 2
-        held = (min(context_tokens, w or context_tokens) for w in self.sliding_windows)
-        return batch * per_token * sum(held)
+        held = (
+            self.heads_of(layer) * min(context_tokens, window or context_tokens)
+            for layer, window in enumerate(self.sliding_windows)
+        )
+        return batch * (self.head_dim + self.v_dim) * 2 * sum(held)
 
 
 class Plan(StrictModel):
@@ -137,6 +185,11 @@ class Plan(StrictModel):
         score_rows: only the last so many prompt rows vote at prefill; None is all of them.
         special_ids, punct_ids: token ids of the two classes, bound to `tokenizer_hash`.
         max_position: last position for which the key constants were derived.
+        positions: ``original`` keeps the position that each token had; ``relative`` numbers the
+            kept tokens of a head anew at every step, so that contexts beyond the trained length
+            never show the model a distance that it was not trained on (StreamingLLM, section 3.2).
+        turn_tokens: coded tokens that every turn of a conversation keeps in each head before its
+            other tokens compete with later turns.
         target: one line that says what the plan was solved for.
         predicted_loss: sum over heads of the profile's loss, None for a plan written by hand.
     """
@@ -154,6 +207,8 @@ class Plan(StrictModel):
     punct_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     tokenizer_hash: str | None = None
     max_position: PositiveInt
+    positions: Literal["original", "relative"] = "original"
+    turn_tokens: NonNegativeInt = 0
     target: str = "by hand"
     predicted_loss: float | None = None
 
@@ -163,12 +218,11 @@ class Plan(StrictModel):
         if len(self.heads) != shape.layers:
             raise ValueError(f"{len(self.heads)} layers of heads, the model has {shape.layers}")
         for index, layer in enumerate(self.heads):
-            if len(layer) != shape.kv_heads:
+            if len(layer) != shape.heads_of(index):
                 raise ValueError(
-                    f"heads[{index}] has {len(layer)} heads, the model {shape.kv_heads} KV heads"
+                    f"heads[{index}] has {len(layer)} heads, the model stores "
+                    f"{shape.heads_of(index)} KV heads in that layer ({shape.kind(index)})"
                 )
-        if len(shape.sliding_windows) != shape.layers:
-            raise ValueError(f"sliding_windows needs one entry for each of {shape.layers} layers")
         return self
 
     def to_json(self) -> str:
@@ -203,9 +257,9 @@ class Plan(StrictModel):
 
 def uniform(shape: ModelShape, head: HeadPlan, **settings: object) -> Plan:
     """The same `head` everywhere; `settings` are further fields of `Plan`."""
-    row = (head,) * shape.kv_heads
+    rows = tuple((head,) * shape.heads_of(layer) for layer in range(shape.layers))
     settings.setdefault("max_position", shape.max_position)
-    return Plan(model=shape, heads=(row,) * shape.layers, **settings)  # type: ignore[arg-type]
+    return Plan(model=shape, heads=rows, **settings)  # type: ignore[arg-type]
 
 
 def explain(error: ValidationError) -> str:

@@ -50,7 +50,7 @@ class CompressedLayer(CacheLayerMixin):
                 f"from keys {tuple(key_states.shape)}; such models are not built yet"
             )
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.state = LayerState.empty(self.settings, key_states)
+        self.state = LayerState.empty(self.settings, key_states, value_states)
         self.keys = self.values = key_states.new_zeros(0)
         self.is_initialized = True
 

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.plan import ModelShape
+from kvcompress.plan import LayerKind, ModelShape
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,13 @@ _FOREIGN: Final = (
     "_name_or_path architectures attn_implementation dtype id2label kvcompress label2id "
     "quantization_config torch_dtype transformers_version use_cache"
 ).split()
-_PLAIN_LAYERS: Final = {"full_attention", "sliding_attention"}
+# transformers' own cache layer classes, by name, and what they tell of a model's layer
+_KIND_OF: Final[dict[str, LayerKind]] = {
+    "DynamicLayer": "full",
+    "DynamicSlidingWindowLayer": "sliding",
+    "LinearAttentionLayer": "linear",
+    "DummyLayer": "none",
+}
 
 
 def config_hash(config: PretrainedConfig) -> str:
@@ -40,6 +46,15 @@ def shape_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Mode
     query_heads: int = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or query_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
+    value_dim = None
+    kinds, windows = _layers(text, layers)
+    sources = _kv_sources(text, layers)
+    kinds = ["shared" if source != layer else kinds[layer] for layer, source in enumerate(sources)]
+    latent = getattr(text, "kv_lora_rank", None)
+    if latent is not None:
+        kinds = ["latent" if kind == "full" else kind for kind in kinds]
+        kv_heads, head_dim, value_dim = 1, latent, text.qk_rope_head_dim
+    plain = set(kinds) <= {"full", "sliding"}
     return ModelShape(
         model_type=text.model_type,
         config_hash=config_hash(config),
@@ -47,19 +62,53 @@ def shape_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Mode
         query_heads=query_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        sliding_windows=tuple(_sliding_windows(config, layers)),
+        value_dim=value_dim,
+        sliding_windows=tuple(windows),
+        layer_kinds=() if plain else tuple(kinds),
+        kv_sources=tuple(sources) if sources != list(range(layers)) else (),
         model_dtype_bytes=2 if dtype is None else dtype.itemsize,
         max_position=getattr(text, "max_position_embeddings", None) or 2048,
     )
 
 
-def _sliding_windows(config: PretrainedConfig, layers: int) -> list[int | None]:
-    """The window of each layer as transformers' own cache sees it."""
+def _layers(text: PretrainedConfig, layers: int) -> tuple[list[LayerKind], list[int | None]]:
+    """Kind and window of each layer, as transformers' own cache sees them."""
     from transformers import DynamicCache
 
-    own = DynamicCache(config=config).layers
-    windows = [getattr(layer, "sliding_window", None) for layer in own[:layers]]
-    return windows if len(windows) == layers else [None] * layers
+    own = DynamicCache(config=text).layers
+    types = list(getattr(text, "layer_types", None) or [])
+    kinds: list[LayerKind] = []
+    windows: list[int | None] = []
+    for index in range(layers):
+        if index >= len(own):  # transformers before 5.18 has no entry where a layer stores nothing
+            name, window = ("DynamicLayer" if not own else "DummyLayer"), None
+        else:
+            name, window = type(own[index]).__name__, getattr(own[index], "sliding_window", None)
+        declared = types[index] if index < len(types) else None
+        if name not in _KIND_OF:
+            raise UnsupportedModelError(
+                f"{text.model_type}: layer {index} is {declared or name}, whose cache is not plain "
+                "keys and values; evicting from it would change which tokens it selects"
+            )
+        kind = "none" if declared in ("mlp", "moe") else _KIND_OF[name]
+        chunked = declared == "chunked_attention" or (
+            declared is None and kind == "sliding" and getattr(text, "sliding_window", None) is None
+        )
+        kinds.append("chunked" if kind == "sliding" and chunked else kind)
+        windows.append(window)
+    return kinds, windows
+
+
+def _kv_sources(text: PretrainedConfig, layers: int) -> list[int]:
+    """Per layer the layer whose keys it attends over: its own, or the last of its type before
+    the layers that share (Gemma 3n, arXiv 2405.12981)."""
+    shared = getattr(text, "num_kv_shared_layers", 0) or 0
+    types = list(getattr(text, "layer_types", None) or ["full_attention"] * layers)
+    own = layers - shared
+    return [
+        layer if layer < own else max(i for i in range(own) if types[i] == types[layer])
+        for layer in range(layers)
+    ]
 
 
 def _refuse_by_config(config: PretrainedConfig, text: PretrainedConfig) -> None:
@@ -73,13 +122,6 @@ def _refuse_by_config(config: PretrainedConfig, text: PretrainedConfig) -> None:
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         if getattr(text, name, None) is None:
             refuse(f"the configuration has no {name}; only attention decoders can be compressed")
-    if getattr(text, "kv_lora_rank", None) is not None:
-        refuse("it caches MLA latents, not keys and values; latent storage is not built yet")
-    if getattr(text, "num_kv_shared_layers", 0):
-        refuse("layers share one cache entry; shared storage is not built yet")
-    kinds = set(getattr(text, "layer_types", None) or ()) - _PLAIN_LAYERS
-    if kinds:
-        refuse(f"layers of type {', '.join(sorted(kinds))} are not plain attention; not built yet")
 
 
 def check(model: PreTrainedModel) -> None:
@@ -97,9 +139,6 @@ def check(model: PreTrainedModel) -> None:
             f"{name}: its attention bypasses transformers' attention interface, so the compressed "
             "cache would never be read and the output would be wrong"
         )
-    unknown = [n for n, _ in model.named_parameters() if n.endswith(".sinks")]
-    if unknown:
-        raise UnsupportedModelError(f"{name}: learned attention sinks are not built yet")
 
 
 def _uses_attention_interface(model: Any) -> bool:

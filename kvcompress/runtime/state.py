@@ -106,17 +106,17 @@ class LayerState:
     first_vote: int = 0
 
     @staticmethod
-    def empty(settings: LayerSettings, key: Tensor) -> LayerState:
-        """For keys like `key` ``[B, Hkv, T, D]``."""
+    def empty(settings: LayerSettings, key: Tensor, value: Tensor) -> LayerState:
+        """For keys like `key` ``[B, Hkv, T, D]`` and values ``[B, Hkv, T, Dv]``."""
         batch, heads, _, dim = key.shape
         device, exact = key.device, settings.exact_tokens
-
-        def vectors() -> Tensor:
-            return key.new_zeros(batch, heads, exact, dim)
+        value_dim = value.shape[-1]
 
         groups = []
         for kind, members in settings.groups:
-            store = SegmentStore(kind, dim, key.dtype, device, [[0] * len(members)] * batch)
+            store = SegmentStore(
+                kind, dim, value_dim, key.dtype, device, [[0] * len(members)] * batch
+            )
             plans = [settings.heads[h] for h in members]
             scores = torch.zeros(batch, len(members), settings.recent_tokens, device=device)
             groups.append(
@@ -133,8 +133,8 @@ class LayerState:
         flags = torch.zeros(batch, exact, dtype=torch.uint8, device=device)
         return LayerState(
             settings,
-            vectors(),
-            vectors(),
+            key.new_zeros(batch, heads, exact, dim),
+            key.new_zeros(batch, heads, exact, value_dim),
             position,
             flags if settings.uses_classes else None,
             torch.full((batch,), EMPTY, dtype=torch.int32, device=device),

@@ -82,6 +82,7 @@ class SegmentStore:
 
     kind: StorageKind
     head_dim: int
+    value_dim: int
     model_dtype: torch.dtype
     device: torch.device
     capacities: list[list[int]] = field(default_factory=list)
@@ -105,14 +106,14 @@ class SegmentStore:
         index = torch.tensor(order, dtype=torch.int64).reshape(-1, 2)
         self.batch_index = index[:, 0].contiguous().to(self.device)
         self.head_index = index[:, 1].contiguous().to(self.device)
-        self.keys = self._empty_codes(self.kind.k_dtype, total, 1)
-        groups = value_groups(self.kind.v_dtype, self.head_dim)
-        self.values = self._empty_codes(self.kind.v_dtype, total, groups)
+        self.keys = self._empty_codes(self.kind.k_dtype, total, self.head_dim, 1)
+        groups = value_groups(self.kind.v_dtype, self.value_dim)
+        self.values = self._empty_codes(self.kind.v_dtype, total, self.value_dim, groups)
         self.position = torch.full((total,), EMPTY, dtype=torch.int32, device=self.device)
         self.score = torch.zeros(total, device=self.device) if self.kind.scored else None
 
-    def _empty_codes(self, dtype: KVDtype, slots: int, groups: int) -> Codes:
-        row = row_elements(dtype, self.head_dim)
+    def _empty_codes(self, dtype: KVDtype, slots: int, dim: int, groups: int) -> Codes:
+        row = row_elements(dtype, dim)
         element = row_torch_dtype(dtype, self.model_dtype)
         data = torch.zeros(slots, row, dtype=element, device=self.device)
         if dtype == "model":
@@ -231,7 +232,7 @@ class SegmentStore:
             part = slice(low, min(slots.shape[0], low + _ENCODE_ROWS))
             k, v = rows_of(part)
             self._put(self.keys, encode(k, self.kind.k_dtype), slots[part])
-            groups = value_groups(self.kind.v_dtype, self.head_dim)
+            groups = value_groups(self.kind.v_dtype, self.value_dim)
             self._put(self.values, encode(v, self.kind.v_dtype, groups), slots[part])
         self.position[slots] = position.to(torch.int32)
         if self.score is not None:
