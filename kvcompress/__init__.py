@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvcompress.runtime.cache import CompressedCache as CompressedCache
     from kvcompress.runtime.hf import attach as attach
     from kvcompress.runtime.hf import detach as detach
+    from kvcompress.runtime.hf import new_cache as new_cache
     from kvcompress.runtime.load import load as load
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _HOME = {
     "attach": "kvcompress.runtime.hf",
     "detach": "kvcompress.runtime.hf",
     "load": "kvcompress.runtime.load",
+    "new_cache": "kvcompress.runtime.hf",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "attach",
     "detach",
     "load",
+    "new_cache",
 ]
 
 

@@ -27,3 +27,7 @@ class BundleError(KVCompressError):
 
 class UnsupportedModelError(KVCompressError):
     """A model whose attention this runtime cannot compress correctly."""
+
+
+class PositionRangeWarning(UserWarning):
+    """A token's position is beyond what the plan's key constants were derived for."""

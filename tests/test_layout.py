@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "accounting": VALUES | {"quant.codec"},
     "profile": VALUES
     | {"accounting", "evict.scorers", "quant.codec", "quant.keystats"}
-    | {"evaluate.tasks", "evaluate.words", "runtime.families"},
+    | {"evaluate.tasks", "evaluate.words", "runtime.families", "runtime.hf", "runtime.rotation"},
     "runtime": VALUES | {"accounting", "evict", "kernels", "quant", "bundle"},
     "bundle": VALUES
     | {"accounting", "profile.source", "profile.store", "quant", "runtime", "evaluate"},
@@ -50,6 +50,7 @@ PUBLIC = {
     "attach",
     "detach",
     "load",
+    "new_cache",
 }
 HOME = {name: home.partition(".")[2] for name, home in kvcompress._HOME.items()}
 # modules of transformers that change from release to release

@@ -112,7 +112,7 @@ def _skeleton(location: str, config: PretrainedConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from kvcompress.runtime.families import check
+    from kvcompress.runtime.hf import check
 
     try:
         with torch.device("meta"):

@@ -1,10 +1,13 @@
 """The keep rule: one number per token and head, larger is kept.
 
-    class tokens (special, punctuation)   +inf, never dropped
-    tokens inside the local window        above every score, newer first
+    protected spans                       +inf, never dropped
+    special tokens                        newer first
+    tokens inside the local window        newer first
+    punctuation                           newer first
     the rest                              by score in a head with a `frequent` budget, else by age
     tokens that may not be kept           −inf
-A head keeps its best `capacity` tokens, so room that one part leaves unused goes to the next.
+A token of several classes has the highest. A head keeps its best `capacity` tokens, so room that
+one part leaves unused goes to the next; without a cap its capacity has room for every class token.
 """
 
 from __future__ import annotations
@@ -20,9 +23,13 @@ from kvcompress.plan import HeadPlan
 
 SPECIAL_FLAG: Final = 1
 PUNCT_FLAG: Final = 2
-_LOCAL: Final = (
-    2.0**66
-)  # times a float32 in [1, 2): exact for positions below 2**23, above any score
+# Score of a class token, above what any scorer gives; adding attention to it changes nothing.
+SPECIAL_SCORE: Final = 2.0**120
+PUNCT_SCORE: Final = 2.0**110
+# Ranks: a tier times a float32 in [1, 2), exact for positions below 2**23, above any score.
+_SPECIAL: Final = 2.0**100
+_LOCAL: Final = 2.0**66
+_PUNCT: Final = 2.0**40
 
 
 def class_mask(head: HeadPlan) -> int:
@@ -54,6 +61,13 @@ class HeadRules:
         )
 
 
+def class_score(classes: Tensor, flags: Tensor, score: Tensor) -> Tensor:
+    """`score`, raised to its class where a head with the class bits `classes` keeps the token."""
+    kept = flags & classes
+    score = score.masked_fill((kept & PUNCT_FLAG) != 0, PUNCT_SCORE)
+    return score.masked_fill((kept & SPECIAL_FLAG) != 0, SPECIAL_SCORE)
+
+
 def priority(
     rules: HeadRules,
     scorer: Scorer,
@@ -61,9 +75,10 @@ def priority(
     window_tokens: Tensor,
     position: Tensor,
     score: Tensor | None,
-    protected: Tensor,
     votes: Tensor,
-    now: int,
+    now: int | Tensor,
+    in_class: Tensor | None = None,
+    pinned: Tensor | None = None,
 ) -> Tensor:
     """float32 priority of tokens.
 
@@ -71,16 +86,57 @@ def priority(
         head: index into `rules`, broadcastable to `position`.
         window_tokens: newest tokens that count as local in the token's row and head, broadcastable.
         position: int, −1 for an empty slot, which gets −inf.
-        score: float32, or None in a group of heads that never ranks by score.
-        protected: bool, token is of a class that its head keeps.
+        score: float32 as `class_score` leaves it, or None in a group of heads that never ranks:
+            it drops the oldest, or keeps class tokens alone, all of them.
         votes: number of query rows that saw the token.
         now: newest position.
+        in_class: bool, where `score` is None: token is of a class that its head keeps.
+        pinned: bool, token is in a protected span; None if none is.
     """
+    recency = 1.0 + position.float() * 2.0**-23
     rest = position.float()
     if score is not None:
-        rest = torch.where(rules.by_score[head], scorer.rank(score, votes), rest)
-    local = _LOCAL * (1.0 + position.float() * 2.0**-23)
-    value = torch.where(position > now - window_tokens, local, rest)
+        plain = score.masked_fill(score >= PUNCT_SCORE / 2, 0.0)
+        rest = torch.where(rules.by_score[head], scorer.rank(plain, votes), rest)
+    value = torch.where(position > now - window_tokens, _LOCAL * recency, rest)
     value = torch.where(rules.keeps_rest[head], value, -torch.inf)
-    value = torch.where(protected, torch.inf, value)
+    if score is not None:
+        punct = (score >= PUNCT_SCORE / 2) & (score < SPECIAL_SCORE / 2)
+        value = torch.where(punct, torch.maximum(value, _PUNCT * recency), value)
+        value = torch.where(score >= SPECIAL_SCORE / 2, _SPECIAL * recency, value)
+    elif in_class is not None:
+        value = torch.where(in_class, _SPECIAL * recency, value)
+    if pinned is not None:
+        value = torch.where(pinned, torch.inf, value)
     return torch.where(position < 0, -torch.inf, value)
+
+
+def turn_quota(
+    rank: Tensor, segment: Tensor, turn: Tensor, quota: Tensor, pinned: Tensor | None
+) -> Tensor:
+    """Tier of each token: 2 protected, 1 among the best `quota` of its turn, 0 the rest.
+
+    Args:
+        rank: ``[N]`` priorities; −inf has tier 0.
+        segment, turn: ``[N]`` int64.
+        quota: ``[N]`` tokens that each turn keeps in the token's segment.
+    """
+    free = torch.ones_like(rank, dtype=torch.bool) if pinned is None else ~pinned
+    order = rank.argsort(descending=True, stable=True)
+    for key in (turn, segment, ~free):
+        order = order[key[order].int().argsort(stable=True)]
+    place = place_in_run(torch.stack([segment, turn, (~free).long()], 1)[order])
+    tier = torch.empty_like(segment)
+    tier[order] = (place < quota[order]).long()
+    tier = tier.masked_fill(~free, 2)
+    return tier.masked_fill(rank == -torch.inf, 0)
+
+
+def place_in_run(keys: Tensor) -> Tensor:
+    """Running index inside each run of equal rows of ``[N]`` or ``[N, K]``, sorted."""
+    if not len(keys):
+        return keys.reshape(-1).long()
+    _, counts = keys.unique_consecutive(return_counts=True, dim=0)
+    first = counts.cumsum(0) - counts
+    index = torch.arange(len(keys), device=keys.device)
+    return index - first.repeat_interleave(counts)

@@ -49,7 +49,8 @@ from kvcompress.profile.store import (
 from kvcompress.profile.tokens import punct_ids, special_ids
 from kvcompress.quant.keystats import KeyStats, KVParams, derive
 from kvcompress.recipe import Recipe
-from kvcompress.runtime.families import check, shape_of
+from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.hf import check
 
 KEY_PROMPTS: Final = 8  # moments of 8 k tokens are exact enough: 4 k are, see `keystats`
 SHARE_QUANTILE: Final = 0.95

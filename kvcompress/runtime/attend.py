@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,23 +12,25 @@ from kvcompress.kernels.decode_combine.reference import Combiner
 from kvcompress.kernels.decode_split.reference import Partial, decode_split
 from kvcompress.quant.codec import Codes
 from kvcompress.runtime.state import Group, LayerState
-from kvcompress.runtime.store import Bucket
+from kvcompress.runtime.store import EMPTY, Bucket
 
-QUERY_BLOCK: int = 128  # rows of queries at a time: memory is O(block · keys), never O(T · keys)
+QUERY_BLOCK: Final = 128  # rows of queries at a time: memory is O(block · keys), never O(T · keys)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens that arrive together in one forward.
+    """Tokens that arrive together in one forward, behind any that are still held uncompressed.
 
     Attributes:
-        query: ``[B, Hq, T, D]``.
-        key, value: ``[B, Hkv, T, D]``.
-        position: position of the chunk's first token, pads counted.
-        mask: ``[B, 1, T, T]`` bool, True where a query may see a key of the chunk; None is causal.
-        valid: ``[B, T]`` bool, False for padding; None if there is none.
-        flags: ``[B, T]`` uint8 class flags, or None.
+        query: ``[B, Hq, T, D]``, the queries of this forward.
+        key, value: ``[B, Hkv, P + T, D]``, first those of the P held tokens.
+        position: position of the first query, pads counted.
+        mask: ``[B, 1, T, T]`` bool, True where a query may see a key of this forward; None is what
+            the architecture lets it see.
+        valid: ``[B, P + T]`` bool, False for padding; None if there is none.
+        flags: ``[B, P + T]`` uint8 class flags, or None.
         scaling, softcap: of the softmax.
+        sinks: ``[Hq]`` learned logits that join every softmax without a value, or None.
     """
 
     query: Tensor
@@ -39,51 +42,78 @@ class Chunk:
     flags: Tensor | None
     scaling: float
     softcap: float | None
+    sinks: Tensor | None = None
 
     @property
     def length(self) -> int:
+        """Queries, T."""
         return self.query.shape[2]
 
+    @property
+    def held(self) -> int:
+        """Held tokens, P."""
+        return self.key.shape[2] - self.query.shape[2]
 
-def attend(state: LayerState, chunk: Chunk) -> tuple[Tensor, dict[int, Tensor]]:
-    """Exact attention of the chunk over [what is stored ; the chunk].
+    @property
+    def first(self) -> int:
+        """Position of the first key."""
+        return self.position - self.held
 
-    Scores of stored and recent tokens are raised in place.
+    def tokens(self, low: int, high: int) -> Chunk:
+        """Queries `low` to `high` alone, with their own keys; for a chunk without held tokens."""
+        assert not self.held
+        part = slice(low, high)
+        return Chunk(
+            self.query[:, :, part],
+            self.key[:, :, part],
+            self.value[:, :, part],
+            self.position + low,
+            None if self.mask is None else self.mask[:, :, part, part],
+            None if self.valid is None else self.valid[:, part],
+            None if self.flags is None else self.flags[:, part],
+            self.scaling,
+            self.softcap,
+            self.sinks,
+        )
+
+
+def attend(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> Tensor:
+    """Exact attention of the chunk over [what is stored ; held tokens ; the chunk].
+
+    Scores of stored and recent tokens, and `scores` of the chunk's keys, are raised in place.
+
+    Args:
+        scores: for each scored group (by its index) ``[B, Hg, P + T]``, see `new_scores`.
 
     Returns:
-        The output ``[B, Hq, T, D]`` in the query's dtype, and for each scored group (by its index)
-        the chunk's own score ``[B, Hg, T]``.
+        The output ``[B, Hq, T, D]`` in the query's dtype.
     """
     batch, q_heads, length, _ = chunk.query.shape
     heads = chunk.key.shape[1]
     out = chunk.query.new_empty(batch, q_heads, length, chunk.value.shape[-1])
-    scores = new_scores(state, chunk)
     for low in range(0, length, QUERY_BLOCK):
         rows = slice(low, min(length, low + QUERY_BLOCK))
         block = _attend_rows(state, chunk, rows, scores)
         out[:, :, rows] = block.reshape(
             batch, heads, -1, rows.stop - rows.start, block.shape[-1]
         ).flatten(1, 2)
-    return out, scores
+    return out
 
 
-def score_rows(state: LayerState, chunk: Chunk, first: int) -> dict[int, Tensor]:
+def score_rows(state: LayerState, chunk: Chunk, scores: dict[int, Tensor], first: int) -> None:
     """Only the scores of `attend`, from the chunk's rows `first` and later."""
-    scores = new_scores(state, chunk)
     for low in range(first, chunk.length, QUERY_BLOCK):
         _attend_rows(state, chunk, slice(low, min(chunk.length, low + QUERY_BLOCK)), scores)
-    return scores
 
 
 def new_scores(state: LayerState, chunk: Chunk) -> dict[int, Tensor]:
-    """The score that each token of the chunk starts with, per scored group."""
+    """The score that each new token of the chunk starts with, ``[B, Hg, T]`` per scored group."""
     scorer = state.settings.scorer
-    length = chunk.length
-    position = torch.arange(chunk.position, chunk.position + length, device=chunk.key.device)
+    position = torch.arange(chunk.length, device=chunk.key.device) + chunk.position
     scores = {}
     for number, group in enumerate(state.groups):
         if group.recent_score is not None:
-            key = chunk.key[:, group.index]
+            key = chunk.key[:, group.index, chunk.held :]
             head = group.index[None, :, None].expand(key.shape[:-1])
             scores[number] = scorer.initial(key, position.expand(key.shape[:-1]), head)
     return scores
@@ -104,12 +134,15 @@ def _attend_rows(state: LayerState, chunk: Chunk, rows: slice, scores: dict[int,
 
     exact: Partial | None = None
     if any(state.row_seen):
-        visible = _stored_visible(state, state.exact_position, position, query.shape[2])
+        row = torch.arange(batch, device=query.device)
+        visible = _stored_visible(state, state.exact_position, row, position, query.shape[2])
         visible = visible.repeat_interleave(heads, 0)
         exact = _dense(query, state.exact_k, state.exact_v, visible, chunk.softcap)
         combiner.add(exact, *everywhere)
     coded = _attend_codes(state, query, position, chunk.softcap, combiner)
-    own = _attend_chunk(chunk, query, rows, combiner, everywhere)
+    own = _attend_chunk(state, chunk, query, rows, combiner, everywhere)
+    if chunk.sinks is not None:
+        combiner.add_logits(chunk.sinks.view(heads, -1, 1).expand(-1, -1, n).reshape(heads, -1))
     if scores and state.settings.scorer.uses_attention:
         weight = _row_weights(state, chunk, position, rows, n)
         _raise_stored(combiner, coded, weight)
@@ -134,14 +167,14 @@ def _dense(
 
 
 def _stored_visible(
-    state: LayerState, position: Tensor, query_position: Tensor, rows: int
+    state: LayerState, position: Tensor, row: Tensor, query_position: Tensor, rows: int
 ) -> Tensor:
-    """``[S, 1 or rows, C]``: which stored tokens each query row may see."""
+    """``[S, 1 or rows, C]``: which stored tokens, of batch rows ``[S]``, each query row may see."""
     visible = (position >= 0).unsqueeze(1)
-    if state.settings.window is None:
+    start = state.start[row].view(-1, 1, 1)
+    inside = state.settings.sees(query_position.view(1, -1, 1), position.unsqueeze(1), start)
+    if inside is None:
         return visible
-    first = query_position - state.settings.window
-    inside = position.unsqueeze(1) > first.view(1, -1, 1)
     return (visible & inside).repeat(1, rows // query_position.shape[0], 1)
 
 
@@ -162,7 +195,7 @@ def _attend_codes(
                 bucket.values,
                 group.store.kind.k_dtype,
                 group.store.kind.v_dtype,
-                _stored_visible(state, bucket.position, position, rows.shape[1]),
+                _stored_visible(state, bucket.position, bucket.batch, position, rows.shape[1]),
                 softcap,
             )
             combiner.add(part, bucket.batch, head)
@@ -172,30 +205,45 @@ def _attend_codes(
 
 
 def _attend_chunk(
+    state: LayerState,
     chunk: Chunk,
     query: Tensor,
     rows: slice,
     combiner: Combiner,
     everywhere: tuple[Tensor, ...],
 ) -> Partial:
-    """Add the chunk's own keys, up to the last one that these rows may see."""
+    """Add the held tokens and the chunk's own, up to the last one that these rows may see."""
     batch, heads, total, _ = query.shape
-    n = rows.stop - rows.start
-    if chunk.mask is None:
-        index = torch.arange(rows.stop, device=query.device)
-        visible = (index[None, :] <= index[rows.start :, None])[None]
-    else:
-        visible = chunk.mask[:, 0, rows, : rows.stop]
-    visible = visible[:, None, None].expand(batch, heads, total // n, n, rows.stop)
+    n, stop = rows.stop - rows.start, chunk.held + rows.stop
+    visible = _chunk_visible(state, chunk, rows)
+    visible = visible[:, None, None].expand(batch, heads, total // n, n, stop)
     part = _dense(
         query,
-        chunk.key[:, :, : rows.stop],
-        chunk.value[:, :, : rows.stop],
-        visible.reshape(batch * heads, total, rows.stop),
+        chunk.key[:, :, :stop],
+        chunk.value[:, :, :stop],
+        visible.reshape(batch * heads, total, stop),
         chunk.softcap,
     )
     combiner.add(part, *everywhere)
     return part
+
+
+def _chunk_visible(state: LayerState, chunk: Chunk, rows: slice) -> Tensor:
+    """``[B or 1, n, P + rows.stop]``: which keys of the chunk its query rows may see."""
+    stop = chunk.held + rows.stop
+    key = torch.arange(stop, device=chunk.key.device) + chunk.first
+    query = key[chunk.held + rows.start :, None]
+    visible = (key <= query)[None]
+    inside = state.settings.sees(query, key, first_positions(state, chunk).view(-1, 1, 1))
+    if inside is not None:
+        visible = visible & inside
+    if chunk.valid is not None:
+        visible = visible & chunk.valid[:, None, :stop]
+    if chunk.mask is not None:
+        own = chunk.mask[:, 0, rows, : rows.stop]
+        before = torch.ones_like(own[:, :, :1]).expand(-1, -1, chunk.held)
+        visible = visible & torch.cat([before, own], -1)
+    return visible
 
 
 def _row_weights(state: LayerState, chunk: Chunk, position: Tensor, rows: slice, n: int) -> Tensor:
@@ -205,16 +253,17 @@ def _row_weights(state: LayerState, chunk: Chunk, position: Tensor, rows: slice,
     weight = state.settings.scorer.row_weight(position[None, :] - start[:, None]) / queries
     weight = weight * (position[None, :] >= state.first_vote)
     if chunk.valid is not None:
-        weight = weight * chunk.valid[:, rows]
+        weight = weight * chunk.valid[:, chunk.held :][:, rows]
     return weight.expand(chunk.query.shape[0], n)
 
 
 def first_positions(state: LayerState, chunk: Chunk) -> Tensor:
-    """``[B]`` position of each row's first real token, this chunk's included."""
+    """``[B]`` int32 position of each row's first real token so far, −1 where it has none yet."""
     if chunk.valid is None:
-        first = torch.full_like(state.start, chunk.position)
+        first = torch.full_like(state.start, chunk.first)
     else:
-        first = chunk.valid.int().argmax(-1).to(torch.int32) + chunk.position
+        first = chunk.valid.int().argmax(-1).to(torch.int32) + chunk.first
+        first = first.masked_fill(~chunk.valid.any(-1), EMPTY)
     return torch.where(state.start >= 0, state.start, first)
 
 

@@ -2,178 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, DynamicCache
 
-from kvcompress.errors import KVCompressError, UnsupportedModelError
+from kvcompress.errors import KVCompressError, PositionRangeWarning
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
-from kvcompress.plan import Plan
+from kvcompress.plan import HOLDS_KV, Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.attend import Chunk, attend, new_scores, score_rows
-from kvcompress.runtime.commit import commit
-from kvcompress.runtime.insert import insert
-from kvcompress.runtime.state import LayerSettings, LayerState
+from kvcompress.runtime.layer import CompressedLayer
+from kvcompress.runtime.protocol import Arrival
+from kvcompress.runtime.state import LayerSettings
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-class CompressedLayer(CacheLayerMixin):
-    """One layer. `update` hands the chunk through; `forward` attends and only then stores it."""
-
-    is_compileable = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self, settings: LayerSettings) -> None:
-        super().__init__()
-        self.settings = settings
-        self.is_sliding = settings.window is not None
-        self.sliding_window = settings.window
-        self.seen = 0
-        self.state: LayerState | None = None
-        self.flags: Tensor | None = None
-        self._unread = False
-
-    # ---- what transformers calls
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        shape = self.settings.plan.model
-        if key_states.shape[1] != shape.kv_heads or key_states.shape[-1] != shape.head_dim:
-            raise UnsupportedModelError(
-                f"layer {self.settings.layer}: keys {tuple(key_states.shape)}, the plan is for "
-                f"{shape.kv_heads} KV heads of {shape.head_dim} channels; use this model's own plan"
-            )
-        if value_states.shape != key_states.shape:
-            raise UnsupportedModelError(
-                f"layer {self.settings.layer}: values {tuple(value_states.shape)} differ in shape "
-                f"from keys {tuple(key_states.shape)}; such models are not built yet"
-            )
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.state = LayerState.empty(self.settings, key_states, value_states)
-        self.keys = self.values = key_states.new_zeros(0)
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self._unread:
-            raise UnsupportedModelError(
-                f"layer {self.settings.layer}: the model stored keys but never called the "
-                "compressed attention, so its output would be wrong; call "
-                "kvcompress.attach(model, plan) first"
-            )
-        self._unread = True
-        self.seen += key_states.shape[-2]
-        key_states._kvc_layer = self  # type: ignore[attr-defined]  # how the attention finds its layer
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, kept or not: positions and masks follow it."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Only the chunk: stored tokens are masked from their own positions."""
-        return query_length, self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.state is not None:
-            self.state.select_rows(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.state.select_rows([r for r in range(self.state.batch) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.state is not None:
-            self.state.select_rows(torch.arange(self.state.batch)[indices.cpu()].tolist())
-
-    def reset(self) -> None:
-        self.seen, self.state, self._unread = 0, None, False
-        self.is_initialized = False
-
-    def offload(self) -> None:
-        raise KVCompressError("the compressed cache cannot be offloaded; drop offloading=True")
-
-    prefetch = offload
-
-    def activate_past_recording(self) -> None:
-        raise KVCompressError(
-            "assisted decoding takes tokens back, which the compressed cache cannot do yet; "
-            "generate without assistant_model and prompt_lookup_num_tokens"
-        )
-
-    def crop(self, max_length: int) -> None:
-        self.activate_past_recording()
-
-    # ---- attention
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        fast_attention: Any,
-    ) -> Tensor:
-        """Attention of the chunk that `update` saw last, then eviction and storage.
-
-        Args:
-            query: ``[B, Hq, T, D]``.
-            key, value: ``[B, Hkv, T, D]`` the chunk's own.
-            mask: ``[B, 1, T, T]`` bool or None (causal).
-            fast_attention: without arguments, the model's normal kernel over the chunk alone.
-
-        Returns:
-            ``[B, T, Hq, D]`` contiguous.
-        """
-        self._unread = False
-        assert self.state is not None
-        length = query.shape[2]
-        if mask is not None and mask.dtype != torch.bool:
-            raise KVCompressError(
-                "a float attention mask cannot be combined with the compressed cache; "
-                "pass the usual 2-dimensional attention_mask"
-            )
-        valid = None
-        if mask is not None:
-            valid = mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(query.shape[0], -1)
-            valid = None if bool(valid.all()) else valid
-        flags = self.flags if self.settings.uses_classes else None
-        chunk = Chunk(query, key, value, self.seen - length, mask, valid, flags, scaling, softcap)
-        out, scores = self._attend(chunk, fast_attention)
-        full_sinks = min(self.state.row_seen) >= self.settings.sink_tokens
-        if length == 1 and valid is None and full_sinks and any(self.state.row_seen):
-            insert(self.state, chunk, scores)
-        else:
-            commit(self.state, chunk, scores)
-        return out
-
-    def _attend(self, chunk: Chunk, fast_attention: Any) -> tuple[Tensor, dict[int, Tensor]]:
-        state, settings = self.state, self.settings
-        assert state is not None
-        first, rows = not any(state.row_seen), settings.plan.score_rows
-        if first and rows is not None:
-            state.first_vote = chunk.position + max(0, chunk.length - rows)
-        voting = settings.scorer.uses_attention and any(kind.scored for kind, _ in settings.groups)
-        if first and chunk.softcap is None and not voting:
-            return fast_attention(), new_scores(state, chunk)
-        if first and chunk.softcap is None and rows is not None:
-            return fast_attention(), score_rows(state, chunk, max(0, chunk.length - rows))
-        out, scores = attend(state, chunk)
-        return out.transpose(1, 2).contiguous(), scores
-
-    def nbytes(self) -> int:
-        """Bytes of every tensor that this layer holds."""
-        return 0 if self.state is None else self.state.nbytes()
+Span = tuple[int, int] | range
+Compress = Literal["per_chunk", "after_prefill"]
 
 
 class CompressedCache(Cache):
@@ -182,13 +32,48 @@ class CompressedCache(Cache):
     Args:
         plan: of this very model; see `kvcompress.attach`.
         params: key centre and scale; None is centre 0 and scale 1.
+        config: of the model; needed where some layers keep something other than keys and values,
+            as linear attention does. `kvcompress.new_cache(model)` passes it.
+        protect: half-open ranges of tokens that are never evicted, numbered from a row's first
+            real token; one list for every row, or a list of such lists, one per row.
+        compress: ``per_chunk`` evicts after every forward, so that a long prompt that is fed in
+            chunks never holds more than one chunk uncompressed; ``after_prefill`` holds the whole
+            prompt until it ends, and then equals a prompt that is fed at once.
+
+    Raises:
+        KVCompressError: for spans that overlap or are empty.
     """
 
-    def __init__(self, plan: Plan, params: KVParams | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        params: KVParams | None = None,
+        config: PretrainedConfig | None = None,
+        protect: Sequence[Span] | Sequence[Sequence[Span]] = (),
+        compress: Compress = "per_chunk",
+    ) -> None:
+        if compress not in ("per_chunk", "after_prefill"):
+            raise KVCompressError(f"compress={compress!r}: give per_chunk or after_prefill")
         self.plan = plan
-        settings = [LayerSettings(plan, params, layer) for layer in range(plan.model.layers)]
-        super().__init__(layers=[CompressedLayer(s) for s in settings])
+        self.compress = compress
+        spans = _spans(protect)
+        own = [] if config is None else DynamicCache(config=config).layers
+        layers: list[Any] = []
+        for layer in range(plan.model.layers):
+            if plan.model.kind(layer) in HOLDS_KV:
+                settings = LayerSettings(plan, params, layer)
+                layers.append(CompressedLayer(settings, spans, compress == "after_prefill"))
+            elif config is None:
+                raise KVCompressError(
+                    f"layer {layer} ({plan.model.kind(layer)}) stores no keys of its own; make "
+                    "the cache with kvcompress.new_cache(model)"
+                )
+            elif layer < len(own):
+                layers.append(own[layer])
+        super().__init__(layers=layers)
         self._class_ids = _ClassIds(plan)
+        self._warned: set[type[Warning]] = set()
+        self._in_prompt = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
         memo[id(self.plan)] = self.plan
@@ -200,18 +85,128 @@ class CompressedCache(Cache):
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
-        return cast(list[CompressedLayer], self.layers)
+        """The layers that hold keys and values, in order."""
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    # ---- what the model's forward tells
+    def note_forward(
+        self,
+        input_ids: Tensor | None,
+        length: int,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: int | None = None,
+    ) -> None:
+        """Tell every layer of the forward that comes.
+
+        Args:
+            input_ids: ``[B, T]``, None where the caller passes embeddings.
+            length: T.
+            attention_mask: ``[B, seen + T]``, or None.
+            logits_to_keep: rows of logits that the caller wants; while the cache records, all but
+                the first of them belong to drafted tokens.
+        """
+        uses = any(layer.settings.uses_classes for layer in self.compressed_layers)
+        if uses and input_ids is None and length > 1:
+            self._warn(
+                UserWarning,
+                "the plan keeps special tokens or punctuation, which embeddings do not show: "
+                "pass input_ids, or these classes are not kept",
+            )
+        certain = None if not logits_to_keep else max(0, length - logits_to_keep + 1)
+        self.arrival = Arrival(
+            self._class_ids.flags(input_ids) if uses and input_ids is not None else None,
+            certain,
+            self._in_prompt,
+        )
+        for layer in self.compressed_layers:
+            layer.arrival = self.arrival
+        self._check_mask(length, attention_mask)
+        self._check_position(length, attention_mask)
 
     def note_tokens(self, input_ids: Tensor | None) -> None:
-        """Tell every layer the classes of the tokens, ``[B, T]``, that the next forward brings."""
-        uses = any(layer.settings.uses_classes for layer in self.compressed_layers)
-        flags = self._class_ids.flags(input_ids) if uses and input_ids is not None else None
+        """`note_forward` for ids alone."""
+        self.note_forward(input_ids, 0 if input_ids is None else input_ids.shape[1])
+
+    def _check_mask(self, length: int, mask: Tensor | None) -> None:
+        """A mask must show the stored tokens as it did when they came."""
+        first = self.compressed_layers[0]
+        if mask is None or mask.ndim != 2 or length < 2 or first.state is None or first.has_held:
+            return
+        if mask.shape[1] != first.seen + length:
+            return
+        shown = mask[:, : first.seen].ne(0).sum(1).tolist()
+        if shown != first.state.row_seen:
+            raise KVCompressError(
+                f"the attention mask shows {shown} of the tokens so far, the cache took in "
+                f"{first.state.row_seen}: it cannot hide or show tokens later; pass the mask of "
+                "the whole conversation"
+            )
+
+    def _check_position(self, length: int, mask: Tensor | None) -> None:
+        last = self.get_seq_length() + length
+        limit = self.plan.max_position
+        if last <= limit or self.plan.positions == "relative":
+            return
+        if mask is not None and mask.ndim == 2 and mask.shape[1] == last:
+            last = int(mask.ne(0).sum(1).max())
+        if last > limit:
+            self._warn(
+                PositionRangeWarning,
+                f"position {last - 1} is beyond {limit - 1}, the last for which the plan's key "
+                f"constants were derived (max_position {limit}): codes may lose precision; "
+                "profile with a larger max_position",
+            )
+
+    def _warn(self, category: type[Warning], text: str) -> None:
+        """Once per cache and category."""
+        if category not in self._warned:
+            self._warned.add(category)
+            warnings.warn(text, category, stacklevel=2)
+
+    # ---- prompts in parts
+    def begin_prefill(self) -> None:
+        """The forwards until `end_prefill` are parts of one prompt, whatever their length."""
+        self._in_prompt = True
+
+    def end_prefill(self) -> None:
+        """The prompt is complete: compress what is held of it."""
+        self._in_prompt = False
         for layer in self.compressed_layers:
-            layer.flags = flags
+            layer.end_prefill()
 
     def nbytes(self) -> int:
-        """Bytes of every tensor that the cache holds, metadata included."""
+        """Bytes of every tensor of the compressed layers, metadata included."""
         return sum(layer.nbytes() for layer in self.compressed_layers)
+
+
+def _spans(
+    protect: Sequence[Span] | Sequence[Sequence[Span]],
+) -> tuple[range, ...] | list[tuple[range, ...]]:
+    """One tuple of disjoint ranges for every row, or a list of them."""
+    items: list[Any] = list(protect)
+    nested = items and all(
+        not isinstance(i, range) and not (len(i) == 2 and all(isinstance(n, int) for n in i))
+        for i in items
+    )
+    if nested:
+        return [_row_spans(row) for row in items]
+    return _row_spans(items)
+
+
+def _row_spans(items: Sequence[Span]) -> tuple[range, ...]:
+    spans = sorted(
+        (i if isinstance(i, range) else range(*i) for i in items), key=lambda span: span.start
+    )
+    for span in spans:
+        if span.start < 0 or span.stop <= span.start or span.step != 1:
+            raise KVCompressError(f"protect: ({span.start}, {span.stop}) is not a range of tokens")
+    for before, after in zip(spans, spans[1:], strict=False):
+        if after.start < before.stop:
+            raise KVCompressError(
+                f"protect: ({before.start}, {before.stop}) and ({after.start}, {after.stop}) "
+                "overlap; join them"
+            )
+    return tuple(spans)
 
 
 class _ClassIds:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress.evict.keepset import priority
+from kvcompress.errors import KVCompressError
+from kvcompress.evict.keepset import class_score, place_in_run, priority, turn_quota
 from kvcompress.runtime.attend import Chunk, first_positions
 from kvcompress.runtime.state import Group, LayerState
 from kvcompress.runtime.store import EMPTY, place_segments
@@ -22,7 +23,7 @@ class Pool:
 
     def __init__(self, state: LayerState, chunk: Chunk, taken: Tensor) -> None:
         batch, length = taken.shape
-        own = torch.arange(chunk.position, chunk.position + length, device=taken.device)
+        own = torch.arange(chunk.first, chunk.first + length, device=taken.device)
         own = own.expand(batch, length).masked_fill(taken, EMPTY)
         self.key, self.value = chunk.key, chunk.value
         self.position = torch.cat([state.exact_position[:, state.recent].long(), own], 1)
@@ -44,8 +45,8 @@ class Pool:
         """K and V ``[N, D]`` of pool tokens, without joining the two sources."""
         count = self.recent_k.shape[2]
         old = index < count
-        key = torch.empty(len(row), self.key.shape[-1], dtype=self.key.dtype, device=row.device)
-        value = torch.empty_like(key)
+        key = self.key.new_empty(len(row), self.key.shape[-1])
+        value = self.value.new_empty(len(row), self.value.shape[-1])
         for where, k, v, shift in (
             (old, self.recent_k, self.recent_v, 0),
             (~old, self.key, self.value, count),
@@ -56,23 +57,24 @@ class Pool:
 
 
 def commit(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
-    """Take a whole chunk in, after its attention: score on exact values, evict, then encode once.
+    """Take a chunk's keys in, after its attention: evict on exact values, then encode once.
 
     Args:
-        scores: per scored group the chunk's scores ``[B, Hg, T]``, as `attend` gives them.
+        scores: per scored group the scores of the chunk's keys ``[B, Hg, P + T]``, after `attend`.
     """
     settings = state.settings
-    batch, length = chunk.query.shape[0], chunk.length
+    batch, length = chunk.key.shape[0], chunk.key.shape[2]
     valid = chunk.valid
     if valid is None:
         valid = torch.ones(batch, length, dtype=torch.bool, device=chunk.key.device)
         added = [length] * batch
     else:
         added = valid.sum(1).tolist()
+        _refuse_gaps_before_spans(state, valid)
     state.start = first_positions(state, chunk)
     taken = ~valid | _fill_sinks(state, chunk, valid)
     pool = Pool(state, chunk, taken)
-    now = chunk.position + length - 1
+    now = chunk.first + length - 1
     state.row_seen = [seen + new for seen, new in zip(state.row_seen, added, strict=True)]
     state.budget_length = list(state.row_seen)
     state.resolve_windows()
@@ -81,6 +83,20 @@ def commit(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
     for number, group in enumerate(state.groups):
         _commit_group(state, group, pool, scores.get(number), now)
     _move_recent(state, pool, scores)
+
+
+def _refuse_gaps_before_spans(state: LayerState, valid: Tensor) -> None:
+    """Protected tokens are found by their distance from the row's start: padding may only lead."""
+    for row, spans in enumerate(state.spans):
+        if not spans or max(s.stop for s in spans) <= state.row_seen[row]:
+            continue
+        real = valid[row].nonzero()
+        first = int(real[0]) if len(real) and not state.row_seen[row] else 0
+        if not bool(valid[row, first:].all()):
+            raise KVCompressError(
+                f"row {row}: padding stands before the end of a protected span; pad on the left "
+                "of the first prompt only, or protect tokens of the first prompt"
+            )
 
 
 def _fill_sinks(state: LayerState, chunk: Chunk, valid: Tensor) -> Tensor:
@@ -94,7 +110,7 @@ def _fill_sinks(state: LayerState, chunk: Chunk, valid: Tensor) -> Tensor:
         target = slot[row, index]
         state.exact_k[row, :, target] = chunk.key[row, :, index]
         state.exact_v[row, :, target] = chunk.value[row, :, index]
-        state.exact_position[row, target] = (index + chunk.position).to(torch.int32)
+        state.exact_position[row, target] = (index + chunk.first).to(torch.int32)
     return into
 
 
@@ -114,21 +130,17 @@ def _commit_group(
     old_row, old_head = store.segment_of_slot()
     all_row, all_head = torch.cat([old_row, row]), torch.cat([old_head, head])
     position = torch.cat([store.position.long(), pool.position[row, index]])
-    flags = pool.flags[row, index]
-    new_protected = (flags & group.rules.classes[head]) != 0
-    score = None
+    flags, classes = pool.flags[row, index], group.rules.classes
+    score = in_class = None
     if store.score is not None and chunk_score is not None and group.recent_score is not None:
         joined = torch.cat([group.recent_score, chunk_score], 2)
-        new_score = joined[row, head, index].masked_fill(new_protected, torch.inf)
+        new_score = class_score(classes[head], flags, joined[row, head, index])
         score = torch.cat([store.score, new_score])
-        old_protected = store.score == torch.inf
     else:  # a head that keeps classes without scores never evicts what it took in
-        keeps = (group.rules.classes != 0) & ~group.rules.keeps_rest
-        old_protected = keeps[old_head] & (store.position >= 0)
-    protected = torch.cat([old_protected, new_protected])
-    window = state.settings.window
-    if window is not None:
-        position = position.masked_fill(position < now + 2 - window, EMPTY)
+        old = ((classes != 0) & ~group.rules.keeps_rest)[old_head]
+        in_class = torch.cat([old, (flags & classes[head]) != 0])
+    position = state.settings.without_outdated(position, now, state.start[all_row].long())
+    pinned = state.pinned(all_row, position)
     rank = priority(
         group.rules,
         state.settings.scorer,
@@ -136,12 +148,15 @@ def _commit_group(
         group.windows[all_row, all_head],
         position,
         score,
-        protected,
         votes(state, position, now),
         now,
+        in_class,
+        pinned,
     )
     capacities = state.capacities(group)
-    kept, place = _best(all_row * members + all_head, rank, position, capacities)
+    segment = all_row * members + all_head
+    tier = _turn_tier(state, rank, segment, position, pinned, capacities)
+    kept, place = _best(segment, rank, tier, position, capacities)
     old_count = old_row.shape[0]
     is_old = kept < old_count
     _, starts = place_segments(capacities)
@@ -182,30 +197,51 @@ def _leaving(pool: Pool, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return row.repeat(heads), head, index.repeat(heads)
 
 
+def _turn_tier(
+    state: LayerState,
+    rank: Tensor,
+    segment: Tensor,
+    position: Tensor,
+    pinned: Tensor | None,
+    capacities: list[list[int]],
+) -> Tensor | None:
+    """`turn_quota` of every candidate, None where the plan has no quota."""
+    turns = len(state.turn_starts)
+    if not state.settings.plan.turn_tokens or turns < 2:
+        return None
+    quota = torch.tensor(
+        [quota_tokens(state, c) for row in capacities for c in row], device=rank.device
+    )
+    turn = state.turn_of(position)
+    return turn_quota(rank, segment, turn, quota[segment], pinned)
+
+
+def quota_tokens(state: LayerState, capacity: int) -> int:
+    """Tokens that every turn keeps in a segment of `capacity` slots."""
+    return min(state.settings.plan.turn_tokens, capacity // max(1, len(state.turn_starts)))
+
+
 def _best(
-    segment: Tensor, rank: Tensor, position: Tensor, capacities: list[list[int]]
+    segment: Tensor,
+    rank: Tensor,
+    tier: Tensor | None,
+    position: Tensor,
+    capacities: list[list[int]],
 ) -> tuple[Tensor, Tensor]:
-    """The candidates that each segment keeps.
+    """The candidates that each segment keeps: by tier, then by rank.
 
     Returns:
         Their indices, ordered by segment and position, and the place of each inside its segment.
     """
     room = torch.tensor([c for row in capacities for c in row], device=segment.device)
     order = rank.argsort(descending=True, stable=True)
+    if tier is not None:
+        order = order[tier[order].argsort(descending=True, stable=True)]
     order = order[segment[order].argsort(stable=True)]
-    kept = order[(_place(segment[order]) < room[segment[order]]) & (rank[order] > -torch.inf)]
+    kept = order[(place_in_run(segment[order]) < room[segment[order]]) & (rank[order] > -torch.inf)]
     kept = kept[position[kept].argsort(stable=True)]
     kept = kept[segment[kept].argsort(stable=True)]
-    return kept, _place(segment[kept])
-
-
-def _place(segment: Tensor) -> Tensor:
-    """Running index inside each run of equal values of a sorted tensor."""
-    if not len(segment):
-        return segment
-    _, counts = segment.unique_consecutive(return_counts=True)
-    first = counts.cumsum(0) - counts
-    return torch.arange(len(segment), device=segment.device) - first.repeat_interleave(counts)
+    return kept, place_in_run(segment[kept])
 
 
 def _move_recent(state: LayerState, pool: Pool, scores: dict[int, Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.plan import LayerKind, ModelShape
@@ -124,23 +124,13 @@ def _refuse_by_config(config: PretrainedConfig, text: PretrainedConfig) -> None:
             refuse(f"the configuration has no {name}; only attention decoders can be compressed")
 
 
-def check(model: PreTrainedModel) -> None:
-    """Refuse a model that the runtime would serve wrongly.
+def refuse_what_cannot_generate(model: PreTrainedModel) -> None:
+    """Refuse a model without a language head.
 
     Raises:
-        UnsupportedModelError: naming the model and the reason.
+        UnsupportedModelError: naming the model.
     """
-    shape_of(model.config)
-    name = type(model).__name__
     if not model.can_generate():
-        raise UnsupportedModelError(f"{name}: not a causal language model; it cannot generate")
-    if not _uses_attention_interface(model):
         raise UnsupportedModelError(
-            f"{name}: its attention bypasses transformers' attention interface, so the compressed "
-            "cache would never be read and the output would be wrong"
+            f"{type(model).__name__}: not a causal language model; it cannot generate"
         )
-
-
-def _uses_attention_interface(model: Any) -> bool:
-    can_set = getattr(type(model), "_can_set_attn_implementation", None)
-    return bool(can_set()) if can_set is not None else False

@@ -15,8 +15,9 @@ from transformers.masking_utils import sdpa_mask
 from kvcompress.errors import KVCompressError, PlanError, UnsupportedModelError
 from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.cache import CompressedCache, CompressedLayer
-from kvcompress.runtime.families import check, shape_of
+from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.families import refuse_what_cannot_generate, shape_of
+from kvcompress.runtime.layer import CompressedLayer
 
 IMPLEMENTATION: Final = "kvcompress"
 _ATTACHED: Final = "_kvcompress_attached"
@@ -49,11 +50,47 @@ def attach(model: PreTrainedModel, plan: Plan, params: KVParams | None = None) -
     _register()
     attached = _Attached(plan, params, model.config._attn_implementation or "sdpa")
     model.set_attn_implementation(IMPLEMENTATION)
-    attached.hook = model.register_forward_pre_hook(_note_tokens, with_kwargs=True)
+    attached.hook = model.register_forward_pre_hook(_note_forward, with_kwargs=True)
     model.__dict__[_ATTACHED] = attached
     model.__dict__["_prepare_cache_for_generation"] = types.MethodType(_prepare_cache, model)
+    model.__dict__["_prefill"] = types.MethodType(_prefill, model)
     model.__dict__["generate_batch"] = _refuse_generate_batch
     return model
+
+
+def new_cache(model: PreTrainedModel, **options: Any) -> CompressedCache:
+    """An empty cache for a model that has a plan attached.
+
+    Args:
+        options: `protect` and `compress` of `CompressedCache`.
+
+    Raises:
+        KVCompressError: if no plan is attached.
+    """
+    found = attached(model)
+    if found is None:
+        raise KVCompressError(
+            f"{type(model).__name__} has no plan: call kvcompress.attach(model, plan) first"
+        )
+    plan, params = found
+    plain = all(plan.model.heads_of(layer) for layer in range(plan.model.layers))
+    return CompressedCache(plan, params, None if plain else model.config, **options)
+
+
+def check(model: PreTrainedModel) -> None:
+    """Refuse a model that the runtime would serve wrongly.
+
+    Raises:
+        UnsupportedModelError: naming the model and the reason.
+    """
+    shape_of(model.config)
+    refuse_what_cannot_generate(model)
+    can_set = getattr(type(model), "_can_set_attn_implementation", None)
+    if can_set is None or not can_set():
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its attention bypasses transformers' attention interface, so "
+            "the compressed cache would never be read and the output would be wrong"
+        )
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -61,7 +98,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     attached: _Attached | None = model.__dict__.pop(_ATTACHED, None)
     if attached is not None:
         attached.hook.remove()
-        for name in ("_prepare_cache_for_generation", "generate_batch"):
+        for name in ("_prepare_cache_for_generation", "_prefill", "generate_batch"):
             model.__dict__.pop(name, None)
         model.set_attn_implementation(attached.before)
     return model
@@ -75,7 +112,10 @@ def attached(model: PreTrainedModel) -> tuple[Plan, KVParams | None] | None:
 
 def _check_plan(model: PreTrainedModel, plan: Plan) -> None:
     shape = shape_of(model.config, model.dtype)
-    for name in ("config_hash", "layers", "kv_heads", "head_dim", "sliding_windows"):
+    for name in (
+        *("config_hash", "layers", "kv_heads", "head_dim", "value_dim", "sliding_windows"),
+        *("layer_kinds", "kv_sources"),
+    ):
         have, want = getattr(shape, name), getattr(plan.model, name)
         if have != want:
             raise PlanError(
@@ -99,19 +139,17 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; see `CompressedLayer.forward`."""
-    layer = getattr(key, "_kvc_layer", None)
-    cache = kwargs.pop("kvc_cache", None)
-    if layer is None and isinstance(cache, CompressedCache):
-        layer = cache.compressed_layers[cast(int, module.layer_idx)]
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__}: attention with {name} is not built yet"
-            )
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: attention with position_bias is not built yet"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    cache = kwargs.pop("kvc_cache", None)
+    layer = _layer_of(module, key, cache)
 
     def fast() -> Tensor:
         return sdpa_attention_forward(
@@ -125,38 +163,77 @@ def _attention(
             is_causal=kwargs.get("is_causal"),
         )[0]
 
-    if isinstance(layer, CompressedLayer):
-        out = layer.forward(query, key, value, attention_mask, scaling, softcap, fast)
+    plain = softcap is None and s_aux is None
+    if layer is not None:
+        out = layer.forward(
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling,
+            softcap,
+            fast if plain else None,
+            s_aux,
+            cast(int, module.layer_idx),
+        )
         return out, None
-    if softcap is not None:
-        return _eager_softcap(module, query, key, value, attention_mask, scaling, softcap), None
-    return fast(), None
+    if plain:
+        return fast(), None
+    return _eager(query, key, value, attention_mask, scaling, softcap, s_aux), None
 
 
-def _eager_softcap(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, cap: float
+def _layer_of(module: Any, key: Tensor, cache: Any) -> CompressedLayer | None:
+    """The cache layer that holds these keys: they carry it, unless the model made them anew."""
+    layer = getattr(key, "_kvc_layer", None)
+    if layer is None and isinstance(cache, CompressedCache):
+        layer = cache.layers[module.layer_idx]
+    return layer if isinstance(layer, CompressedLayer) else None
+
+
+def _eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attention without our cache for models with a softcap, which sdpa cannot compute."""
+    """Attention without our cache for models that sdpa cannot compute."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    logits = torch.tanh((q.float() @ k.float().mT) * scaling / cap) * cap
+    logits = (q.float() @ k.float().mT) * scaling
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
     if mask is None and q.shape[2] > 1:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
         mask = mask.tril(k.shape[2] - q.shape[2])
     if mask is not None:
         logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
-    return (logits.softmax(-1) @ v.float()).to(q.dtype).transpose(1, 2).contiguous()
+    if sinks is not None:
+        extra = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, extra], -1)
+    weight = logits.softmax(-1)[..., : k.shape[2]]
+    return (weight @ v.float()).to(q.dtype).transpose(1, 2).contiguous()
 
 
-def _note_tokens(
+def _note_forward(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: the cache learns the token ids, the attention function learns the cache."""
+    """Forward pre-hook: the cache learns what comes, the attention function learns the cache."""
     cache = kwargs.get("past_key_values")
     if isinstance(cache, CompressedCache):
         kwargs["kvc_cache"] = cache
         ids = kwargs.get("input_ids")
-        cache.note_tokens(args[0] if ids is None and args else ids)
+        ids = args[0] if ids is None and args else ids
+        shown = ids if ids is not None else kwargs.get("inputs_embeds")
+        keep = kwargs.get("logits_to_keep")
+        cache.note_forward(
+            ids,
+            0 if shown is None else shown.shape[1],
+            kwargs.get("attention_mask"),
+            keep if isinstance(keep, int) else None,
+        )
     return args, kwargs
 
 
@@ -164,14 +241,40 @@ def _prepare_cache(
     model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> None:
     """`generate` asks for a cache: ours, unless the caller chose one."""
-    attached: _Attached = model.__dict__[_ATTACHED]
     chosen = model_kwargs.get("past_key_values") is not None
-    named = generation_config.cache_implementation is not None
-    if chosen or named or generation_config.use_cache is False:
+    named = generation_config.cache_implementation
+    if named is not None and "offloaded" in named:
+        raise KVCompressError(
+            f"cache_implementation={named!r} would move an uncompressed cache to the host; drop "
+            "it to use the compressed cache, or call kvcompress.detach(model) first"
+        )
+    if chosen or named is not None or generation_config.use_cache is False:
         original: Callable[..., None] = type(model)._prepare_cache_for_generation
         original(model, generation_config, model_kwargs, *args, **kwargs)
         return
-    model_kwargs["past_key_values"] = CompressedCache(attached.plan, attached.params)
+    cache = new_cache(model)
+    if getattr(generation_config, "is_assistant", False):
+        cache.activate_past_recording()
+    model_kwargs["past_key_values"] = cache
+
+
+def _prefill(
+    model: Any,
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`generate` feeds the prompt, at once or in chunks: the cache learns where it ends."""
+    cache = model_kwargs.get("past_key_values")
+    original: Callable[..., Any] = type(model)._prefill
+    if not isinstance(cache, CompressedCache):
+        return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    cache.begin_prefill()
+    out = original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    cache.end_prefill()
+    return out
 
 
 def _refuse_generate_batch(*args: Any, **kwargs: Any) -> None:

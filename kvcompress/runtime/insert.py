@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from kvcompress.accounting import GROW_TOKENS
-from kvcompress.evict.keepset import priority
+from kvcompress.evict.keepset import class_score, priority
 from kvcompress.runtime.attend import Chunk
-from kvcompress.runtime.commit import to_code_space, votes
+from kvcompress.runtime.commit import quota_tokens, to_code_space, votes
 from kvcompress.runtime.state import Group, LayerState
-from kvcompress.runtime.store import EMPTY, Bucket
+from kvcompress.runtime.store import Bucket
 
 
 class Leaver:
@@ -25,10 +25,8 @@ class Leaver:
     """
 
     def __init__(self, state: LayerState) -> None:
-        recent = state.recent
-        row = torch.arange(state.batch, device=state.start.device)
-        self.slot = state.exact_position[:, recent].argmin(1)
-        place = self.slot + state.settings.sink_tokens
+        row, place = state.oldest_recent()
+        self.slot = place - state.settings.sink_tokens
         self.key, self.value = state.exact_k[row, :, place], state.exact_v[row, :, place]
         self.position = state.exact_position[row, place].long()
         self.flags = torch.zeros_like(self.position)
@@ -45,8 +43,7 @@ def insert(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
     if any(seen > exact for seen in state.row_seen):
         for group in state.groups:
             _insert_group(state, group, leaver, chunk.position)
-    row = torch.arange(state.batch, device=leaver.slot.device)
-    place = leaver.slot + state.settings.sink_tokens
+    row, place = state.rows(), leaver.slot + state.settings.sink_tokens
     state.exact_k[row, :, place] = chunk.key[:, :, 0]
     state.exact_v[row, :, place] = chunk.value[:, :, 0]
     state.exact_position[row, place] = chunk.position
@@ -59,9 +56,9 @@ def insert(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
 
 
 def _grow(state: LayerState, leaver: Leaver) -> None:
-    """Make room where a segment's capacity steps up: every block of tokens, or a class token."""
+    """Make room where a segment's capacity steps up: a block of tokens, a class token, a span."""
     exact = state.settings.exact_tokens
-    steps = any((seen - exact) % GROW_TOKENS == 1 for seen in state.row_seen)
+    steps = any((seen - exact) % GROW_TOKENS == 1 for seen in state.row_seen) or any(state.spans)
     if state.settings.uses_classes:
         leaving = leaver.flags * (leaver.position >= 0)
         for row, flags in enumerate(leaving.tolist()):
@@ -77,57 +74,104 @@ def _grow(state: LayerState, leaver: Leaver) -> None:
 
 
 def _insert_group(state: LayerState, group: Group, leaver: Leaver, now: int) -> None:
-    protected = (leaver.flags[:, None] & group.rules.classes) != 0  # [B, Hg]
     for bucket in group.store.buckets():
         row, head = bucket.batch, bucket.head
-        rank = _bucket_rank(state, group, bucket, now)
-        victim = rank.argmin(1)
-        score = None
-        if group.recent_score is not None:
-            score = group.recent_score[row, head, leaver.slot[row]]
-        position = leaver.position[row]
-        own_rank = priority(
-            group.rules,
-            state.settings.scorer,
-            head,
-            group.windows[row, head],
-            position,
-            score,
-            protected[row, head],
-            votes(state, position, now),
-            now,
-        )
-        taken = (own_rank >= rank.gather(1, victim[:, None])[:, 0]) & (own_rank > -torch.inf)
+        held = _Ranked(state, group, bucket, now)
+        own = _Ranked.of_leaver(state, group, bucket, leaver, now)
+        victim, taken = _choose(state, held, own, bucket.capacity)
         chosen = taken.nonzero()[:, 0]
         if not len(chosen):
             continue
         slots = bucket.start + chosen * bucket.capacity + victim[chosen]
-        if score is not None:
-            score = score.masked_fill(protected[row, head], torch.inf)[chosen]
+        score = None if own.score is None else own.score[chosen]
         _write(state, group, leaver, slots, row[chosen], group.index[head[chosen]], score)
 
 
-def _bucket_rank(state: LayerState, group: Group, bucket: Bucket, now: int) -> Tensor:
-    """``[S, C]`` priority of what a bucket holds; outside the architecture's window it is empty."""
-    position = bucket.position.long()
-    if state.settings.window is not None:
-        position = position.masked_fill(position < now + 2 - state.settings.window, EMPTY)
-    head = bucket.head[:, None]
-    if bucket.score is not None:
-        protected = bucket.score == torch.inf
-    else:
-        protected = ((group.rules.classes != 0) & ~group.rules.keeps_rest)[head] & (position >= 0)
-    return priority(
-        group.rules,
-        state.settings.scorer,
-        head,
-        group.windows[bucket.batch, bucket.head][:, None],
-        position,
-        bucket.score,
-        protected,
-        votes(state, position, now),
-        now,
-    )
+class _Ranked:
+    """Tokens with their priority: what a bucket holds ``[S, C]``, or what wants in ``[S]``.
+
+    Attributes:
+        position: −1 where empty or out of the architecture's sight.
+        pinned: bool, or None if no row has a protected span.
+    """
+
+    def __init__(self, state: LayerState, group: Group, bucket: Bucket, now: int) -> None:
+        row, head = bucket.batch[:, None], bucket.head[:, None]
+        stored = bucket.position.long()
+        classes = (group.rules.classes != 0) & ~group.rules.keeps_rest
+        self.score = bucket.score
+        self._rank(state, group, row, head, stored, classes[head], now)
+
+    @staticmethod
+    def of_leaver(
+        state: LayerState, group: Group, bucket: Bucket, leaver: Leaver, now: int
+    ) -> _Ranked:
+        own = object.__new__(_Ranked)
+        row, head = bucket.batch, bucket.head
+        flags, classes = leaver.flags[row], group.rules.classes[head]
+        own.score = None
+        if group.recent_score is not None:
+            own.score = class_score(classes, flags, group.recent_score[row, head, leaver.slot[row]])
+        own._rank(state, group, row, head, leaver.position[row], (flags & classes) != 0, now)
+        return own
+
+    def _rank(
+        self,
+        state: LayerState,
+        group: Group,
+        row: Tensor,
+        head: Tensor,
+        position: Tensor,
+        in_class: Tensor,
+        now: int,
+    ) -> None:
+        start = state.start[row].long()
+        self.position = state.settings.without_outdated(position, now, start)
+        self.pinned = state.pinned(row, self.position)
+        self.rank = priority(
+            group.rules,
+            state.settings.scorer,
+            head,
+            group.windows[row, head],
+            self.position,
+            self.score,
+            votes(state, self.position, now),
+            now,
+            in_class,
+            self.pinned,
+        )
+
+
+def _choose(state: LayerState, held: _Ranked, own: _Ranked, capacity: int) -> tuple[Tensor, Tensor]:
+    """The slot ``[S]`` that each segment gives up, and whether it does."""
+    rank, own_rank = held.rank, own.rank
+    if state.settings.plan.turn_tokens and len(state.turn_starts) > 1:
+        rank, own_rank = _spare_small_turns(state, held, own, quota_tokens(state, capacity))
+    victim = rank.argmin(1)
+    beaten = own_rank >= rank.gather(1, victim[:, None])[:, 0]
+    return victim, beaten & (own.rank > -torch.inf)
+
+
+def _spare_small_turns(
+    state: LayerState, held: _Ranked, own: _Ranked, quota: int
+) -> tuple[Tensor, Tensor]:
+    """Ranks in which the tokens of a turn that holds at most `quota` stand at +inf, unless every
+    turn of the segment is as small."""
+    turn = state.turn_of(held.position).clamp(min=0)
+    own_turn = state.turn_of(own.position).clamp(min=0)[:, None]
+    free, own_free = held.rank > -torch.inf, own.rank > -torch.inf
+    if held.pinned is not None and own.pinned is not None:
+        free, own_free = free & ~held.pinned, own_free & ~own.pinned
+    sizes = torch.zeros(len(turn), len(state.turn_starts), dtype=torch.int64, device=turn.device)
+    sizes.scatter_add_(1, turn, free.long()).scatter_add_(1, own_turn, own_free.long()[:, None])
+    count, own_count = sizes.gather(1, turn), sizes.gather(1, own_turn)[:, 0]
+    spared = free & (count <= quota)
+    own_spared = own_free & (own_count <= quota)
+    all_spared = (spared | ~free).all(1) & (own_spared | ~own_free)
+    has_room = (held.rank == -torch.inf).any(1)
+    keep = ~(all_spared | has_room)
+    rank = held.rank.masked_fill(spared & keep[:, None], torch.inf)
+    return rank, own.rank.masked_fill(own_spared & keep, torch.inf)
 
 
 def _write(

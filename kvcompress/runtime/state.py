@@ -26,7 +26,11 @@ class LayerSettings:
         self.heads: tuple[HeadPlan, ...] = plan.heads[layer]
         self.sink_tokens = sinks_of(plan, layer)
         self.recent_tokens = plan.recent_tokens
-        self.window: int | None = plan.model.sliding_windows[layer]
+        kind, width = plan.model.kind(layer), plan.model.sliding_windows[layer]
+        self.kind = kind
+        self.window: int | None = width if kind == "sliding" else None
+        self.block: int | None = width if kind == "chunked" else None
+        self.readers = plan.model.readers(layer)
         self.scorer: Scorer = SCORERS[plan.scorer]
         self.uses_classes = any(map(keeps_classes, self.heads))
         self._params = params
@@ -47,6 +51,27 @@ class LayerSettings:
             kind = StorageKind(head.k_dtype, head.v_dtype, keeps_scores(head))
             found.setdefault(kind, []).append(index)
         return list(found.items())
+
+    def sees(self, query: Tensor, key: Tensor, start: Tensor) -> Tensor | None:
+        """Which keys the architecture lets a query see, among those not after it; None is all.
+
+        Args:
+            query, key: positions, broadcastable.
+            start: position of the row's first real token, broadcastable: aligned blocks of
+                tokens are counted from it.
+        """
+        if self.window is not None:
+            return key > query - self.window
+        if self.block is not None:
+            return (key - start).div(self.block, rounding_mode="floor") == (query - start).div(
+                self.block, rounding_mode="floor"
+            )
+        return None
+
+    def without_outdated(self, position: Tensor, now: int, start: Tensor) -> Tensor:
+        """`position`, −1 for tokens that no query after `now` can see."""
+        seen = self.sees(torch.full_like(position, now + 1), position, start)
+        return position if seen is None else position.masked_fill(~seen, EMPTY)
 
     def key_constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(centre, scale), each ``[Hkv, D]`` float32 on `device`."""
@@ -91,6 +116,8 @@ class LayerState:
         budget_length: `row_seen` when the last prompt ended; ratios resolve against it.
         class_counts: per row, coded tokens by class flags (1 special, 2 punctuation, 3 both).
         first_vote: first position whose query votes for `frequent` tokens.
+        spans: per row the protected tokens, numbered from the row's first real token.
+        turn_starts: position at which each turn of the conversation began.
     """
 
     settings: LayerSettings
@@ -104,9 +131,13 @@ class LayerState:
     budget_length: list[int]
     class_counts: list[list[int]] = field(default_factory=list)
     first_vote: int = 0
+    spans: list[tuple[range, ...]] = field(default_factory=list)
+    turn_starts: list[int] = field(default_factory=list)
 
     @staticmethod
-    def empty(settings: LayerSettings, key: Tensor, value: Tensor) -> LayerState:
+    def empty(
+        settings: LayerSettings, key: Tensor, value: Tensor, spans: list[tuple[range, ...]]
+    ) -> LayerState:
         """For keys like `key` ``[B, Hkv, T, D]`` and values ``[B, Hkv, T, Dv]``."""
         batch, heads, _, dim = key.shape
         device, exact = key.device, settings.exact_tokens
@@ -142,6 +173,7 @@ class LayerState:
             [0] * batch,
             [0] * batch,
             [[0, 0, 0, 0] for _ in range(batch)],
+            spans=spans,
         )
 
     @property
@@ -152,6 +184,15 @@ class LayerState:
     def recent(self) -> slice:
         """The recent tokens' place among the exact slots."""
         return slice(self.settings.sink_tokens, None)
+
+    def rows(self) -> Tensor:
+        """Batch rows ``[B]``, as an index."""
+        return torch.arange(self.batch, device=self.start.device)
+
+    def oldest_recent(self) -> tuple[Tensor, Tensor]:
+        """(row, place among the exact slots), each ``[B]``: where the next decoded token goes."""
+        slot = self.exact_position[:, self.recent].argmin(1)
+        return self.rows(), slot + self.settings.sink_tokens
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that grows with the batch or the context."""
@@ -183,10 +224,33 @@ class LayerState:
                         self.row_seen[row],
                         self.budget_length[row],
                         classes,
+                        self.spans[row],
                     )
                 )
             result.append(line)
         return result
+
+    def pinned(self, row: Tensor, position: Tensor) -> Tensor | None:
+        """Which tokens lie in a protected span of their row; None if no row has one.
+
+        Args:
+            row, position: int64, broadcastable.
+        """
+        longest = max(map(len, self.spans))
+        if not longest:
+            return None
+        table = [
+            [[s.start, s.stop] for s in spans] + [[0, 0]] * (longest - len(spans))
+            for spans in self.spans
+        ]
+        bounds = torch.tensor(table, device=position.device)[row]
+        number = (position - self.start[row]).unsqueeze(-1)
+        return ((number >= bounds[..., 0]) & (number < bounds[..., 1])).any(-1)
+
+    def turn_of(self, position: Tensor) -> Tensor:
+        """Number of the turn, from 0, in which tokens came."""
+        starts = torch.tensor(self.turn_starts, device=position.device)
+        return torch.searchsorted(starts, position.contiguous(), right=True) - 1
 
     def resolve_windows(self) -> None:
         """Local windows for the current `budget_length` of each row."""
@@ -213,3 +277,4 @@ class LayerState:
         self.row_seen = [self.row_seen[row] for row in rows]
         self.budget_length = [self.budget_length[row] for row in rows]
         self.class_counts = [list(self.class_counts[row]) for row in rows]
+        self.spans = [self.spans[row] for row in rows]

@@ -71,11 +71,22 @@ class Bucket:
     score: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Overwritten:
+    """What lay in flat slots before something was written there."""
+
+    slots: Tensor
+    keys: Codes
+    values: Codes
+    position: Tensor
+
+
 @dataclass(slots=True)
 class SegmentStore:
     """See the module docstring.
 
     Attributes:
+        notes: where `write` leaves what it overwrites, None to leave nothing.
         capacities: host copy, ``capacities[row][head]`` in slots.
         batch_index, head_index: ``[segments]`` int64 in the order in which segments lie.
     """
@@ -93,6 +104,7 @@ class SegmentStore:
     values: Codes = field(init=False)
     position: Tensor = field(init=False)
     score: Tensor | None = field(init=False)
+    notes: list[Overwritten] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._lay_out(self.capacities)
@@ -177,7 +189,8 @@ class SegmentStore:
 
     # ---- moves
     def relayout(self, capacities: list[list[int]], source_rows: list[int] | None = None) -> None:
-        """New capacities, none smaller than before; row b continues old row `source_rows[b]`."""
+        """New capacities; row b continues old row `source_rows[b]`. What a smaller segment has no
+        room for is lost: its last slots."""
         rows = source_rows if source_rows is not None else list(range(len(capacities)))
         old = (self.keys, self.values, self.position, self.score)
         old_starts, old_capacities = self.starts, self.capacities
@@ -228,6 +241,8 @@ class SegmentStore:
             position: ``[N]``.
             score: ``[N]``, needed where the store keeps scores.
         """
+        if self.notes is not None:
+            self.notes.append(self._overwritten(slots))
         for low in range(0, slots.shape[0], _ENCODE_ROWS):
             part = slice(low, min(slots.shape[0], low + _ENCODE_ROWS))
             k, v = rows_of(part)
@@ -238,6 +253,22 @@ class SegmentStore:
         if self.score is not None:
             assert score is not None
             self.score[slots] = score
+
+    def _overwritten(self, slots: Tensor) -> Overwritten:
+        def codes(c: Codes) -> Codes:
+            return Codes(
+                c.data[slots],
+                None if c.scale is None else c.scale[slots],
+                None if c.minimum is None else c.minimum[slots],
+            )
+
+        return Overwritten(slots, codes(self.keys), codes(self.values), self.position[slots])
+
+    def restore(self, before: Overwritten) -> None:
+        """Undo one `write`; scores aside."""
+        self._put(self.keys, before.keys, before.slots)
+        self._put(self.values, before.values, before.slots)
+        self.position[before.slots] = before.position
 
     @staticmethod
     def _put(target: Codes, source: Codes, slots: Tensor) -> None:

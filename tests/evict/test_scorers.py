@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcompress.evict.keepset import HeadRules, class_mask, priority
+from kvcompress.evict.keepset import (
+    PUNCT_FLAG,
+    SPECIAL_FLAG,
+    HeadRules,
+    class_mask,
+    class_score,
+    priority,
+    turn_quota,
+)
 from kvcompress.evict.scorers import SCORERS
 from kvcompress.plan import Budget, HeadPlan
 
@@ -49,23 +57,42 @@ def test_random_differs_by_position_and_head_and_is_uniform():
     assert abs(torch.corrcoef(torch.stack([values, other]))[0, 1]) < 0.05
 
 
-def test_priority_orders_class_then_local_then_score():
+def test_priority_orders_span_special_local_punct_then_score():
     heads = [
-        HeadPlan(special=True, frequent=Budget(tokens=1), local=Budget(tokens=2)),
+        HeadPlan(special=True, punct=True, frequent=Budget(tokens=1), local=Budget(tokens=2)),
         HeadPlan(punct=True),
         HeadPlan(local=Budget(tokens=2)),
     ]
     rules = HeadRules.of(heads, torch.device("cpu"))
-    position = torch.tensor([-1, 3, 4, 9, 10]).expand(3, 5)
-    score = torch.tensor([9e9, 5.0, 7.0, 1.0, 0.0]).expand(3, 5)
-    protected = torch.zeros(3, 5, dtype=torch.bool)
-    protected[:2, 1] = True
     windows = torch.tensor([[2], [0], [2]])
-    order = priority(
-        rules, SCORERS["raw"], torch.arange(3)[:, None], windows, position, score, protected,
-        torch.ones(3, 5), 10,
-    ).argsort(1, descending=True)  # fmt: skip
-    assert order[0].tolist() == [1, 4, 3, 2, 0]
-    assert order[1, 0] == 1
-    assert order[2, :4].tolist() == [4, 3, 2, 1]
-    assert [class_mask(h) for h in heads] == [1, 2, 0]
+    position = torch.tensor([-1, 2, 3, 4, 5, 6, 9, 10])
+    flags = torch.tensor([0, SPECIAL_FLAG, 3, PUNCT_FLAG, PUNCT_FLAG, 0, 0, 0])
+    score = class_score(
+        rules.classes[:1, None], flags, torch.tensor([[9e9, 5.0, 1.0, 0.0, 1.0, 7.0, 1.0, 0.0]])
+    )
+    pinned = position == 6
+
+    def order(score, **kw):
+        return priority(
+            rules, SCORERS["raw"], torch.arange(3)[:, None], windows, position, score,
+            torch.ones(3, 8), 10, **kw,
+        ).argsort(1, descending=True).tolist()  # fmt: skip
+
+    # special by age (a token of both classes is special), local by age, punctuation by age, score
+    assert order(score)[0] == [2, 1, 7, 6, 4, 3, 5, 0]
+    assert order(score, pinned=pinned)[0][:4] == [5, 2, 1, 7]
+    unscored = order(None, in_class=(flags & rules.classes[:, None]) != 0)
+    assert unscored[1][:3] == [4, 3, 2]
+    assert unscored[2][:4] == [7, 6, 5, 4]
+    assert [class_mask(h) for h in heads] == [3, 2, 0]
+
+
+def test_turn_quota_keeps_the_best_of_every_turn():
+    rank = torch.tensor([5.0, 4.0, 3.0, 9.0, 8.0, -torch.inf, 7.0, 1.0])
+    turn = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0])
+    segment = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1])
+    pinned = torch.tensor([True] + [False] * 7)
+    tier = turn_quota(rank, segment, turn, torch.full((8,), 1), pinned)
+    assert tier.tolist() == [2, 1, 0, 1, 0, 0, 0, 1]
+    tier = turn_quota(rank, segment, turn, torch.full((8,), 2), None)
+    assert tier.tolist() == [1, 1, 0, 1, 1, 0, 0, 1]

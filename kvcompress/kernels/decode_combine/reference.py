@@ -29,6 +29,15 @@ class Combiner:
             -1
         ) + part.accumulated * join.unsqueeze(-1)
 
+    def add_logits(self, logits: Tensor) -> None:
+        """Merge one more logit per KV head and query row, ``[Hkv, R]``, that has no value."""
+        logits = logits.float()
+        new = torch.maximum(self.maximum, logits)
+        keep = torch.exp(self.maximum - new)
+        self.total = self.total * keep + torch.exp(logits - new)
+        self.accumulated *= keep.unsqueeze(-1)
+        self.maximum = new
+
     def output(self) -> Tensor:
         """``[B, Hkv, R, Dv]`` float32; zero for a row that saw nothing (padding)."""
         return self.accumulated / self.total.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(

@@ -1,0 +1,342 @@
+"""One layer of the compressed cache: it attends to what is stored, then stores and evicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from kvcompress.errors import KVCompressError, UnsupportedModelError
+from kvcompress.runtime.attend import Chunk, attend, new_scores, score_rows
+from kvcompress.runtime.commit import commit
+from kvcompress.runtime.held import Waiting
+from kvcompress.runtime.insert import insert
+from kvcompress.runtime.protocol import StoringLayer
+from kvcompress.runtime.speculate import Journal
+from kvcompress.runtime.state import LayerSettings, LayerState
+
+_NEVER: Final = 1 << 60  # a first vote that no position reaches
+_MOST_DRAFTED: Final = 256
+
+# the model's normal attention over the chunk alone; None where it has no such kernel
+FastAttention = Callable[[], Tensor] | None
+
+
+class CompressedLayer(StoringLayer):
+    """`update` hands the chunk through; `forward` attends and only then stores it.
+
+    Args:
+        spans: per row the protected tokens, or one tuple for every row.
+        hold_prompt: keep a prompt uncompressed until it ends, see `CompressedCache`.
+    """
+
+    def __init__(
+        self,
+        settings: LayerSettings,
+        spans: list[tuple[range, ...]] | tuple[range, ...] = (),
+        hold_prompt: bool = False,
+    ) -> None:
+        super().__init__(settings, spans)
+        self.record_past = False
+        self._hold_prompt = hold_prompt
+        self._shared: Waiting | None = None
+        self._held: Waiting | None = None
+        self._journal = Journal()
+        self._decoded = False  # the last forward decoded, so that a prompt opens a turn
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._shared is not None:
+            raise UnsupportedModelError(
+                f"layer {self.settings.layer}: layers {self.settings.readers[1:]} should have read "
+                "its keys and did not"
+            )
+        return super().update(key_states, value_states)
+
+    def _select(self, rows: list[int]) -> None:
+        if len(self._journal):
+            raise KVCompressError(
+                "rows cannot move while drafted tokens may still be taken back; call crop first"
+            )
+        self.end_prefill()
+        super()._select(rows)
+
+    def reset(self) -> None:
+        super().reset()
+        self._shared = self._held = None
+        self._journal, self._decoded = Journal(), False
+
+    # ---- taking tokens back
+    def activate_past_recording(self) -> None:
+        """From now on drafted tokens can be taken back with `crop`."""
+        if len(self.settings.readers) > 1:
+            raise KVCompressError(
+                f"layer {self.settings.layer}: layers {self.settings.readers[1:]} read its keys "
+                "after it evicted, so drafted tokens cannot be taken back; generate without "
+                "assistant_model and prompt_lookup_num_tokens"
+            )
+        self.record_past = True
+
+    def crop(self, max_length: int) -> None:
+        """Take back the newest ``−max_length`` tokens; 0 says that all drafted tokens stay.
+
+        Raises:
+            KVCompressError: for tokens that were not drafted while the cache recorded.
+        """
+        count = -max_length
+        if count < 0 or count > len(self._journal):
+            raise KVCompressError(
+                f"crop({max_length}): only the {len(self._journal)} newest drafted tokens can be "
+                "taken back, as a negative number; call cache.activate_past_recording() before "
+                "they come"
+            )
+        for _ in range(count):
+            assert self.state is not None
+            self._journal.undo(self.state)
+        self.seen -= count
+        self._journal = Journal()
+
+    # ---- attention
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        fast_attention: FastAttention,
+        sinks: Tensor | None = None,
+        reader: int | None = None,
+    ) -> Tensor:
+        """Attention of the chunk that `update` saw last, then eviction and storage.
+
+        Args:
+            query: ``[B, Hq, T, D]``.
+            key, value: ``[B, Hkv, T, D]`` the chunk's own.
+            mask: ``[B, 1, T, T]`` bool or None (causal).
+            fast_attention: gives ``[B, T, Hq, D]``.
+            sinks: ``[Hq]`` learned logits that join every softmax.
+            reader: number of the layer that attends, where it reads another layer's keys.
+
+        Returns:
+            ``[B, T, Hq, D]`` contiguous.
+        """
+        if reader is not None and reader != self.settings.layer:
+            return self._read_shared(query, scaling, softcap, fast_attention, sinks, reader)
+        self._check_given(key)
+        assert self.state is not None
+        chunk = self._chunk(query, key, value, mask, scaling, softcap, sinks)
+        self._note_turn(chunk)
+        certain = self._certain(chunk.length)
+        if certain:
+            self._journal = Journal()
+        if certain == chunk.length:
+            return self._take(chunk, fast_attention)
+        out = [self._take(chunk.tokens(0, certain), None)] if certain else []
+        return torch.cat([*out, *self._take_drafted(chunk, certain)], 1)
+
+    def _check_given(self, key: Tensor) -> None:
+        """The keys to attend over must be those that were stored."""
+        given, self._given = self._given, None
+        if key is given or given is None:
+            return
+        first = self.seen == given.shape[-2]
+        if key.shape != given.shape or (first and not torch.equal(key, given)):
+            raise UnsupportedModelError(
+                f"layer {self.settings.layer}: the model changes keys after it stored them "
+                f"({tuple(given.shape)} to {tuple(key.shape)}), which the compressed cache would "
+                "not do to the tokens it holds"
+            )
+
+    def _chunk(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Chunk:
+        length = query.shape[2]
+        if mask is not None and (mask.dtype != torch.bool or mask.shape[-2:] != (length, length)):
+            raise KVCompressError(
+                f"an attention mask {tuple(mask.shape)} of {mask.dtype} cannot be combined with "
+                "the compressed cache; pass the usual 2-dimensional attention_mask"
+            )
+        valid = None
+        if mask is not None:
+            valid = mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(query.shape[0], -1)
+            valid = None if bool(valid.all()) else valid
+        flags = self.arrival.flags if self.settings.uses_classes else None
+        return Chunk(
+            query,
+            key,
+            value,
+            self.seen - length,
+            mask,
+            valid,
+            None if flags is None else flags.to(key.device),
+            scaling,
+            softcap,
+            sinks,
+        )
+
+    def _note_turn(self, chunk: Chunk) -> None:
+        assert self.state is not None
+        decodes = self._certain(chunk.length) <= 1 and not self.arrival.in_prompt
+        if not self.state.turn_starts or (self._decoded and not decodes):
+            self.state.turn_starts.append(chunk.position)
+        self._decoded = decodes
+
+    def _certain(self, length: int) -> int:
+        """Tokens at the head of a chunk that will not be taken back."""
+        assert self.state is not None
+        if not self.record_past:
+            return length
+        certain = self.arrival.certain
+        if certain is None:
+            certain = 0 if any(self.state.row_seen) else length
+        return 0 if certain == 1 and any(self.state.row_seen) else certain
+
+    # ---- storing
+    def _take(self, chunk: Chunk, fast_attention: FastAttention) -> Tensor:
+        """Attend, then store, or leave it to the last layer that reads these keys."""
+        assert self.state is not None
+        if self._held is not None:
+            if chunk.length == 1 and not self.arrival.in_prompt:
+                self.end_prefill()
+            else:
+                chunk = self._held.followed_by(chunk)
+        scores = new_scores(self.state, chunk)
+        if self._held is not None:
+            scores = self._held.scores_before(scores)
+        out = self._attend(chunk, scores, fast_attention)
+        waiting = Waiting(chunk, scores)
+        if len(self.settings.readers) > 1:
+            self._shared = waiting
+        else:
+            self._store(waiting)
+        return out
+
+    def _read_shared(
+        self,
+        query: Tensor,
+        scaling: float,
+        softcap: float | None,
+        fast_attention: FastAttention,
+        sinks: Tensor | None,
+        reader: int,
+    ) -> Tensor:
+        """Attention of another layer over these keys: before they are stored, and with a vote."""
+        if self._shared is None or reader not in self.settings.readers:
+            raise UnsupportedModelError(
+                f"layer {reader} attends over the keys of layer {self.settings.layer}, which the "
+                "plan does not foresee"
+            )
+        chunk = replace(
+            self._shared.chunk, query=query, scaling=scaling, softcap=softcap, sinks=sinks
+        )
+        out = self._attend(chunk, self._shared.scores, fast_attention)
+        if reader == self.settings.readers[-1]:
+            waiting, self._shared = self._shared, None
+            self._store(waiting)
+        return out
+
+    def _store(self, waiting: Waiting) -> None:
+        state, chunk = self.state, waiting.chunk
+        assert state is not None
+        prompt = chunk.length > 1 or self.arrival.in_prompt or self._held is not None
+        if self._hold_prompt and prompt:
+            self._hold(waiting)
+            return
+        if _decodes(state, chunk):
+            insert(state, chunk, waiting.scores)
+        else:
+            commit(state, chunk, waiting.scores)
+
+    def _take_drafted(self, chunk: Chunk, first: int) -> list[Tensor]:
+        """The tokens from `first` on, one after the other, each of which `crop` can take back."""
+        state = self.state
+        assert state is not None
+        out = []
+        for index in range(first, chunk.length):
+            token = chunk.tokens(index, index + 1)
+            if _decodes(state, token):
+                self._journal.before_insert(state)
+            else:
+                self._journal.before_commit(state)
+            out.append(self._take(token, None))
+            Journal.stop_notes(state)
+        self._journal.forget_all_but(_MOST_DRAFTED)
+        return out
+
+    # ---- prompts that are held
+    @property
+    def has_held(self) -> bool:
+        return self._held is not None
+
+    def _hold(self, waiting: Waiting) -> None:
+        """Keep a part of a prompt, and of its queries those that may have to vote at its end."""
+        query = waiting.chunk.query
+        keep = (self.settings.plan.score_rows or 0) if self._votes_late() else 0
+        if keep and self._held is not None:
+            query = torch.cat([self._held.chunk.query, query], 2)
+        query = query[:, :, query.shape[2] - min(keep, query.shape[2]) :]
+        self._held = waiting.without_queries_but(query)
+
+    def _votes_late(self) -> bool:
+        """Only the last rows of the prompt vote, and while it goes on nobody knows which."""
+        assert self.state is not None
+        first = not any(self.state.row_seen)
+        return self._hold_prompt and first and self.settings.plan.score_rows is not None
+
+    def end_prefill(self) -> None:
+        """Compress a prompt that is held."""
+        if self._held is None:
+            return
+        late = self._votes_late()
+        (chunk, scores), self._held = (self._held.chunk, self._held.scores), None
+        assert self.state is not None
+        if late:
+            self.state.first_vote = chunk.position
+            score_rows(self.state, chunk, scores, 0)
+        stop = chunk.position + chunk.length
+        commit(self.state, replace(chunk, query=chunk.query[:, :, :0], position=stop), scores)
+
+    def _attend(
+        self, chunk: Chunk, scores: dict[int, Tensor], fast_attention: FastAttention
+    ) -> Tensor:
+        """``[B, T, Hq, D]``, with the votes of the chunk's queries."""
+        state, settings = self.state, self.settings
+        assert state is not None
+        rows = settings.plan.score_rows
+        empty = not any(state.row_seen)
+        voting = settings.scorer.uses_attention and any(kind.scored for kind, _ in settings.groups)
+        late = self._votes_late()
+        if empty and rows is not None:
+            first = max(0, chunk.length - rows)
+            state.first_vote = _NEVER if late else chunk.position + first
+        if empty and not chunk.held and fast_attention is not None:
+            if voting and rows is not None and not late:
+                score_rows(state, chunk, scores, first)
+                return fast_attention()
+            if not voting or late:
+                return fast_attention()
+        return attend(state, chunk, scores).transpose(1, 2).contiguous()
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor that this layer holds."""
+        return super().nbytes() + (0 if self._held is None else self._held.nbytes())
+
+
+def _decodes(state: LayerState, chunk: Chunk) -> bool:
+    """Whether a chunk is one decoded token, for which the layer keeps its layout."""
+    full_sinks = min(state.row_seen) >= state.settings.sink_tokens
+    one = chunk.key.shape[2] == 1 and chunk.valid is None
+    return one and full_sinks and any(state.row_seen)

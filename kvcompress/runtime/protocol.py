@@ -1,0 +1,142 @@
+"""What transformers asks of a cache layer, for layers that keep a state of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvcompress.errors import KVCompressError, UnsupportedModelError
+from kvcompress.runtime.state import LayerSettings, LayerState
+
+
+@dataclass(slots=True)
+class Arrival:
+    """What the cache knows of a forward before its layers run, shared by all of them.
+
+    Attributes:
+        flags: ``[B, T]`` uint8 class flags, or None.
+        certain: tokens that will not be taken back; the rest of the chunk is a draft. None: all,
+            or, while a cache records, none but those of a first prompt.
+        in_prompt: the forward is a part of a prompt that goes on, whatever its length.
+    """
+
+    flags: Tensor | None = None
+    certain: int | None = None
+    in_prompt: bool = False
+
+
+class StoringLayer(CacheLayerMixin):
+    """`update` hands the chunk through; the attention function stores it.
+
+    Args:
+        spans: one tuple of protected tokens for every row, or a list of them, one per row.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(
+        self, settings: LayerSettings, spans: list[tuple[range, ...]] | tuple[range, ...] = ()
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.sliding_window = settings.window if settings.block is None else settings.block
+        self.is_sliding = self.sliding_window is not None
+        self.seen = 0
+        self.state: LayerState | None = None
+        self.arrival = Arrival()
+        self._spans = spans
+        self._given: Tensor | None = None  # the keys that `update` handed on, until they are read
+
+    # ---- what transformers calls
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        shape = self.settings.plan.model
+        heads = len(self.settings.heads)
+        if key_states.shape[1] != heads or key_states.shape[-1] != shape.head_dim:
+            raise UnsupportedModelError(
+                f"layer {self.settings.layer}: keys {tuple(key_states.shape)}, the plan is for "
+                f"{heads} KV heads of {shape.head_dim} channels; use this model's own plan"
+            )
+        if value_states.shape[1] != heads or value_states.shape[-1] != shape.v_dim:
+            raise UnsupportedModelError(
+                f"layer {self.settings.layer}: values {tuple(value_states.shape)}, the plan is for "
+                f"{heads} KV heads of {shape.v_dim} channels"
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        spans = self._spans
+        batch = key_states.shape[0]
+        if not isinstance(spans, list):
+            spans = [tuple(spans)] * batch
+        if len(spans) != batch:
+            raise KVCompressError(
+                f"protect names the tokens of {len(spans)} rows, the batch has {batch}"
+            )
+        self.state = LayerState.empty(self.settings, key_states, value_states, list(spans))
+        self.keys = self.values = key_states.new_zeros(0)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self._given is not None:
+            raise UnsupportedModelError(
+                f"layer {self.settings.layer}: the model stored keys but never called the "
+                "compressed attention, so its output would be wrong; call "
+                "kvcompress.attach(model, plan) first"
+            )
+        self._given = key_states
+        self.seen += key_states.shape[-2]
+        key_states._kvc_layer = self  # type: ignore[attr-defined]  # how the attention finds its layer
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not: positions and masks follow it."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Only the chunk: stored tokens are masked from their own positions."""
+        return query_length, self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.state is None else self.state.batch
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self._select([r for r in range(self.state.batch) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is not None:
+            self._select(torch.arange(self.state.batch)[indices.cpu()].tolist())
+
+    def _select(self, rows: list[int]) -> None:
+        if self.state is not None:
+            self.state.select_rows(rows)
+
+    def reset(self) -> None:
+        self.seen, self.state, self.is_initialized = 0, None, False
+        self._given = None
+
+    def offload(self) -> None:
+        raise KVCompressError("the compressed cache cannot be offloaded; drop offloading=True")
+
+    prefetch = offload
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor that this layer holds."""
+        return 0 if self.state is None else self.state.nbytes()
