@@ -96,7 +96,8 @@ def encode(x: Tensor, dtype: KVDtype, groups: int = 1) -> Codes:
 
 
 def decode(codes: Codes, dtype: KVDtype, head_dim: int) -> Tensor:
-    """The vectors ``[..., D]`` in float32; for tests and calibration, never for the cache."""
+    """The vectors ``[..., D]`` in float32. Attention over keys and values never calls it: it reads
+    codes in place. Latents are expanded by the model itself and must be decoded for it."""
     if dtype == "model":
         return codes.data.float()
     assert codes.scale is not None

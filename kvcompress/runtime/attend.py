@@ -144,7 +144,7 @@ def _attend_rows(state: LayerState, chunk: Chunk, rows: slice, scores: dict[int,
     if chunk.sinks is not None:
         combiner.add_logits(chunk.sinks.view(heads, -1, 1).expand(-1, -1, n).reshape(heads, -1))
     if scores and state.settings.scorer.uses_attention:
-        weight = _row_weights(state, chunk, position, rows, n)
+        weight = row_weights(state, chunk, position, rows, n)
         _raise_stored(combiner, coded, weight)
         _raise_exact(state, combiner, exact, own, weight, scores, everywhere)
     return combiner.output()
@@ -215,7 +215,7 @@ def _attend_chunk(
     """Add the held tokens and the chunk's own, up to the last one that these rows may see."""
     batch, heads, total, _ = query.shape
     n, stop = rows.stop - rows.start, chunk.held + rows.stop
-    visible = _chunk_visible(state, chunk, rows)
+    visible = chunk_visible(state, chunk, rows)
     visible = visible[:, None, None].expand(batch, heads, total // n, n, stop)
     part = _dense(
         query,
@@ -228,7 +228,7 @@ def _attend_chunk(
     return part
 
 
-def _chunk_visible(state: LayerState, chunk: Chunk, rows: slice) -> Tensor:
+def chunk_visible(state: LayerState, chunk: Chunk, rows: slice) -> Tensor:
     """``[B or 1, n, P + rows.stop]``: which keys of the chunk its query rows may see."""
     stop = chunk.held + rows.stop
     key = torch.arange(stop, device=chunk.key.device) + chunk.first
@@ -246,7 +246,7 @@ def _chunk_visible(state: LayerState, chunk: Chunk, rows: slice) -> Tensor:
     return visible
 
 
-def _row_weights(state: LayerState, chunk: Chunk, position: Tensor, rows: slice, n: int) -> Tensor:
+def row_weights(state: LayerState, chunk: Chunk, position: Tensor, rows: slice, n: int) -> Tensor:
     """``[B, n]``: how much each query row's attention counts, the mean over a group's queries."""
     queries = chunk.query.shape[1] // chunk.key.shape[1]
     start = first_positions(state, chunk)

@@ -15,6 +15,7 @@ from kvcompress.errors import KVCompressError, PositionRangeWarning
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
 from kvcompress.plan import HOLDS_KV, Plan
 from kvcompress.quant.keystats import KVParams
+from kvcompress.runtime.latent import LatentLayer
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.protocol import Arrival
 from kvcompress.runtime.state import LayerSettings
@@ -62,7 +63,8 @@ class CompressedCache(Cache):
         for layer in range(plan.model.layers):
             if plan.model.kind(layer) in HOLDS_KV:
                 settings = LayerSettings(plan, params, layer)
-                layers.append(CompressedLayer(settings, spans, compress == "after_prefill"))
+                kind = LatentLayer if settings.kind == "latent" else CompressedLayer
+                layers.append(kind(settings, spans, compress == "after_prefill"))
             elif config is None:
                 raise KVCompressError(
                     f"layer {layer} ({plan.model.kind(layer)}) stores no keys of its own; make "

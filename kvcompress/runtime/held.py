@@ -43,6 +43,21 @@ class Waiting:
         chunk = replace(chunk, query=query, position=stop - query.shape[2], mask=None)
         return Waiting(chunk, self.scores)
 
+    def without_last(self, count: int) -> Waiting:
+        """The newest `count` tokens gone."""
+        chunk = self.chunk
+        stop = chunk.key.shape[2] - count
+        kept = replace(
+            chunk,
+            query=chunk.query[:, :, :0],
+            key=chunk.key[:, :, :stop],
+            value=chunk.value[:, :, :stop],
+            position=chunk.first + stop,
+            valid=None if chunk.valid is None else chunk.valid[:, :stop],
+            flags=None if chunk.flags is None else chunk.flags[:, :stop],
+        )
+        return Waiting(kept, {number: s[:, :, :stop] for number, s in self.scores.items()})
+
     def tensors(self) -> list[Tensor]:
         chunk = self.chunk
         held = [chunk.query, chunk.key, chunk.value, chunk.valid, chunk.flags]

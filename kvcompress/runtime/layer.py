@@ -71,14 +71,14 @@ class CompressedLayer(StoringLayer):
         self._journal, self._decoded = Journal(), False
 
     # ---- taking tokens back
+    @property
+    def _drafts_wait(self) -> bool:
+        """Other layers read these keys before they are stored: a draft is then kept aside, and
+        stored only when `crop` says what stays of it."""
+        return len(self.settings.readers) > 1
+
     def activate_past_recording(self) -> None:
         """From now on drafted tokens can be taken back with `crop`."""
-        if len(self.settings.readers) > 1:
-            raise KVCompressError(
-                f"layer {self.settings.layer}: layers {self.settings.readers[1:]} read its keys "
-                "after it evicted, so drafted tokens cannot be taken back; generate without "
-                "assistant_model and prompt_lookup_num_tokens"
-            )
         self.record_past = True
 
     def crop(self, max_length: int) -> None:
@@ -88,17 +88,22 @@ class CompressedLayer(StoringLayer):
             KVCompressError: for tokens that were not drafted while the cache recorded.
         """
         count = -max_length
-        if count < 0 or count > len(self._journal):
+        waiting = self._held if self._drafts_wait else None
+        drafted = len(self._journal) if waiting is None else waiting.chunk.key.shape[2]
+        if count < 0 or count > drafted:
             raise KVCompressError(
-                f"crop({max_length}): only the {len(self._journal)} newest drafted tokens can be "
-                "taken back, as a negative number; call cache.activate_past_recording() before "
-                "they come"
+                f"crop({max_length}): only the {drafted} newest drafted tokens can be taken back, "
+                "as a negative number; call cache.activate_past_recording() before they come"
             )
-        for _ in range(count):
-            assert self.state is not None
-            self._journal.undo(self.state)
+        if waiting is not None:
+            self._held = waiting.without_last(count)
+            self.end_prefill()
+        else:
+            for _ in range(count):
+                assert self.state is not None
+                self._journal.undo(self.state)
+            self._journal = Journal()
         self.seen -= count
-        self._journal = Journal()
 
     # ---- attention
     def forward(
@@ -135,7 +140,7 @@ class CompressedLayer(StoringLayer):
         certain = self._certain(chunk.length)
         if certain:
             self._journal = Journal()
-        if certain == chunk.length:
+        if certain == chunk.length or self._drafts_wait:
             return self._take(chunk, fast_attention)
         out = [self._take(chunk.tokens(0, certain), None)] if certain else []
         return torch.cat([*out, *self._take_drafted(chunk, certain)], 1)
@@ -208,11 +213,10 @@ class CompressedLayer(StoringLayer):
     def _take(self, chunk: Chunk, fast_attention: FastAttention) -> Tensor:
         """Attend, then store, or leave it to the last layer that reads these keys."""
         assert self.state is not None
+        if self._prompt_is_over(chunk.length):
+            self.end_prefill()
         if self._held is not None:
-            if chunk.length == 1 and not self.arrival.in_prompt:
-                self.end_prefill()
-            else:
-                chunk = self._held.followed_by(chunk)
+            chunk = self._held.followed_by(chunk)
         scores = new_scores(self.state, chunk)
         if self._held is not None:
             scores = self._held.scores_before(scores)
@@ -252,7 +256,7 @@ class CompressedLayer(StoringLayer):
         state, chunk = self.state, waiting.chunk
         assert state is not None
         prompt = chunk.length > 1 or self.arrival.in_prompt or self._held is not None
-        if self._hold_prompt and prompt:
+        if (self._hold_prompt and prompt) or (self.record_past and self._drafts_wait):
             self._hold(waiting)
             return
         if _decodes(state, chunk):
@@ -262,6 +266,7 @@ class CompressedLayer(StoringLayer):
 
     def _take_drafted(self, chunk: Chunk, first: int) -> list[Tensor]:
         """The tokens from `first` on, one after the other, each of which `crop` can take back."""
+        self.end_prefill()
         state = self.state
         assert state is not None
         out = []
@@ -280,6 +285,11 @@ class CompressedLayer(StoringLayer):
     @property
     def has_held(self) -> bool:
         return self._held is not None
+
+    def _prompt_is_over(self, length: int) -> bool:
+        """Whether a forward of `length` tokens shows that what is held is complete."""
+        drafting = self.record_past and self._drafts_wait
+        return length == 1 and not self.arrival.in_prompt and not drafting
 
     def _hold(self, waiting: Waiting) -> None:
         """Keep a part of a prompt, and of its queries those that may have to vote at its end."""
@@ -315,20 +325,26 @@ class CompressedLayer(StoringLayer):
         """``[B, T, Hq, D]``, with the votes of the chunk's queries."""
         state, settings = self.state, self.settings
         assert state is not None
-        rows = settings.plan.score_rows
-        empty = not any(state.row_seen)
+        rows, first = settings.plan.score_rows, self._set_first_vote(chunk)
         voting = settings.scorer.uses_attention and any(kind.scored for kind, _ in settings.groups)
         late = self._votes_late()
-        if empty and rows is not None:
-            first = max(0, chunk.length - rows)
-            state.first_vote = _NEVER if late else chunk.position + first
-        if empty and not chunk.held and fast_attention is not None:
+        if not any(state.row_seen) and not chunk.held and fast_attention is not None:
             if voting and rows is not None and not late:
                 score_rows(state, chunk, scores, first)
                 return fast_attention()
             if not voting or late:
                 return fast_attention()
         return attend(state, chunk, scores).transpose(1, 2).contiguous()
+
+    def _set_first_vote(self, chunk: Chunk) -> int:
+        """In a first prompt only the last `score_rows` queries vote; gives the first of them."""
+        state, rows = self.state, self.settings.plan.score_rows
+        assert state is not None
+        if rows is None or any(state.row_seen):
+            return 0
+        first = max(0, chunk.length - rows)
+        state.first_vote = _NEVER if self._votes_late() else chunk.position + first
+        return first
 
     def nbytes(self) -> int:
         """Bytes of every tensor that this layer holds."""

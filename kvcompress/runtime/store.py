@@ -17,6 +17,7 @@ from torch import Tensor
 from kvcompress.plan import KVDtype
 from kvcompress.quant.codec import (
     Codes,
+    decode,
     encode,
     has_minimum,
     row_elements,
@@ -185,6 +186,13 @@ class SegmentStore:
         repeats = torch.tensor(order, device=self.device)
         return self.batch_index.repeat_interleave(repeats), self.head_index.repeat_interleave(
             repeats
+        )
+
+    def decoded(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """Keys (still centred and scaled) and values ``[S, C, …]`` of a bucket, float32."""
+        return (
+            decode(bucket.keys, self.kind.k_dtype, self.head_dim),
+            decode(bucket.values, self.kind.v_dtype, self.value_dim),
         )
 
     # ---- moves
