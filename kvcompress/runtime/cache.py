@@ -76,6 +76,8 @@ class CompressedCache(Cache):
         self._class_ids = _ClassIds(plan)
         self._warned: set[type[Warning]] = set()
         self._in_prompt = False
+        # an assistant's cache: `generate` may take back one token more than the assistant drafted
+        self.assists = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
         memo[id(self.plan)] = self.plan
@@ -115,6 +117,8 @@ class CompressedCache(Cache):
                 "pass input_ids, or these classes are not kept",
             )
         certain = None if not logits_to_keep else max(0, length - logits_to_keep + 1)
+        if self.assists and certain:
+            certain -= 1
         self.arrival = Arrival(
             self._class_ids.flags(input_ids) if uses and input_ids is not None else None,
             certain,

@@ -254,6 +254,7 @@ def _prepare_cache(
         return
     cache = new_cache(model)
     if getattr(generation_config, "is_assistant", False):
+        cache.assists = True
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache
 

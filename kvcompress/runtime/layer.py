@@ -133,7 +133,7 @@ class CompressedLayer(StoringLayer):
         """
         if reader is not None and reader != self.settings.layer:
             return self._read_shared(query, scaling, softcap, fast_attention, sinks, reader)
-        self._check_given(key)
+        self._check_given(key, value)
         assert self.state is not None
         chunk = self._chunk(query, key, value, mask, scaling, softcap, sinks)
         self._note_turn(chunk)
@@ -145,18 +145,24 @@ class CompressedLayer(StoringLayer):
         out = [self._take(chunk.tokens(0, certain), None)] if certain else []
         return torch.cat([*out, *self._take_drafted(chunk, certain)], 1)
 
-    def _check_given(self, key: Tensor) -> None:
-        """The keys to attend over must be those that were stored."""
+    def _check_given(self, key: Tensor, value: Tensor) -> None:
+        """The keys and values to attend over must be those that were stored, and be read once."""
         given, self._given = self._given, None
-        if key is given or given is None:
-            return
-        first = self.seen == given.shape[-2]
-        if key.shape != given.shape or (first and not torch.equal(key, given)):
+        if given is None:
             raise UnsupportedModelError(
-                f"layer {self.settings.layer}: the model changes keys after it stored them "
-                f"({tuple(given.shape)} to {tuple(key.shape)}), which the compressed cache would "
-                "not do to the tokens it holds"
+                f"layer {self.settings.layer}: the model attends more than once over what it "
+                "stored, which the compressed cache cannot serve"
             )
+        first = self.seen == key.shape[-2]
+        for name, stored, now in (("keys", given[0], key), ("values", given[1], value)):
+            if now is stored:
+                continue
+            if now.shape != stored.shape or (first and not torch.equal(now, stored)):
+                raise UnsupportedModelError(
+                    f"layer {self.settings.layer}: the model changes {name} after it stored them "
+                    f"({tuple(stored.shape)} to {tuple(now.shape)}), which the compressed cache "
+                    "would not do to the tokens it holds"
+                )
 
     def _chunk(
         self,

@@ -51,7 +51,8 @@ class StoringLayer(CacheLayerMixin):
         self.state: LayerState | None = None
         self.arrival = Arrival()
         self._spans = spans
-        self._given: Tensor | None = None  # the keys that `update` handed on, until they are read
+        # the keys and values that `update` handed on, until they are read
+        self._given: tuple[Tensor, Tensor] | None = None
 
     # ---- what transformers calls
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -91,7 +92,7 @@ class StoringLayer(CacheLayerMixin):
                 "compressed attention, so its output would be wrong; call "
                 "kvcompress.attach(model, plan) first"
             )
-        self._given = key_states
+        self._given = (key_states, value_states)
         self.seen += key_states.shape[-2]
         key_states._kvc_layer = self  # type: ignore[attr-defined]  # how the attention finds its layer
         return key_states, value_states
