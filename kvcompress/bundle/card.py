@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -21,12 +21,14 @@ def model_card(
     weights_bytes: int,
     base_weights_bytes: int,
     measured: Mapping[str, float],
+    capabilities: Sequence[Mapping[str, str]] = (),
 ) -> str:
     """The text of README.md.
 
     Args:
         base_weights_bytes: of the base model's weights in bf16.
         measured: figures by name, printed as they are.
+        capabilities: rows of `kvcompress.runtime.probe.as_rows`.
     """
     head = yaml.safe_dump(
         {
@@ -61,7 +63,7 @@ made for this model ({plan.target}).
 
 Bytes of one sequence, scales and positions included.
 
-{_measured(measured)}## Use
+{_measured(measured)}{_capabilities(capabilities)}## Use
 
 ```python
 import kvcompress
@@ -99,3 +101,20 @@ def _measured(measured: Mapping[str, float]) -> str:
         return ""
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in measured.items())
     return f"## Measured\n\n| | |\n|---|---:|\n{rows}\n\n"
+
+
+def _capabilities(rows: Sequence[Mapping[str, str]]) -> str:
+    if not rows:
+        return ""
+    lines = "\n".join(
+        f"| {r['capability']} | {r['status']} | {r['error']} | {r['note']} |" for r in rows
+    )
+    return f"""## What the compressed cache can do with this model
+
+Found by running it (`kvcompress probe`); the error is that of the logits, relative to their norm.
+
+| | | error | |
+|---|---|---:|---|
+{lines}
+
+"""

@@ -117,12 +117,11 @@ def _decode(model: PreTrainedModel, cache: Any) -> Tensor:
 
 def _compressed(bundle: Bundle, model: PreTrainedModel, plan: Plan, params: Any) -> Tensor:
     """`_decode` through a compressed cache."""
-    from kvcompress.runtime.cache import CompressedCache
-    from kvcompress.runtime.hf import attach, detach
+    from kvcompress.runtime.hf import attach, detach, new_cache
 
     attach(model, plan, params)
     try:
-        logits = _decode(model, CompressedCache(plan, params))
+        logits = _decode(model, new_cache(model))
     finally:
         detach(model)
     if not bool(logits.isfinite().all()):

@@ -122,10 +122,10 @@ def export(
     with _one_line(target), files.staging(target) as staged:
         note(f"loading {job.source.id} and storing its weights as {job.format.name}")
         _check_weights(Path(profile), job)
-        expected = _write_weights(job, staged, device_map)
+        expected, found = _write_weights(job, staged, device_map)
         gc.collect()  # the fresh process needs the memory
         note("writing the plan, the model card and the manifest")
-        _write_rest(job, staged)
+        _write_rest(job, staged, found)
         files.settle(staged)
         note("checking the bundle in a fresh process")
         checked = _check_in_fresh_process(staged, target, expected)
@@ -236,8 +236,10 @@ def _one_line(target: Path) -> Iterator[None]:
         raise BundleError(f"{target}: the weights cannot be written: {error}") from error
 
 
-def _write_weights(job: _Job, staged: Path, device_map: Any) -> Tensor:
-    """Save the weights, then return `check_logits` of the model that they came from."""
+def _write_weights(job: _Job, staged: Path, device_map: Any) -> tuple[Tensor, list[dict[str, str]]]:
+    """Save the weights, then return `check_logits` and `probe` of the model they came from."""
+    from kvcompress.runtime.probe import as_rows, probe
+
     quiet_bitsandbytes()
     skip = (*output_heads(job.source.skeleton), *job.kept)
     model = job.source.load(device_map=device_map, **job.format.load_kwargs(skip))
@@ -246,7 +248,11 @@ def _write_weights(job: _Job, staged: Path, device_map: Any) -> Tensor:
     _write_index(staged)
     _patch_config(staged / "config.json")
     job.source.tokenizer.save_pretrained(staged)
-    return check_logits(model)
+    logits = check_logits(model)
+    found = probe(model, job.source.id)
+    if found.refused is not None:
+        raise BundleError(f"{job.source.location}: {found.refused}")
+    return logits, as_rows(found)
 
 
 def _write_index(staged: Path) -> None:
@@ -276,7 +282,7 @@ def _patch_config(path: Path) -> None:
     _write_json(path, config)
 
 
-def _write_rest(job: _Job, staged: Path) -> None:
+def _write_rest(job: _Job, staged: Path, found: list[dict[str, str]]) -> None:
     """Everything but the weights; the manifest comes last because it hashes the others."""
     (staged / manifest.FOLDER).mkdir()
     for path in job.source.legal:
@@ -294,6 +300,7 @@ def _write_rest(job: _Job, staged: Path) -> None:
         stored_bytes,
         _bf16_bytes(job.source),
         job.measured,
+        found,
     )
     (staged / manifest.CARD).write_text(card, encoding="utf-8")
     written = Manifest(

@@ -10,13 +10,14 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from kvcompress import __version__
-from kvcompress.cli import demo, export, generate, inspect, plan, profile, verify
+from kvcompress.cli import demo, export, generate, inspect, plan, probe, profile, verify
 from kvcompress.cli import eval as evaluate
 from kvcompress.cli.common import quiet_libraries
 from kvcompress.errors import KVCompressError
 
 COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "demo": demo.command,
+    "probe": probe.command,
     "profile": profile.command,
     "plan": plan.command,
     "export": export.command,

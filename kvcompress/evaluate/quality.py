@@ -144,7 +144,7 @@ def _serving(
     model: PreTrainedModel, plan: Plan | None, params: KVParams | None
 ) -> Iterator[Callable[[], Cache]]:
     """A factory of caches that `model` serves inside the block; then it is as it was."""
-    from kvcompress.runtime.hf import attach, attached, detach
+    from kvcompress.runtime.hf import attach, attached, detach, new_cache
 
     before = attached(model)
     detach(model)
@@ -156,10 +156,8 @@ def _serving(
 
             yield lambda: DynamicCache(config=model.config)
         else:
-            from kvcompress.runtime.cache import CompressedCache
-
             attach(model, plan, params)
-            yield lambda: CompressedCache(plan, params)
+            yield lambda: new_cache(model)
     finally:
         detach(model)
         if before is not None:

@@ -23,8 +23,54 @@ def load_source(model: str, device: str = "auto") -> tuple[Any, Any]:
     Raises:
         UnsupportedModelError: if there is no such model, or it is not a causal language model.
     """
+    from transformers import AutoTokenizer
+
+    _causal_config(model)  # before anything big is read
+    tokenizer = _attempt(model, "tokenizer", lambda: AutoTokenizer.from_pretrained(model))
+    return load_model(model, device), tokenizer
+
+
+def load_model(model: str, device: str = "auto") -> Any:
+    """As `load_source`, without a tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    _causal_config(model)
+    loaded = _attempt(
+        model,
+        "weights",
+        lambda: AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True),
+    )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return loaded.to(device).eval()
+
+
+def random_model(model: str, layers: int | None = None) -> Any:
+    """The architecture of a model with made-up float32 weights, for questions of mechanics.
+
+    Args:
+        layers: only the first so many layers; None is all of them.
+
+    Raises:
+        UnsupportedModelError: as `load_source`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _causal_config(model)
+    text = config.get_text_config(decoder=True)
+    if layers is not None:
+        text.num_hidden_layers = min(layers, text.num_hidden_layers)
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
+    torch.manual_seed(0)
+    build: Any = AutoModelForCausalLM.from_config
+    return _attempt(model, "architecture", lambda: build(config, dtype=torch.float32)).eval()
+
+
+def _causal_config(model: str) -> Any:
+    from transformers import AutoConfig
 
     path = Path(model)
     if path.exists() and not (path / "config.json").is_file():
@@ -35,15 +81,7 @@ def load_source(model: str, device: str = "auto") -> tuple[Any, Any]:
         )
     config = _attempt(model, "config.json", lambda: AutoConfig.from_pretrained(model))
     _refuse_unless_causal(model, config)
-    tokenizer = _attempt(model, "tokenizer", lambda: AutoTokenizer.from_pretrained(model))
-    loaded = _attempt(
-        model,
-        "weights",
-        lambda: AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True),
-    )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return loaded.to(device).eval(), tokenizer
+    return config
 
 
 def _refuse_unless_causal(model: str, config: Any) -> None:

@@ -19,6 +19,7 @@ from kvcompress.kernels.decode_split.reference import decode_split
 from kvcompress.quant.codec import Codes
 from kvcompress.runtime.attend import QUERY_BLOCK, Chunk, chunk_visible, row_weights
 from kvcompress.runtime.layer import CompressedLayer, FastAttention
+from kvcompress.runtime.protocol import leaving_plain_tensors
 from kvcompress.runtime.state import LayerSettings
 from kvcompress.runtime.store import EMPTY, Bucket
 
@@ -48,6 +49,7 @@ class LatentLayer(CompressedLayer):
         """The model expands the latents of a whole draft before any of it is stored."""
         return True
 
+    @leaving_plain_tensors
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -90,6 +92,7 @@ class LatentLayer(CompressedLayer):
         self._stored_position = torch.cat(positions, 1)
         return torch.cat(keys, 2), torch.cat(values, 2)
 
+    @leaving_plain_tensors
     def forward(
         self,
         query: Tensor,

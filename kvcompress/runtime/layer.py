@@ -14,7 +14,7 @@ from kvcompress.runtime.attend import Chunk, attend, new_scores, score_rows
 from kvcompress.runtime.commit import commit
 from kvcompress.runtime.held import Waiting
 from kvcompress.runtime.insert import insert
-from kvcompress.runtime.protocol import StoringLayer
+from kvcompress.runtime.protocol import StoringLayer, leaving_plain_tensors
 from kvcompress.runtime.speculate import Journal
 from kvcompress.runtime.state import LayerSettings, LayerState
 
@@ -57,6 +57,7 @@ class CompressedLayer(StoringLayer):
             )
         return super().update(key_states, value_states)
 
+    @leaving_plain_tensors
     def _select(self, rows: list[int]) -> None:
         if len(self._journal):
             raise KVCompressError(
@@ -81,6 +82,7 @@ class CompressedLayer(StoringLayer):
         """From now on drafted tokens can be taken back with `crop`."""
         self.record_past = True
 
+    @leaving_plain_tensors
     def crop(self, max_length: int) -> None:
         """Take back the newest ``−max_length`` tokens; 0 says that all drafted tokens stay.
 
@@ -106,6 +108,7 @@ class CompressedLayer(StoringLayer):
         self.seen -= count
 
     # ---- attention
+    @leaving_plain_tensors
     def forward(
         self,
         query: Tensor,
@@ -312,6 +315,7 @@ class CompressedLayer(StoringLayer):
         first = not any(self.state.row_seen)
         return self._hold_prompt and first and self.settings.plan.score_rows is not None
 
+    @leaving_plain_tensors
     def end_prefill(self) -> None:
         """Compress a prompt that is held."""
         if self._held is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,22 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.runtime.state import LayerSettings, LayerState
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def leaving_plain_tensors(method: Callable[P, R]) -> Callable[P, R]:
+    """Run outside of inference mode: what is stored can then be changed in any mode later."""
+
+    @wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 @dataclass(slots=True)
@@ -81,6 +99,7 @@ class StoringLayer(CacheLayerMixin):
         self.keys = self.values = key_states.new_zeros(0)
         self.is_initialized = True
 
+    @leaving_plain_tensors
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
