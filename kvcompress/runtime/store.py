@@ -117,8 +117,8 @@ class SegmentStore:
         self.capacities = [list(row) for row in capacities]
         total = sum(map(sum, capacities))
         index = torch.tensor(order, dtype=torch.int64).reshape(-1, 2)
-        self.batch_index = index[:, 0].contiguous().to(self.device)
-        self.head_index = index[:, 1].contiguous().to(self.device)
+        self.batch_index = index[:, 0].clone().to(self.device)
+        self.head_index = index[:, 1].clone().to(self.device)
         self.keys = self._empty_codes(self.kind.k_dtype, total, self.head_dim, 1)
         groups = value_groups(self.kind.v_dtype, self.value_dim)
         self.values = self._empty_codes(self.kind.v_dtype, total, self.value_dim, groups)
