@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvcompress.profile.store import Profile as Profile
     from kvcompress.recipe import Recipe as Recipe
     from kvcompress.runtime.cache import CompressedCache as CompressedCache
+    from kvcompress.runtime.chat import system_span as system_span
     from kvcompress.runtime.hf import attach as attach
     from kvcompress.runtime.hf import detach as detach
     from kvcompress.runtime.hf import new_cache as new_cache
@@ -36,6 +37,7 @@ _HOME = {
     "detach": "kvcompress.runtime.hf",
     "load": "kvcompress.runtime.load",
     "new_cache": "kvcompress.runtime.hf",
+    "system_span": "kvcompress.runtime.chat",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "detach",
     "load",
     "new_cache",
+    "system_span",
 ]
 
 

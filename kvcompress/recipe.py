@@ -64,6 +64,8 @@ class Keep(StrictModel):
     recent_tokens: PositiveInt = 16
     scorer: ScorerName = "lift"
     score_rows: PositiveInt | None = None
+    positions: Literal["original", "relative"] = "original"
+    turn_tokens: NonNegativeInt = 0
 
 
 class UniformPolicy(StrictModel):

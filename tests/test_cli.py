@@ -356,9 +356,35 @@ def test_a_bundle_of_the_program_verifies_and_generates(run: Run, bundle: Path) 
     verified = run("verify", bundle, "--json")
     assert verified.code == 0, verified.err
     json.loads(verified.out)
-    made = run("generate", bundle, "-p", "Note: amber river", "--max-new-tokens", 4, "--json")
+    call = ("generate", bundle, "-p", "Note: amber river", "--max-new-tokens", 4, "--json")
+    made = run(*call)
     assert made.code == 0, made.err
-    json.loads(made.out)
+    held = json.loads(made.out)["kv_cache_bytes"]
+    made = run(*call, "--protect", "0:12")
+    assert made.code == 0, made.err
+    assert json.loads(made.out)["kv_cache_bytes"] >= held
+    made = run(*call, "--protect", "12")
+    assert made.code == 2
+    assert "write FIRST:STOP, like 0:128" in made.err
+
+
+def test_probe_reports_or_refuses(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    done = run("probe", tiny_model_dir, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["refused"] is None
+    assert {f["status"] for f in found["findings"]} == {"yes"}
+    made_up = run("probe", tiny_model_dir, "--random-weights", "--layers", 1)
+    assert made_up.code == 0, made_up.err
+    assert "1 full layers, 2 KV heads of 16 channels" in " ".join(made_up.err.split())
+    assert run("probe", tiny_model_dir, "--layers", 1).code == 2
+    from transformers import FalconConfig
+
+    FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+                 architectures=["FalconForCausalLM"]).save_pretrained(tmp_path)  # fmt: skip
+    refused = run("probe", tmp_path, "--random-weights")
+    assert refused.code == 2
+    assert "bypasses transformers' attention interface" in " ".join(refused.out.split())
 
 
 @pytest.mark.parametrize("what", ["profile", "bundle"])

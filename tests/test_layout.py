@@ -51,6 +51,7 @@ PUBLIC = {
     "detach",
     "load",
     "new_cache",
+    "system_span",
 }
 HOME = {name: home.partition(".")[2] for name, home in kvcompress._HOME.items()}
 # modules of transformers that change from release to release

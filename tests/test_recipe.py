@@ -156,6 +156,8 @@ def test_the_resolved_recipe_writes_every_default_out():
         "recent_tokens": 16,
         "scorer": "lift",
         "score_rows": None,
+        "positions": "original",
+        "turn_tokens": 0,
     }
     assert data["calibration"]["data"] == "builtin"
 

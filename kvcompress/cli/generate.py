@@ -18,6 +18,10 @@ def command(
         float, typer.Option(min=0.0, help="0 takes the likeliest token, more samples.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokens of the prompt that are never evicted, like 0:128; repeatable."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Device or device map.")] = "cpu",
     json_: JsonOption = False,
 ) -> None:
@@ -28,6 +32,7 @@ def command(
     from kvcompress.runtime.complete import complete
     from kvcompress.runtime.load import load
 
+    spans = [_span(text) for text in protect or []]
     model, tokenizer = load(bundle, device_map=device)
     result = complete(
         model,
@@ -37,6 +42,7 @@ def command(
         temperature=temperature,
         seed=seed,
         stream=not json_,
+        protect=spans,
     )
     if json_:
         emit(result, json_)
@@ -45,3 +51,11 @@ def command(
         f"{result.prompt_tokens} + {result.new_tokens} tokens, "
         f"KV cache {held}, in bf16 it would be {full}"
     )
+
+
+def _span(text: str) -> range:
+    """``0:128`` as a range."""
+    first, _, stop = text.partition(":")
+    if not (first.isdigit() and stop.isdigit()):
+        raise typer.BadParameter(f"--protect {text!r}: write FIRST:STOP, like 0:128")
+    return range(int(first), int(stop))

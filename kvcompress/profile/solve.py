@@ -77,6 +77,8 @@ def _settings(profile: Profile, keep: Keep) -> dict[str, Any]:
         "recent_tokens": keep.recent_tokens,
         "scorer": keep.scorer,
         "score_rows": keep.score_rows,
+        "positions": keep.positions,
+        "turn_tokens": keep.turn_tokens,
         "special_ids": profile.special_ids,
         "punct_ids": profile.punct_ids,
         "special_share": profile.special_share,

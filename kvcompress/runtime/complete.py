@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.cache import CompressedCache, Span
+from kvcompress.runtime.hf import new_cache
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ def complete(
     temperature: float = 0.0,
     seed: int = 0,
     stream: bool = False,
+    protect: Sequence[Span] = (),
 ) -> Completion:
     """Go on from `prompt` with a model that has a plan attached.
 
     Args:
         temperature: 0 is greedy.
         stream: print each token on stdout as it comes.
+        protect: tokens of the prompt that are never evicted, see `CompressedCache`.
 
     Raises:
         ValueError: if the prompt has no token at all.
@@ -56,6 +60,7 @@ def complete(
         **inputs,
         **sampling,
         max_new_tokens=max_new_tokens,
+        past_key_values=new_cache(model, protect=protect),
         return_dict_in_generate=True,
         streamer=TextStreamer(tokenizer, skip_prompt=True) if stream else None,
     )

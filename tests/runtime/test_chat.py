@@ -1,0 +1,32 @@
+"""The system prompt's tokens, by the chat template."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvcompress.errors import KVCompressError
+from kvcompress.runtime.chat import system_span
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+)
+
+
+def test_the_span_ends_where_the_user_speaks(tiny_tokenizer):
+    tiny_tokenizer.chat_template = TEMPLATE
+    rule = {"role": "system", "content": "Answer in one word."}
+    try:
+        span = system_span(tiny_tokenizer, [rule, {"role": "user", "content": "Why?"}])
+        ids = tiny_tokenizer.apply_chat_template([rule], tokenize=False)
+    finally:
+        tiny_tokenizer.chat_template = None
+    text = "<s><system>Answer in one word.</s><user>"
+    assert ids == "<s><system>Answer in one word.</s>"
+    assert span == range(len(tiny_tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def test_without_a_system_message_or_a_template_it_says_so(tiny_tokenizer):
+    with pytest.raises(KVCompressError, match="no system message"):
+        system_span(tiny_tokenizer, [{"role": "user", "content": "Why?"}])
+    with pytest.raises(KVCompressError, match="no chat template"):
+        system_span(tiny_tokenizer, [{"role": "system", "content": "Short."}])
