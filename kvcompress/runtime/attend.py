@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -77,13 +78,25 @@ class Chunk:
         )
 
 
-def attend(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> Tensor:
+# from (state, query [B, Hkv, R, D], positions of its rows, softcap, combiner)
+CodedAttention = Callable[
+    [LayerState, Tensor, Tensor, float | None, Combiner], list[tuple[Group, Bucket, Partial]]
+]
+
+
+def attend(
+    state: LayerState,
+    chunk: Chunk,
+    scores: dict[int, Tensor],
+    attend_coded: CodedAttention | None = None,
+) -> Tensor:
     """Exact attention of the chunk over [what is stored ; held tokens ; the chunk].
 
     Scores of stored and recent tokens, and `scores` of the chunk's keys, are raised in place.
 
     Args:
         scores: for each scored group (by its index) ``[B, Hg, P + T]``, see `new_scores`.
+        attend_coded: adds every coded segment; None reads the codes in place.
 
     Returns:
         The output ``[B, Hq, T, D]`` in the query's dtype.
@@ -93,7 +106,7 @@ def attend(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> Tensor
     out = chunk.query.new_empty(batch, q_heads, length, chunk.value.shape[-1])
     for low in range(0, length, QUERY_BLOCK):
         rows = slice(low, min(length, low + QUERY_BLOCK))
-        block = _attend_rows(state, chunk, rows, scores)
+        block = _attend_rows(state, chunk, rows, scores, attend_coded or _attend_codes)
         out[:, :, rows] = block.reshape(
             batch, heads, -1, rows.stop - rows.start, block.shape[-1]
         ).flatten(1, 2)
@@ -103,7 +116,8 @@ def attend(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> Tensor
 def score_rows(state: LayerState, chunk: Chunk, scores: dict[int, Tensor], first: int) -> None:
     """Only the scores of `attend`, from the chunk's rows `first` and later."""
     for low in range(first, chunk.length, QUERY_BLOCK):
-        _attend_rows(state, chunk, slice(low, min(chunk.length, low + QUERY_BLOCK)), scores)
+        rows = slice(low, min(chunk.length, low + QUERY_BLOCK))
+        _attend_rows(state, chunk, rows, scores, _attend_codes)
 
 
 def new_scores(state: LayerState, chunk: Chunk) -> dict[int, Tensor]:
@@ -119,7 +133,13 @@ def new_scores(state: LayerState, chunk: Chunk) -> dict[int, Tensor]:
     return scores
 
 
-def _attend_rows(state: LayerState, chunk: Chunk, rows: slice, scores: dict[int, Tensor]) -> Tensor:
+def _attend_rows(
+    state: LayerState,
+    chunk: Chunk,
+    rows: slice,
+    scores: dict[int, Tensor],
+    attend_coded: CodedAttention,
+) -> Tensor:
     """Output ``[B, Hkv, G·n, D]`` float32 of the chunk's rows; query rows lie group-major."""
     batch, _, _, dim = chunk.query.shape
     heads = chunk.key.shape[1]
@@ -135,11 +155,11 @@ def _attend_rows(state: LayerState, chunk: Chunk, rows: slice, scores: dict[int,
     exact: Partial | None = None
     if any(state.row_seen):
         row = torch.arange(batch, device=query.device)
-        visible = _stored_visible(state, state.exact_position, row, position, query.shape[2])
+        visible = stored_visible(state, state.exact_position, row, position, query.shape[2])
         visible = visible.repeat_interleave(heads, 0)
         exact = _dense(query, state.exact_k, state.exact_v, visible, chunk.softcap)
         combiner.add(exact, *everywhere)
-    coded = _attend_codes(state, query, position, chunk.softcap, combiner)
+    coded = attend_coded(state, query, position, chunk.softcap, combiner)
     own = _attend_chunk(state, chunk, query, rows, combiner, everywhere)
     if chunk.sinks is not None:
         combiner.add_logits(chunk.sinks.view(heads, -1, 1).expand(-1, -1, n).reshape(heads, -1))
@@ -166,7 +186,7 @@ def _dense(
     )
 
 
-def _stored_visible(
+def stored_visible(
     state: LayerState, position: Tensor, row: Tensor, query_position: Tensor, rows: int
 ) -> Tensor:
     """``[S, 1 or rows, C]``: which stored tokens, of batch rows ``[S]``, each query row may see."""
@@ -195,7 +215,7 @@ def _attend_codes(
                 bucket.values,
                 group.store.kind.k_dtype,
                 group.store.kind.v_dtype,
-                _stored_visible(state, bucket.position, bucket.batch, position, rows.shape[1]),
+                stored_visible(state, bucket.position, bucket.batch, position, rows.shape[1]),
                 softcap,
             )
             combiner.add(part, bucket.batch, head)

@@ -14,10 +14,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvcompress.errors import KVCompressError, PositionRangeWarning
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
 from kvcompress.plan import HOLDS_KV, Plan
-from kvcompress.quant.keystats import KVParams
+from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.latent import LatentLayer
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.protocol import Arrival
+from kvcompress.runtime.relative import check_relative, frame_positions, row_starts
 from kvcompress.runtime.state import LayerSettings
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class CompressedCache(Cache):
 
     Raises:
         KVCompressError: for spans that overlap or are empty.
+        PlanError: for relative positions that can outgrow the plan's `max_position`.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class CompressedCache(Cache):
         self.plan = plan
         self.compress = compress
         spans = _spans(protect)
+        if plan.positions == "relative":
+            _check_relative(plan, spans, compress)
         own = [] if config is None else DynamicCache(config=config).layers
         layers: list[Any] = []
         for layer in range(plan.model.layers):
@@ -129,6 +133,26 @@ class CompressedCache(Cache):
         self._check_mask(length, attention_mask)
         self._check_position(length, attention_mask)
 
+    def relative_positions(
+        self,
+        rotations: Sequence[Rotation | None],
+        batch: int,
+        length: int,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """Position ids ``[B, T]`` of the next forward under a plan with relative positions.
+
+        Args:
+            rotations: of every layer, see `serving_rotations`.
+            attention_mask: ``[B, seen + T]``, or None.
+        """
+        for layer in self.compressed_layers:
+            layer.settings.rotation = rotations[layer.settings.layer]
+        first = self.compressed_layers[0]
+        known = None if first.state is None else first.state.start
+        start = row_starts(known, attention_mask, first.seen, batch)
+        return frame_positions(self.plan, start, first.seen, length)
+
     def note_tokens(self, input_ids: Tensor | None) -> None:
         """`note_forward` for ids alone."""
         self.note_forward(input_ids, 0 if input_ids is None else input_ids.shape[1])
@@ -197,6 +221,18 @@ def _spans(
     if nested:
         return [_row_spans(row) for row in items]
     return _row_spans(items)
+
+
+def _check_relative(
+    plan: Plan, spans: tuple[range, ...] | list[tuple[range, ...]], compress: Compress
+) -> None:
+    rows = spans if isinstance(spans, list) else [spans]
+    check_relative(plan, max(sum(map(len, row)) for row in rows))
+    if compress != "per_chunk":
+        raise KVCompressError(
+            "relative positions cannot hold a prompt, which may be longer than max_position; use "
+            "compress='per_chunk'"
+        )
 
 
 def _row_spans(items: Sequence[Span]) -> tuple[range, ...]:

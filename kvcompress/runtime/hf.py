@@ -14,10 +14,11 @@ from transformers.masking_utils import sdpa_mask
 
 from kvcompress.errors import KVCompressError, PlanError, UnsupportedModelError
 from kvcompress.plan import Plan
-from kvcompress.quant.keystats import KVParams
+from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.families import refuse_what_cannot_generate, shape_of
 from kvcompress.runtime.layer import CompressedLayer
+from kvcompress.runtime.relative import serving_rotations
 
 IMPLEMENTATION: Final = "kvcompress"
 _ATTACHED: Final = "_kvcompress_attached"
@@ -29,6 +30,7 @@ class _Attached:
     def __init__(self, plan: Plan, params: KVParams | None, before: str) -> None:
         self.plan, self.params, self.before = plan, params, before
         self.hook: Any = None
+        self.rotations: tuple[Rotation | None, ...] | None = None
 
 
 def attach(model: PreTrainedModel, plan: Plan, params: KVParams | None = None) -> PreTrainedModel:
@@ -43,12 +45,15 @@ def attach(model: PreTrainedModel, plan: Plan, params: KVParams | None = None) -
     """
     check(model)
     _check_plan(model, plan)
+    relative = plan.positions == "relative"
+    rotations = serving_rotations(model, plan) if relative else None
     attached: _Attached | None = model.__dict__.get(_ATTACHED)
     if attached is not None:
-        attached.plan, attached.params = plan, params
+        attached.plan, attached.params, attached.rotations = plan, params, rotations
         return model
     _register()
     attached = _Attached(plan, params, model.config._attn_implementation or "sdpa")
+    attached.rotations = rotations
     model.set_attn_implementation(IMPLEMENTATION)
     attached.hook = model.register_forward_pre_hook(_note_forward, with_kwargs=True)
     model.__dict__[_ATTACHED] = attached
@@ -234,7 +239,29 @@ def _note_forward(
             kwargs.get("attention_mask"),
             keep if isinstance(keep, int) else None,
         )
+        if cache.plan.positions == "relative":
+            kwargs["position_ids"] = _relative_positions(model, cache, shown, kwargs)
     return args, kwargs
+
+
+def _relative_positions(
+    model: Any, cache: CompressedCache, shown: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor:
+    """The position ids that the cache wants, in place of the caller's."""
+    attached: _Attached = model.__dict__[_ATTACHED]
+    rotations, mask = attached.rotations, kwargs.get("attention_mask")
+    if rotations is None or cache.plan.max_position > attached.plan.max_position:
+        raise PlanError(
+            "the cache has relative positions that the attached plan does not foresee; call "
+            "kvcompress.attach(model, cache.plan)"
+        )
+    if shown is None or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+        raise KVCompressError(
+            "relative positions need input_ids or inputs_embeds, and the usual 2-dimensional "
+            "attention_mask if any"
+        )
+    batch, length = shown.shape[:2]
+    return cache.relative_positions(rotations, batch, length, mask).to(shown.device)
 
 
 def _prepare_cache(

@@ -15,6 +15,7 @@ from kvcompress.runtime.commit import commit
 from kvcompress.runtime.held import Waiting
 from kvcompress.runtime.insert import insert
 from kvcompress.runtime.protocol import StoringLayer, leaving_plain_tensors
+from kvcompress.runtime.relative import attend_relative, in_order, parts
 from kvcompress.runtime.speculate import Journal
 from kvcompress.runtime.state import LayerSettings, LayerState
 
@@ -89,7 +90,7 @@ class CompressedLayer(StoringLayer):
         Raises:
             KVCompressError: for tokens that were not drafted while the cache recorded.
         """
-        count = -max_length
+        count = -int(max_length)  # a tensor before transformers 5.18
         waiting = self._held if self._drafts_wait else None
         drafted = len(self._journal) if waiting is None else waiting.chunk.key.shape[2]
         if count < 0 or count > drafted:
@@ -144,8 +145,8 @@ class CompressedLayer(StoringLayer):
         if certain:
             self._journal = Journal()
         if certain == chunk.length or self._drafts_wait:
-            return self._take(chunk, fast_attention)
-        out = [self._take(chunk.tokens(0, certain), None)] if certain else []
+            return self._take_in_range(chunk, fast_attention)
+        out = [self._take_in_range(chunk.tokens(0, certain), None)] if certain else []
         return torch.cat([*out, *self._take_drafted(chunk, certain)], 1)
 
     def _check_given(self, key: Tensor, value: Tensor) -> None:
@@ -219,6 +220,15 @@ class CompressedLayer(StoringLayer):
         return 0 if certain == 1 and any(self.state.row_seen) else certain
 
     # ---- storing
+    def _take_in_range(self, chunk: Chunk, fast_attention: FastAttention) -> Tensor:
+        """`_take`, in parts where relative positions would leave the range of the plan."""
+        cuts = [(0, chunk.length)]
+        if self.settings.relative:
+            cuts = parts(self.settings.plan, chunk.position, chunk.length)
+        if len(cuts) == 1:
+            return self._take(chunk, fast_attention)
+        return torch.cat([self._take(chunk.tokens(*cut), None) for cut in cuts], 1)
+
     def _take(self, chunk: Chunk, fast_attention: FastAttention) -> Tensor:
         """Attend, then store, or leave it to the last layer that reads these keys."""
         assert self.state is not None
@@ -338,6 +348,9 @@ class CompressedLayer(StoringLayer):
         rows, first = settings.plan.score_rows, self._set_first_vote(chunk)
         voting = settings.scorer.uses_attention and any(kind.scored for kind, _ in settings.groups)
         late = self._votes_late()
+        if settings.relative and not in_order(state, chunk):
+            out = attend_relative(state, chunk, scores, settings.rotation)
+            return out.transpose(1, 2).contiguous()
         if not any(state.row_seen) and not chunk.held and fast_attention is not None:
             if voting and rows is not None and not late:
                 score_rows(state, chunk, scores, first)

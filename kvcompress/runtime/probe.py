@@ -93,6 +93,7 @@ def probe(model: PreTrainedModel, name: str | None = None) -> Capabilities:
         if cache.status == "no":
             raise UnsupportedModelError(cache.note)
         findings = [cache, runs.padding(), runs.parts(), runs.drafts(), runs.rows()]
+        findings.append(runs.relative())
         findings += _by_architecture(model, shape)
     except KVCompressError as error:
         return Capabilities(title, kind, "", 0, 0, 0, str(error), ())
@@ -153,6 +154,24 @@ class _Runs:
                 capability, "no", error, f"logits differ by {error:.2g}, allowed {self.limit:g}"
             )
         return Finding(capability, status, error, note)
+
+    def relative(self) -> Finding:
+        """A window that holds everything: numbering the tokens anew must then change nothing."""
+        name = "relative positions (streams)"
+        head = HeadPlan(local=Budget(tokens=PROMPT + STEPS), k_dtype="model", v_dtype="model")
+        plan, before = uniform(self.shape, head, positions="relative"), attached(self.model)
+        assert before is not None
+        with self.detached() as own:
+            wanted = torch.cat([self.feed(own, self.ids[:, :PROMPT]), self.steps(own)], 1)
+        try:
+            attach(self.model, plan)
+            cache = new_cache(self.model)
+            found = torch.cat([self.feed(cache, self.ids[:, :PROMPT]), self.steps(cache)], 1)
+        except KVCompressError as error:
+            return Finding(name, "no", None, str(error))
+        finally:
+            attach(self.model, *before)
+        return self.judged(name, found, wanted, "keys can be turned: contexts without end")
 
     @contextmanager
     def detached(self) -> Iterator[DynamicCache]:

@@ -13,7 +13,7 @@ from kvcompress.accounting import capacity_tokens, keeps_classes, keeps_scores, 
 from kvcompress.evict.keepset import HeadRules, class_mask
 from kvcompress.evict.scorers import SCORERS, Scorer
 from kvcompress.plan import HeadPlan, Plan
-from kvcompress.quant.keystats import KVParams
+from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.store import EMPTY, SegmentStore, StorageKind
 
 
@@ -33,6 +33,8 @@ class LayerSettings:
         self.readers = plan.model.readers(layer)
         self.scorer: Scorer = SCORERS[plan.scorer]
         self.uses_classes = any(map(keeps_classes, self.heads))
+        self.relative = plan.positions == "relative"
+        self.rotation: Rotation | None = None  # for relative positions; the model's forward sets it
         self._params = params
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
