@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,9 +21,10 @@ from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.protocol import Arrival
 from kvcompress.runtime.relative import check_relative, frame_positions, row_starts
 from kvcompress.runtime.state import LayerSettings
+from kvcompress.runtime.token_digest import TokenDigest
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Span = tuple[int, int] | range
 Compress = Literal["per_chunk", "after_prefill"]
@@ -77,6 +79,8 @@ class CompressedCache(Cache):
             elif layer < len(own):
                 layers.append(own[layer])
         super().__init__(layers=layers)
+        self.params = params
+        self.token_digest = TokenDigest()
         self._class_ids = _ClassIds(plan)
         self._warned: set[type[Warning]] = set()
         self._in_prompt = False
@@ -85,6 +89,7 @@ class CompressedCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
         memo[id(self.plan)] = self.plan
+        memo[id(self.params)] = self.params
         memo[id(self._class_ids)] = self._class_ids
         copied = object.__new__(type(self))
         memo[id(self)] = copied
@@ -132,6 +137,7 @@ class CompressedCache(Cache):
             layer.arrival = self.arrival
         self._check_mask(length, attention_mask)
         self._check_position(length, attention_mask)
+        self.token_digest.update(input_ids)
 
     def relative_positions(
         self,
@@ -203,6 +209,61 @@ class CompressedCache(Cache):
         self._in_prompt = False
         for layer in self.compressed_layers:
             layer.end_prefill()
+
+    # ---- which tokens they are
+    def check_prefix(self, input_ids: Tensor) -> None:
+        """Refuse `input_ids` ``[B, T]`` that do not start with the tokens that the cache has seen.
+
+        Raises:
+            KVCompressError: naming the first row that differs.
+        """
+        self.token_digest.check(input_ids, int(self.get_seq_length()))
+
+    def crop(self, max_length: int) -> None:
+        super().crop(max_length)
+        self.token_digest.crop(-int(max_length))  # transformers 5.17 gives a tensor
+
+    def reset(self) -> None:
+        super().reset()
+        self.token_digest = TokenDigest()
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        super().reorder_cache(beam_idx)
+        self.token_digest.select_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        rows = range(len(self.token_digest.rows or ()))
+        self.token_digest.select_rows([row for row in rows for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        rows = torch.arange(len(self.token_digest.rows or ()))
+        if len(rows):
+            self.token_digest.select_rows(rows[indices.cpu()].tolist())
+
+    # ---- in a file
+    def save(self, path: Path | str) -> None:
+        """Write the cache to a file, see `kvcompress.runtime.persist.save_cache`."""
+        from kvcompress.runtime.persist import save_cache
+
+        save_cache(self, path)
+
+    @classmethod
+    def load(cls, path: Path | str, model: PreTrainedModel) -> CompressedCache:
+        """A saved cache, for a model that has the same plan attached.
+
+        Raises:
+            KVCompressError: where no plan is attached, or the file is damaged or of another model,
+                plan, key constants or dtype.
+        """
+        from kvcompress.runtime.hf import own_part
+        from kvcompress.runtime.persist import layer_devices, load_cache
+
+        plan, params = own_part(model)
+        return load_cache(
+            path, plan, params, config=model.config, dtype=model.dtype, device=layer_devices(model)
+        )
 
     def nbytes(self) -> int:
         """Bytes of every tensor of the compressed layers, metadata included."""

@@ -18,6 +18,7 @@ from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.families import refuse_what_cannot_generate, shape_of
 from kvcompress.runtime.layer import CompressedLayer
+from kvcompress.runtime.parallel import mesh_of, shard_params, shard_plan
 from kvcompress.runtime.relative import serving_rotations
 
 IMPLEMENTATION: Final = "kvcompress"
@@ -29,6 +30,7 @@ class _Attached:
 
     def __init__(self, plan: Plan, params: KVParams | None, before: str) -> None:
         self.plan, self.params, self.before = plan, params, before
+        self.own = (plan, params)  # the part of this process, see `own_part`
         self.hook: Any = None
         self.rotations: tuple[Rotation | None, ...] | None = None
 
@@ -47,13 +49,16 @@ def attach(model: PreTrainedModel, plan: Plan, params: KVParams | None = None) -
     _check_plan(model, plan)
     relative = plan.positions == "relative"
     rotations = serving_rotations(model, plan) if relative else None
+    rank, size = mesh_of(model, device_mesh)
+    own = shard_plan(plan, rank, size), shard_params(params, rank, size)
     attached: _Attached | None = model.__dict__.get(_ATTACHED)
     if attached is not None:
-        attached.plan, attached.params, attached.rotations = plan, params, rotations
+        attached.plan, attached.params, attached.own = plan, params, own
+        attached.rotations = rotations
         return model
     _register()
     attached = _Attached(plan, params, model.config._attn_implementation or "sdpa")
-    attached.rotations = rotations
+    attached.own, attached.rotations = own, rotations
     model.set_attn_implementation(IMPLEMENTATION)
     attached.hook = model.register_forward_pre_hook(_note_forward, with_kwargs=True)
     model.__dict__[_ATTACHED] = attached
@@ -72,14 +77,28 @@ def new_cache(model: PreTrainedModel, **options: Any) -> CompressedCache:
     Raises:
         KVCompressError: if no plan is attached.
     """
-    found = attached(model)
+    plan, params = own_part(model)
+    plain = all(plan.model.heads_of(layer) for layer in range(plan.model.layers))
+    return CompressedCache(plan, params, None if plain else model.config, **options)
+
+
+def own_part(model: PreTrainedModel) -> tuple[Plan, KVParams | None]:
+    """The plan and key constants of the KV heads that this process holds; caches are made of them.
+
+    Raises:
+        KVCompressError: if no plan is attached.
+    """
+    found: _Attached | None = model.__dict__.get(_ATTACHED)
     if found is None:
         raise KVCompressError(
             f"{type(model).__name__} has no plan: call kvcompress.attach(model, plan) first"
         )
-    plan, params = found
-    plain = all(plan.model.heads_of(layer) for layer in range(plan.model.layers))
-    return CompressedCache(plan, params, None if plain else model.config, **options)
+    return found.own
+
+
+def device_mesh(model: PreTrainedModel) -> Any:
+    """The `DeviceMesh` over which transformers spread the model, None for one process."""
+    return getattr(model, "_device_mesh", None)
 
 
 def check(model: PreTrainedModel) -> None:
@@ -299,10 +318,26 @@ def _prefill(
     original: Callable[..., Any] = type(model)._prefill
     if not isinstance(cache, CompressedCache):
         return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    _check_text(cache, input_ids, model_kwargs.get("attention_mask"))
     cache.begin_prefill()
     out = original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
     cache.end_prefill()
     return out
+
+
+def _check_text(cache: CompressedCache, input_ids: Tensor, mask: Tensor | None) -> None:
+    """A prompt that begins with what the cache holds must be the text that it was made from."""
+    seen = cache.get_seq_length()
+    only_new = mask is not None and mask.shape[1] > input_ids.shape[1]
+    if not seen or only_new or cache.assists or cache.token_digest.rows is None:
+        return
+    if input_ids.shape[1] == seen:
+        raise KVCompressError(
+            f"the cache has seen all {seen} tokens of this prompt already, so there is nothing to "
+            "feed; pass the prompt with what follows it, or call cache.reset()"
+        )
+    if input_ids.shape[1] > seen:
+        cache.check_prefix(input_ids)
 
 
 def _refuse_generate_batch(*args: Any, **kwargs: Any) -> None:

@@ -72,6 +72,22 @@ class CompressedLayer(StoringLayer):
         self._shared = self._held = None
         self._journal, self._decoded = Journal(), False
 
+    def check_idle(self) -> None:
+        """Refuse to be copied to a file while anything waits to be stored or taken back.
+
+        Raises:
+            KVCompressError: saying what has to happen first.
+        """
+        reason = None
+        if self._given is not None or self._shared is not None:
+            reason = "save the cache between two forwards, not inside one"
+        elif len(self._journal) or (self._held is not None and self.record_past):
+            reason = "drafted tokens are not settled; call cache.crop(0) first"
+        elif self._held is not None:
+            reason = "a prompt is held uncompressed; call cache.end_prefill() first"
+        if reason is not None:
+            raise KVCompressError(f"layer {self.settings.layer}: {reason}")
+
     # ---- taking tokens back
     @property
     def _drafts_wait(self) -> bool:

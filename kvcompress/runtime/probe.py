@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
-from kvcompress.plan import Budget, HeadPlan, ModelShape, uniform
+from kvcompress.plan import Budget, HeadPlan, LayerKind, ModelShape, uniform
 from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf import attach, attached, detach, new_cache
 
@@ -266,6 +266,7 @@ def _by_architecture(model: Any, shape: ModelShape) -> list[Finding]:
         findings.append(Finding("budgets", "yes", None, note))
     else:
         findings.append(Finding("budgets", "yes", None, "per layer and KV head"))
+    findings.append(_tensor_parallel(shape, kinds))
     reason = ", ".join(sorted(kinds - {"full", "sliding"})) + " layers"
     if plain and not learned:
         findings.append(Finding("profile and planner", "yes", None, "every KV head is measured"))
@@ -274,6 +275,16 @@ def _by_architecture(model: Any, shape: ModelShape) -> list[Finding]:
         note = f"{reason} are not measured yet: make a plan by hand"
         findings.append(Finding("profile and planner", "no", None, note))
     return findings
+
+
+def _tensor_parallel(shape: ModelShape, kinds: set[LayerKind]) -> Finding:
+    name = "tensor parallel"
+    sizes = [n for n in range(2, shape.kv_heads + 1) if shape.kv_heads % n == 0]
+    if "latent" in kinds:
+        return Finding(name, "no", None, "every process would need the whole latent")
+    if not sizes:
+        return Finding(name, "no", None, "one KV head cannot be divided")
+    return Finding(name, "yes", None, f"over {', '.join(map(str, sizes))} processes, by KV head")
 
 
 def as_rows(found: Capabilities) -> list[dict[str, str]]:

@@ -328,6 +328,20 @@ def test_a_mask_cannot_hide_tokens_that_are_stored():
     assert cache.compressed_layers[0].state.row_seen == [21, 25]
 
 
+def test_generate_notices_another_text_or_no_new_token():
+    model = llama(*KEEP_SETS.values())
+    cache, inputs = new_cache(model), prompts(1, 40)
+    first = greedy(model, inputs, past_key_values=cache, max_new_tokens=5).sequences
+    with pytest.raises(KVCompressError, match="row 0: the first 44 ids are not the tokens"):
+        greedy(model, {"input_ids": first.flip(1)}, past_key_values=cache)
+    with pytest.raises(KVCompressError, match="seen all 44 tokens of this prompt already"):
+        greedy(model, {"input_ids": first[:, :-1]}, past_key_values=cache)
+    expected = greedy(model, {"input_ids": first}, past_key_values=copy.deepcopy(cache)).sequences
+    only_new = {"input_ids": first[:, -1:], "attention_mask": torch.ones_like(first)}
+    got = greedy(model, only_new, past_key_values=cache).sequences
+    assert torch.equal(got[:, 1:], expected[:, 45:])
+
+
 def test_embeddings_show_no_token_classes():
     model = llama(KEEP_SETS["punct"])
     embeds = model.get_input_embeddings()(prompts(1, 20)["input_ids"])

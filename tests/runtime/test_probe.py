@@ -29,7 +29,7 @@ def statuses(found) -> dict[str, str]:
           "profile and planner": "no"}),
         ("deepseek_v3", "2 latent",
          {"drafts (assisted, lookup)": "limit", "relative positions (streams)": "no",
-          "budgets": "limit", "profile and planner": "no"}),
+          "budgets": "limit", "tensor parallel": "no", "profile and planner": "no"}),
         ("qwen3_next", "2 linear, 2 full",
          {"drafts (assisted, lookup)": "no", "profile and planner": "no"}),
     ],

@@ -1,0 +1,121 @@
+"""Which tokens a cache has seen, so that it is not continued with another text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from typing import Final
+
+from torch import Tensor
+
+from kvcompress.errors import KVCompressError
+
+UNDO_TOKENS: Final = 256
+
+
+class TokenDigest:
+    """One hash per row, ``h ← sha256(h + id)`` for every token, however forwards cut the text.
+
+    Padding counts, as it does for `generate`, which slices `input_ids` by column.
+
+    Attributes:
+        tokens: columns seen.
+        rows: the hash of each row; empty before the first token, None once tokens came without ids.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.rows: list[bytes] | None = []
+        self._before: deque[list[bytes]] = deque(maxlen=UNDO_TOKENS)  # each of the newest tokens
+
+    def update(self, ids: Tensor | None) -> None:
+        """Take in the ids ``[B, T]`` of a forward; None where it had none, as with embeddings."""
+        if ids is None:
+            self.rows = None
+        if ids is None or self.rows is None:
+            return
+        ids = ids.detach().cpu().long()
+        length = ids.shape[1]
+        self.rows = self.rows or [b""] * ids.shape[0]
+        early = max(0, length - UNDO_TOKENS)
+        self.rows = [_advance(*pair) for pair in zip(self.rows, ids[:, :early], strict=True)]
+        for column in ids[:, early:].T:
+            self._before.append(self.rows)
+            self.rows = [_advance(*pair) for pair in zip(self.rows, column, strict=True)]
+        self.tokens += length
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest `tokens` tokens.
+
+        Raises:
+            ValueError: for more than the newest 256, which is all that it can forget.
+        """
+        if self.rows is None:
+            return
+        if not 0 <= tokens <= len(self._before):
+            raise ValueError(f"cannot forget {tokens} tokens, only up to {len(self._before)}")
+        self.tokens -= tokens
+        for _ in range(tokens):
+            self.rows = self._before.pop()
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Row b goes on as a copy of old row ``rows[b]``."""
+        if self.rows:
+            self.rows = [self.rows[row] for row in rows]
+            steps = ([step[row] for row in rows] for step in self._before)
+            self._before = deque(steps, maxlen=UNDO_TOKENS)
+
+    def check(self, ids: Tensor, seen_tokens: int) -> None:
+        """Refuse `ids` ``[B, T]`` that do not start with the tokens seen.
+
+        Args:
+            seen_tokens: of the cache, ids or not.
+
+        Raises:
+            KVCompressError: naming the first row that differs.
+        """
+        if self.rows is None or self.tokens != seen_tokens:
+            raise KVCompressError(
+                f"the cache has seen {seen_tokens} tokens and not the ids of all of them, as with "
+                "embeddings or compiled steps, so it cannot be compared with input_ids"
+            )
+        if self.rows and ids.shape[0] != len(self.rows):
+            raise KVCompressError(
+                f"{ids.shape[0]} rows of ids, the cache holds {len(self.rows)}; pass the same batch"
+            )
+        if ids.shape[1] < self.tokens:
+            raise KVCompressError(
+                f"{ids.shape[1]} tokens of ids, the cache has seen {self.tokens}; pass the whole "
+                "text, its cached beginning included"
+            )
+        other = TokenDigest()
+        other.update(ids[:, : self.tokens])
+        for row, (mine, theirs) in enumerate(zip(self.rows, other.rows or [], strict=False)):
+            if mine != theirs:
+                raise KVCompressError(
+                    f"row {row}: the first {self.tokens} ids are not the tokens that the cache has "
+                    "seen; use the text that it was made from, or a new cache"
+                )
+
+    def to_host(self) -> dict[str, object]:
+        """The hashes as JSON can hold them; what `crop` needs is left out."""
+        rows = None if self.rows is None else [row.hex() for row in self.rows]
+        return {"tokens": self.tokens, "rows": rows}
+
+    @staticmethod
+    def from_host(host: dict[str, object]) -> TokenDigest:
+        """Inverse of `to_host`."""
+        digest = TokenDigest()
+        tokens, rows = host["tokens"], host["rows"]
+        if not isinstance(tokens, int) or not isinstance(rows, list | None):
+            raise ValueError(f"token digest {host}")
+        digest.tokens = tokens
+        digest.rows = None if rows is None else [bytes.fromhex(row) for row in rows]
+        return digest
+
+
+def _advance(row: bytes, ids: Tensor) -> bytes:
+    data = ids.contiguous().numpy().tobytes()
+    for at in range(0, len(data), 8):
+        row = hashlib.sha256(row + data[at : at + 8]).digest()
+    return row
