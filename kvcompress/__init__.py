@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvcompress.runtime.hf import detach as detach
     from kvcompress.runtime.hf import new_cache as new_cache
     from kvcompress.runtime.load import load as load
+    from kvcompress.runtime.static import StaticCompressedCache as StaticCompressedCache
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOME = {
     "Plan": "kvcompress.plan",
     "Profile": "kvcompress.profile.store",
     "Recipe": "kvcompress.recipe",
+    "StaticCompressedCache": "kvcompress.runtime.static",
     "attach": "kvcompress.runtime.hf",
     "detach": "kvcompress.runtime.hf",
     "load": "kvcompress.runtime.load",
@@ -46,6 +48,7 @@ __all__ = [
     "Plan",
     "Profile",
     "Recipe",
+    "StaticCompressedCache",
     "__version__",
     "attach",
     "detach",

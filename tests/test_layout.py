@@ -46,6 +46,7 @@ PUBLIC = {
     "Plan",
     "Profile",
     "Recipe",
+    "StaticCompressedCache",
     "__version__",
     "attach",
     "detach",

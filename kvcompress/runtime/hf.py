@@ -20,6 +20,7 @@ from kvcompress.runtime.families import refuse_what_cannot_generate, shape_of
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.parallel import mesh_of, shard_params, shard_plan
 from kvcompress.runtime.relative import serving_rotations
+from kvcompress.runtime.static import StaticCompressedCache
 
 IMPLEMENTATION: Final = "kvcompress"
 _ATTACHED: Final = "_kvcompress_attached"
@@ -287,7 +288,10 @@ def _prepare_cache(
     model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> None:
     """`generate` asks for a cache: ours, unless the caller chose one."""
-    chosen = model_kwargs.get("past_key_values") is not None
+    given = model_kwargs.get("past_key_values")
+    chosen = given is not None
+    if isinstance(given, StaticCompressedCache):
+        given.check_length(generation_config.max_length - 1)  # the last token is not fed back
     named = generation_config.cache_implementation
     if named is not None and "offloaded" in named:
         raise KVCompressError(

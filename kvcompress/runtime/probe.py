@@ -20,6 +20,7 @@ from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.plan import Budget, HeadPlan, LayerKind, ModelShape, uniform
 from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf import attach, attached, detach, new_cache
+from kvcompress.runtime.static import StaticCompressedCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +94,7 @@ def probe(model: PreTrainedModel, name: str | None = None) -> Capabilities:
         if cache.status == "no":
             raise UnsupportedModelError(cache.note)
         findings = [cache, runs.padding(), runs.parts(), runs.drafts(), runs.rows()]
-        findings.append(runs.relative())
+        findings += [runs.relative(), runs.static()]
         findings += _by_architecture(model, shape)
     except KVCompressError as error:
         return Capabilities(title, kind, "", 0, 0, 0, str(error), ())
@@ -172,6 +173,21 @@ class _Runs:
         finally:
             attach(self.model, *before)
         return self.judged(name, found, wanted, "keys can be turned: contexts without end")
+
+    def static(self) -> Finding:
+        """Fixed arrays against growing ones; whether they compile is for torch to say."""
+        name = "fixed arrays (compiled)"
+        plan = attached(self.model)
+        assert plan is not None
+        try:
+            fixed = StaticCompressedCache(*plan, batch=1, max_tokens=PROMPT + STEPS)
+            self.feed(fixed, self.ids[:, :PROMPT])
+            found = self.steps(fixed)
+        except KVCompressError as error:
+            return Finding(name, "no", None, str(error))
+        growing = new_cache(self.model)
+        self.feed(growing, self.ids[:, :PROMPT])
+        return self.judged(name, found, self.steps(growing), "equal the growing cache")
 
     @contextmanager
     def detached(self) -> Iterator[DynamicCache]:

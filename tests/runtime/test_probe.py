@@ -26,12 +26,14 @@ def statuses(found) -> dict[str, str]:
         ("llama4", "2 chunked, 2 full", {"padded batches": "limit", "profile and planner": "no"}),
         ("gemma3n", "2 sliding, 2 full, 2 shared",
          {"drafts (assisted, lookup)": "limit", "relative positions (streams)": "no",
-          "profile and planner": "no"}),
+          "fixed arrays (compiled)": "no", "profile and planner": "no"}),
         ("deepseek_v3", "2 latent",
          {"drafts (assisted, lookup)": "limit", "relative positions (streams)": "no",
-          "budgets": "limit", "tensor parallel": "no", "profile and planner": "no"}),
+          "fixed arrays (compiled)": "no", "budgets": "limit", "tensor parallel": "no",
+          "profile and planner": "no"}),
         ("qwen3_next", "2 linear, 2 full",
-         {"drafts (assisted, lookup)": "no", "profile and planner": "no"}),
+         {"drafts (assisted, lookup)": "no", "fixed arrays (compiled)": "no",
+          "profile and planner": "no"}),
     ],
 )  # fmt: skip
 def test_what_each_kind_of_model_can_do(family, layers, limits):
