@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvcompress-setup
 
-.PHONY: demo test test-slow setup lint format types peak-memory train-demo-model clean
+.PHONY: demo test test-slow setup lint format types peak-memory under-eviction peers train-demo-model clean
 
 demo: setup
 	$(BIN)/kvcompress demo
@@ -42,6 +42,22 @@ format: setup
 # Resident memory of one long generation, compressed cache against DynamicCache.
 peak-memory: setup
 	$(BIN)/python benchmarks/peak_memory.py
+
+# What chunked prefill and drafts change once tokens are evicted.
+under-eviction: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/under_eviction.py --json benchmarks/results/under_eviction.json
+
+# The same situations on kvpress, in an environment of its own, and on kvcompress: results and docs/peers.md.
+PEERS := benchmarks/peers
+.venv-kvpress/.setup: $(PEERS)/requirements-kvpress.txt
+	test -x .venv-kvpress/bin/python || $(PYTHON) -m venv .venv-kvpress
+	.venv-kvpress/bin/python -m pip install --quiet -r $(PEERS)/requirements-kvpress.txt
+	@touch $@
+
+peers: setup .venv-kvpress/.setup
+	.venv-kvpress/bin/python $(PEERS)/run_kvpress.py
+	$(BIN)/python $(PEERS)/run_kvcompress.py
+	$(BIN)/python $(PEERS)/report.py
 
 # Hours on a CPU, minutes on a GPU; goes on from its last checkpoint when run again.
 MINUTES ?= 100

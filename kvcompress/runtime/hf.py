@@ -190,21 +190,41 @@ def _attention(
 
     plain = softcap is None and s_aux is None
     if layer is not None:
-        out = layer.forward(
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling,
-            softcap,
-            fast if plain else None,
-            s_aux,
-            cast(int, module.layer_idx),
-        )
-        return out, None
+        reader = cast(int, module.layer_idx)
+        kernel = fast if plain else None
+
+        def compressed() -> Tensor:
+            return layer.forward(
+                query, key, value, attention_mask, scaling, softcap, kernel, s_aux, reader
+            )
+
+        return _without_gradient(compressed, query), None
     if plain:
         return fast(), None
     return _eager(query, key, value, attention_mask, scaling, softcap, s_aux), None
+
+
+def _without_gradient(attend: Callable[[], Tensor], query: Tensor) -> Tensor:
+    """What is stored belongs to no graph: outside of no_grad the output refuses a gradient."""
+    if not (torch.is_grad_enabled() and query.requires_grad):
+        return attend()
+    with torch.no_grad():
+        out = attend()
+    return cast(Tensor, _NoGradient.apply(out, query))
+
+
+class _NoGradient(torch.autograd.Function):
+    """Hands its first input on; a backward pass through it is an error, never a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise KVCompressError(
+            "no gradient flows through the compressed cache; train with use_cache=False"
+        )
 
 
 def _layer_of(module: Any, key: Tensor, cache: Any) -> CompressedLayer | None:

@@ -57,7 +57,7 @@ class LatentLayer(CompressedLayer):
         if self._prompt_is_over(key_states.shape[-2]):
             self.end_prefill()
         super().update(key_states, value_states)
-        self._latents = (key_states, value_states)
+        self._latents = (key_states.detach(), value_states.detach())
         parts = [self._latents]
         if self._held is not None:
             parts.insert(0, (self._held.chunk.key, self._held.chunk.value))

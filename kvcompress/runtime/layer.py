@@ -206,9 +206,9 @@ class CompressedLayer(StoringLayer):
             valid = None if bool(valid.all()) else valid
         flags = self.arrival.flags if self.settings.uses_classes else None
         return Chunk(
-            query,
-            key,
-            value,
+            query.detach(),
+            key.detach(),
+            value.detach(),
             self.seen - length,
             mask,
             valid,

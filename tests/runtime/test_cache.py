@@ -328,6 +328,21 @@ def test_a_mask_cannot_hide_tokens_that_are_stored():
     assert cache.compressed_layers[0].state.row_seen == [21, 25]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "deepseek_v3", "gemma3n"])
+def test_a_forward_outside_of_no_grad_works_and_refuses_a_gradient(family):
+    model, ids = build(family), prompts(1, 30)["input_ids"]
+    attach(model, plan_for(model, FREQUENT))
+    caches = [new_cache(model), new_cache(model)]
+    with torch.no_grad():
+        expected = [model(input_ids=i, past_key_values=caches[0]).logits for i in ids.split(15, 1)]
+    got = [model(input_ids=i, past_key_values=caches[1]).logits for i in ids.split(15, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    held = [t for layer in caches[1].compressed_layers for t in layer.state.tensors()]
+    assert not any(t.requires_grad for t in held)
+    with pytest.raises(KVCompressError, match="train with use_cache=False"):
+        got[1].sum().backward()
+
+
 def test_generate_notices_another_text_or_no_new_token():
     model = llama(*KEEP_SETS.values())
     cache, inputs = new_cache(model), prompts(1, 40)
