@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvcompress-setup
 
-.PHONY: demo test test-slow setup lint format types peak-memory under-eviction peers train-demo-model clean
+.PHONY: demo test test-slow setup lint format types peak-memory under-eviction peers test-parity test-compat train-demo-model clean
 
 demo: setup
 	$(BIN)/kvcompress demo
@@ -18,6 +18,17 @@ test: lint types
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# Every family of models in every way of calling it, against transformers and an oracle: minutes.
+test-parity: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tools/parity.py --markdown docs/families.md
+
+# The oldest supported transformers, beside the newest: the tests that touch it, then the same table.
+COMPAT := .venv-compat
+test-compat: $(COMPAT)/.kvcompress-setup
+	OMP_NUM_THREADS=1 $(COMPAT)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" \
+		tests/runtime tests/bundle tests/profile
+	OMP_NUM_THREADS=1 $(COMPAT)/bin/python tools/parity.py --markdown docs/families-oldest.md
+
 setup: $(STAMP)
 
 # torch goes first and alone, by its exact pin, so that no other package chooses its build.
@@ -27,6 +38,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
+
+$(COMPAT)/.kvcompress-setup: pyproject.toml constraints-compat.txt
+	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet -c constraints-compat.txt torch
+	$(COMPAT)/bin/python -m pip install --quiet -c constraints-compat.txt -e '.[dev]'
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check .
