@@ -182,10 +182,19 @@ REFUSED: Final[dict[str, Callable[[], PretrainedConfig]]] = {
 }
 
 
-def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Eager attention, weights sharpened so that attention is far from uniform."""
+def build(
+    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> PreTrainedModel:
+    """Eager attention, weights sharpened so that attention is far from uniform.
+
+    Args:
+        changes: settings of the configuration, where it has them.
+    """
     torch.manual_seed(seed)
     config = CONFIGS[family]()
+    for name, value in changes.items():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         _sharpen(model)
@@ -206,7 +215,7 @@ def _sharpen(model: PreTrainedModel) -> None:
         if name.endswith(("bias", "sinks")):
             parameter.normal_(std=0.3)
         elif parameter.ndim >= 2:
-            parameter.mul_(10.0)
+            parameter.mul_(5.0 if "linear_attn" in name else 10.0)
         if name.endswith("sinks"):
             parameter.add_(1.0)
         if "q_norm" in name or "k_norm" in name:
