@@ -21,6 +21,7 @@ test-slow: setup
 # Every family of models in every way of calling it, against transformers and an oracle: minutes.
 test-parity: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tools/parity.py --markdown docs/families.md
+	OMP_NUM_THREADS=1 $(BIN)/python tools/capabilities.py --markdown docs/capabilities.md
 
 # The oldest supported transformers, beside the newest: the tests that touch it, then the same table.
 COMPAT := .venv-compat
