@@ -144,7 +144,7 @@ def markdown(figures: Figures) -> str:
     lines = [
         "# Model families",
         "",
-        "Made by `make test-parity` on tiny models with random, sharpened weights "
+        "Made by `tools/parity.py` on tiny models with random, sharpened weights "
         f"(transformers {found['transformers']}, torch {found['torch']}, CPU, one thread).",
         "–: nothing is claimed; the reason stands below the table.",
         "",

@@ -160,7 +160,7 @@ FAMILIES: Final = tuple(CONFIGS)
 # one of each mechanism that needs nothing beside full and sliding layers
 SUPPORTED: Final = ("llama", "llama_mha", "qwen3", "mistral", "gemma2", "opt", "gpt_neox")
 
-# models that must be refused, and why
+# models that must be refused
 REFUSED: Final[dict[str, Callable[[], PretrainedConfig]]] = {
     "falcon": lambda: _config("falcon", _MHA, num_kv_heads=4),
     "gptj": lambda: _config("gptj", _GPT, rotary_dim=8),
