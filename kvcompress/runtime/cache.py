@@ -79,6 +79,8 @@ class CompressedCache(Cache):
             elif layer < len(own):
                 layers.append(own[layer])
         super().__init__(layers=layers)
+        plain = all(isinstance(layer, CompressedLayer) for layer in layers)
+        self._config = None if plain else config
         self.params = params
         self.token_digest = TokenDigest()
         self._class_ids = _ClassIds(plan)
@@ -90,6 +92,7 @@ class CompressedCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
         memo[id(self.plan)] = self.plan
         memo[id(self.params)] = self.params
+        memo[id(self._config)] = self._config
         memo[id(self._class_ids)] = self._class_ids
         copied = object.__new__(type(self))
         memo[id(self)] = copied
@@ -224,7 +227,13 @@ class CompressedCache(Cache):
         self.token_digest.crop(-int(max_length))  # transformers 5.17 gives a tensor
 
     def reset(self) -> None:
+        """Empty, for any batch: transformers' own layers would keep the size of theirs."""
         super().reset()
+        if self._config is not None:
+            own = DynamicCache(config=self._config).layers
+            for number, layer in enumerate(self.layers):
+                if not isinstance(layer, CompressedLayer):
+                    self.layers[number] = own[number]
         self.token_digest = TokenDigest()
 
     def reorder_cache(self, beam_idx: Any) -> None:

@@ -256,6 +256,17 @@ def test_reset_gives_an_empty_cache():
     assert torch.equal(first.sequences, again.sequences)
 
 
+def test_a_hybrid_cache_can_be_reset_to_another_batch():
+    model = build("qwen3_next")
+    attach(model, plan_for(model, FREQUENT))
+    cache = new_cache(model)
+    greedy(model, prompts(3, 20), past_key_values=cache, max_new_tokens=4)
+    cache.reset()
+    got = greedy(model, prompts(1, 30), past_key_values=cache, max_new_tokens=8)
+    expected = greedy(model, prompts(1, 30), past_key_values=new_cache(model), max_new_tokens=8)
+    assert torch.equal(got.sequences, expected.sequences)
+
+
 def test_rows_can_be_repeated_and_selected():
     """What contrastive search asks of a cache."""
     model, inputs = llama(*KEEP_SETS.values()), prompts(2, 40)
