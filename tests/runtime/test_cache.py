@@ -15,8 +15,9 @@ from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.hf import attach, new_cache
 from kvcompress.runtime.state import LayerSettings, LayerState
+from tests.runtime.battery import EXACT, FULL, PUNCT, plan_for
 from tests.runtime.models import build, prompts, refused
-from tests.runtime.test_parity import EXACT, FULL, KEEP_SETS, PUNCT, greedy, plan_for
+from tests.runtime.test_parity import KEEP_SETS, greedy
 
 FREQUENT = HeadPlan(frequent=Budget(tokens=9), local=Budget(tokens=8), **EXACT)
 

@@ -11,7 +11,8 @@ from kvcompress.demo.run import MODEL
 from kvcompress.plan import HeadPlan
 from kvcompress.runtime.hf import attach, detach
 from tests.runtime import oracle
-from tests.runtime.test_parity import FULL, KEEP_SETS, compressed_logits, greedy, plan_for
+from tests.runtime.battery import FULL, plan_for
+from tests.runtime.test_parity import KEEP_SETS, compressed_logits, greedy
 
 PADS = [9, 0]
 # float32 sums in another order; logits reach 20, so this is 1e-6 of them (seen: 1.4e-5)

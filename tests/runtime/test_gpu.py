@@ -10,8 +10,9 @@ from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.hf import attach, detach
 from tests.runtime import oracle
+from tests.runtime.battery import FULL, plan_for
 from tests.runtime.models import SUPPORTED, build
-from tests.runtime.test_parity import FULL, KEEP_SETS, PADS, greedy, plan_for, prompts
+from tests.runtime.test_parity import KEEP_SETS, PADS, greedy, prompts
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,18 +9,15 @@ import torch
 
 from kvcompress import accounting
 from kvcompress.errors import PlanError, UnsupportedModelError
-from kvcompress.plan import Budget, HeadPlan, Plan, uniform
+from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf import attach, detach
 from tests.runtime import oracle
+from tests.runtime.battery import EXACT, FULL, plan_for
 from tests.runtime.models import SUPPORTED, build, falcon
 from tests.runtime.models import prompts as random_prompts
 
-EXACT = {"k_dtype": "model", "v_dtype": "model"}
-FULL = HeadPlan(full=True, **EXACT)
 PADS = [7, 1, 0]
-PUNCT, SPECIAL = tuple(range(5, 13)), (30, 31, 32, 33)
 # float32 sums in another order; weights are sharpened, so logits reach 10
 TOLERANCE = 1e-5
 
@@ -39,24 +36,6 @@ KEEP_SETS = {
 
 def prompts(batch, length, pads=None):
     return random_prompts(batch, length, None if pads is None else pads[:batch])
-
-
-def plan_for(model, *heads: HeadPlan, **settings) -> Plan:
-    shape = shape_of(model.config, model.dtype)
-    settings = {
-        "sink_tokens": 2,
-        "recent_tokens": 5,
-        "punct_ids": PUNCT,
-        "special_ids": SPECIAL,
-        "scorer": "lift",
-        **settings,
-    }
-    plan = uniform(shape, FULL, **settings)
-    rows = tuple(
-        tuple(heads[(layer + h) % len(heads)] for h in range(shape.kv_heads))
-        for layer in range(shape.layers)
-    )
-    return plan.model_copy(update={"heads": rows})
 
 
 def greedy(model, inputs, **kw):

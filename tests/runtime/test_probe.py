@@ -7,8 +7,8 @@ import pytest
 from kvcompress.runtime.hf import attach, attached
 from kvcompress.runtime.probe import PROMPT, probe
 from kvcompress.runtime.state import LayerSettings
+from tests.runtime.battery import FULL, plan_for
 from tests.runtime.models import build, refused
-from tests.runtime.test_parity import FULL, plan_for
 
 
 def statuses(found) -> dict[str, str]:

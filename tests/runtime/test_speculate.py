@@ -10,8 +10,9 @@ import torch
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime.hf import attach, detach, new_cache
+from tests.runtime.battery import EXACT, FULL, plan_for
 from tests.runtime.models import VOCAB, build, prompts
-from tests.runtime.test_parity import EXACT, FULL, KEEP_SETS, plan_for
+from tests.runtime.test_parity import KEEP_SETS
 
 HEADS = {
     "full": [FULL],
