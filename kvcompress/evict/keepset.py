@@ -97,7 +97,7 @@ def priority(
     rest = position.float()
     if score is not None:
         plain = score.masked_fill(score >= PUNCT_SCORE / 2, 0.0)
-        rest = torch.where(rules.by_score[head], scorer.rank(plain, votes), rest)
+        rest = torch.where(rules.by_score[head], scorer.rank(plain, votes, now), rest)
     value = torch.where(position > now - window_tokens, _LOCAL * recency, rest)
     value = torch.where(rules.keeps_rest[head], value, -torch.inf)
     if score is not None:

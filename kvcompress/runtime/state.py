@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcompress.accounting import capacity_tokens, keeps_classes, keeps_scores, sinks_of
 from kvcompress.evict.keepset import HeadRules, class_mask
-from kvcompress.evict.scorers import SCORERS, Scorer
+from kvcompress.evict.scorers import Scorer, scorer
 from kvcompress.plan import HeadPlan, Plan
 from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.store import EMPTY, SegmentStore, StorageKind
@@ -31,7 +31,7 @@ class LayerSettings:
         self.window: int | None = width if kind == "sliding" else None
         self.block: int | None = width if kind == "chunked" else None
         self.readers = plan.model.readers(layer)
-        self.scorer: Scorer = SCORERS[plan.scorer]
+        self.scorer: Scorer = scorer(plan.scorer)
         self.uses_classes = any(map(keeps_classes, self.heads))
         self.relative = plan.positions == "relative"
         self.rotation: Rotation | None = None  # for relative positions; the model's forward sets it
