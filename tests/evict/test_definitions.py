@@ -196,7 +196,7 @@ def critical_choice(data: Prompt, b, h, rows, budget, attention, candidate=None)
 def test_critical_takes_half_by_attention_and_the_rest_by_projected_values(pads, score_rows, sharp):
     """Sharp attention leaves most tokens nothing but ε."""
     data = prompt(6, pads=pads, sharp=sharp)
-    data.budget = torch.tensor([[9, 4], [1, 12]])
+    data.budget = torch.tensor([[9, 4], [1, 24]])
     attention = double(data.attention())
     score = scores_of(scorer("critical"), data, score_rows=score_rows)
     for b in range(2):
