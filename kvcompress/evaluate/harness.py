@@ -1,8 +1,9 @@
 """lm-evaluation-harness on a compressed cache, beside the same model with its full cache.
 
-Every score goes through the cache, see `harness_model`. A task tells something only where its
-contexts are longer than what a plan keeps anyway (sinks, newest tokens, budgets). Source of the
-harness: https://github.com/EleutherAI/lm-evaluation-harness.
+Every score goes through the cache, see `harness_model`. What a task can tell is limited: the
+question stands in the prompt while that is compressed, and a context that is no longer than what a
+plan keeps anyway (sinks, newest tokens, budgets) loses nothing. `workloads` has neither limit.
+Source of the harness: https://github.com/EleutherAI/lm-evaluation-harness.
 """
 
 from __future__ import annotations

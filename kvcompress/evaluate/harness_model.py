@@ -2,8 +2,11 @@
 
 Its own HFLM scores a continuation in one forward without a cache, which would tell nothing about a
 compressed one. Here the context is prefilled into the cache, which compresses it, and the
-continuation is fed behind it one token at a time, as decoding does. Generation is HFLM's, which
-calls `model.generate` and so uses the cache of the plan that is attached.
+continuation is fed behind it one token at a time, as decoding does. What a prefill predicts itself
+comes from attention over everything, so the last token of the context is fed like a decoded one
+too: without that, a choice of one token (" A", " B") would not touch the compressed cache at all.
+Generation is HFLM's, which calls `model.generate` and so uses the cache of the plan that is
+attached; there the first token comes from the prefill, as for every user.
 
 Needs the extra ``eval``; imported only by `harness`.
 """
@@ -101,38 +104,48 @@ class CachedLM(HFLM):  # type: ignore[misc, unused-ignore]
     def _score(
         self, contexts: list[tuple[int, ...]], continuations: list[list[int]]
     ) -> list[Scored]:
-        distinct = list(dict.fromkeys(contexts))
+        read = [context[:-1] or context for context in contexts]
+        distinct = list(dict.fromkeys(read))
         session = Session(self.model, self._new_cache(), self._pad_id)
         logits = session.prefill(distinct)
-        rows = [distinct.index(context) for context in contexts]
+        rows = [distinct.index(context) for context in read]
         session.select(rows)
-        return continuation_scores(session, logits[rows], continuations)
+        held_back = [
+            list(context[len(seen) :]) for context, seen in zip(contexts, read, strict=True)
+        ]
+        return continuation_scores(session, logits[rows], held_back, continuations)
 
 
 def continuation_scores(
-    session: Session, logits: Tensor, continuations: Sequence[Sequence[int]]
+    session: Session,
+    logits: Tensor,
+    before: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
 ) -> list[Scored]:
-    """Feed each row its continuation token by token and add up what the cache made of it.
+    """Feed each row token by token, and add up what the cache made of its continuation.
 
     Args:
         session: rows that are through are dropped from it, so it is of no use after.
         logits: ``[B, vocabulary]`` behind what each row holds.
+        before: tokens of each row that are fed first and not scored.
     """
-    total, greedy = [0.0] * len(continuations), [True] * len(continuations)
-    running = list(range(len(continuations)))
-    for step in range(max(map(len, continuations))):
-        token = torch.tensor([continuations[row][step] for row in running], device=logits.device)
+    fed = [[*first, *then] for first, then in zip(before, continuations, strict=True)]
+    total, greedy = [0.0] * len(fed), [True] * len(fed)
+    running = list(range(len(fed)))
+    for step in range(max(map(len, fed))):
+        token = torch.tensor([fed[row][step] for row in running], device=logits.device)
         likely = logits.float().log_softmax(-1)
         gained = likely.gather(1, token[:, None])[:, 0].tolist()
         best = (likely.argmax(-1) == token).tolist()
         for row, gain, is_best in zip(running, gained, best, strict=True):
-            total[row] += gain
-            greedy[row] = greedy[row] and is_best
-        fed = [place for place, row in enumerate(running) if step + 1 < len(continuations[row])]
-        if not fed:
+            if step >= len(before[row]):
+                total[row] += gain
+                greedy[row] = greedy[row] and is_best
+        going = [place for place, row in enumerate(running) if step + 1 < len(fed[row])]
+        if not going:
             break
-        if len(fed) < len(running):
-            session.select(fed)
-            running, token = [running[place] for place in fed], token[fed]
+        if len(going) < len(running):
+            session.select(going)
+            running, token = [running[place] for place in going], token[going]
         logits = session.feed(token[:, None])[:, -1]
     return list(zip(total, greedy, strict=True))
