@@ -36,11 +36,13 @@ from kvcompress.profile.progress import (
 )
 from kvcompress.profile.recovery import l1_distance, over_prompts
 from kvcompress.profile.rows import held_out_rows
+from kvcompress.profile.sensitivity import why_no_gradients
 from kvcompress.profile.solve import solve
 from kvcompress.profile.source import check_vocabulary, weight_bytes, weights_hash
 from kvcompress.profile.store import (
     PARAMS_FILE,
     PLAN_FILE,
+    SCHEMA_VERSION,
     Profile,
     Provenance,
     Table,
@@ -93,6 +95,7 @@ def run(
             "weights": provenance.weights_hash,
             "calibration data": provenance.data_hash,
             "tokenizer": tokenizer_hash(tokenizer),
+            "schema": SCHEMA_VERSION,
         },
     )
     done = place.finished()
@@ -105,6 +108,7 @@ def run(
         steps = _Steps(progress, len(prompts))
         rotations = find_rotations(model, shape, prompts[0][-1])
         params = _key_constants(model, shape, rotations, prompts, place, steps)
+        no_gradients = why_no_gradients(model, shape, recipe.keep, prompts[0])
         setup = Setup(
             shape,
             recipe.keep,
@@ -113,11 +117,13 @@ def run(
             fastgen_chain(fastgen_policy(recipe)),
             candidates(recipe, shape.head_dim),
             params,
+            gradients=not no_gradients,
         )
         results = [_measured(model, setup, i, ids, place, steps) for i, ids in enumerate(prompts)]
     finally:
         model.train(was_training)
     profile = _profile(model, name, recipe, provenance, tokenizer, setup, rotations, results)
+    profile = profile.model_copy(update={"loss_note": no_gradients})
     params.save(place.directory / f".{PARAMS_FILE}")
     (place.directory / f".{PARAMS_FILE}").replace(place.directory / PARAMS_FILE)
     profile.save(place.directory)
@@ -217,7 +223,15 @@ def _profile(
         recovery_l1=_table(l1_distance(recovery)),
         candidates=setup.heads,
         losses=_table(lower_envelope(losses, setup.heads)),
+        loss_unit="nats" if setup.gradients else "residual",
+        path_nats=_path_nats(results) if setup.gradients else (),
     )
+
+
+def _path_nats(results: list[PromptResult]) -> tuple[float, ...]:
+    """Mean over prompts; a rise that noise has reversed is flat."""
+    mean = torch.stack([r.path_nats for r in results]).mean(0).clamp_min(0)
+    return tuple(float(f"{x:.6g}") for x in mean.cummax(0).values.tolist())
 
 
 def _table(values: Tensor) -> Table:

@@ -9,6 +9,7 @@ from kvcompress.errors import PlanError
 from kvcompress.plan import HeadPlan, Plan, uniform
 from kvcompress.profile.budget import Choice, minimum_bytes, spend
 from kvcompress.profile.candidates import codes_nothing, fastgen_chain, keep_set
+from kvcompress.profile.predict import Heads, expected, summed_loss
 from kvcompress.profile.store import Profile
 from kvcompress.recipe import (
     BytesPolicy,
@@ -19,8 +20,6 @@ from kvcompress.recipe import (
     WeightScheme,
     parse_bytes,
 )
-
-Heads = tuple[tuple[HeadPlan, ...], ...]
 
 
 def solve(
@@ -92,16 +91,8 @@ def _settings(profile: Profile, keep: Keep) -> dict[str, Any]:
 
 def _loss(profile: Profile, heads: Heads) -> float | None:
     """Predicted loss of a plan, None where it holds a head that the profile has not measured."""
-    place = {head: i for i, head in enumerate(profile.candidates)}
-    bare = next(i for i, head in enumerate(profile.candidates) if codes_nothing(head))
-    total = 0.0
-    for layer, row in enumerate(heads):
-        for number, head in enumerate(row):
-            column = bare if codes_nothing(head) else place.get(head)
-            if column is None:
-                return None
-            total += profile.losses[layer][number][column]
-    return total
+    loss = summed_loss(profile, heads)
+    return None if loss is None else expected(profile, loss)
 
 
 def _first_hits(profile: Profile, policy: FastGenPolicy) -> Heads:
