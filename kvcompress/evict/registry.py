@@ -15,6 +15,9 @@ SCORERS: Final[dict[str, str]] = {
     "lift": f"{_HERE}.attention:LIFT",
     "random": f"{_HERE}.random:RANDOM",
     "key_norm": f"{_HERE}.key_norm:KEY_NORM",
+    "kvzip": f"{_HERE}.kvzip:KVZIP",
+    "kvzip_plus": f"{_HERE}.kvzip:KVZIP_PLUS",
+    "surrogate": f"{_HERE}.surrogate:SURROGATE",
 }
 
 
