@@ -60,6 +60,9 @@ class Profile(StrictModel):
         recovery_l1: ‖A − Â‖₁ at the same prompts and rows.
         candidates: what the byte planner chooses from.
         losses: loss of each candidate, see `kvcompress.profile.losses`.
+        repeat_ids: what asks the model to repeat a text, for scorers that need it.
+        surrogate_r2: ``[layer][KV head]`` R² of the trained surrogate on prompts that it was not
+            trained on; None for other scorers.
     """
 
     schema_version: Literal[1] = 1
@@ -71,6 +74,7 @@ class Profile(StrictModel):
     weight_bytes: dict[str, NonNegativeInt]
     special_ids: tuple[NonNegativeInt, ...]
     punct_ids: tuple[NonNegativeInt, ...]
+    repeat_ids: tuple[NonNegativeInt, ...] = ()
     special_share: Annotated[float, Field(ge=0.0, le=1.0)]
     punct_share: Annotated[float, Field(ge=0.0, le=1.0)]
     rotations: tuple[str, ...]
@@ -79,6 +83,7 @@ class Profile(StrictModel):
     recovery_l1: Table
     candidates: tuple[HeadPlan, ...]
     losses: Table
+    surrogate_r2: tuple[tuple[float, ...], ...] | None = None
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:

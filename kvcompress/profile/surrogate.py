@@ -1,6 +1,6 @@
 """Training the linear surrogate of KVzip+ on the model at hand.
 
-Teacher: log s⁺ of `evict.scorers.kvzip`, of both halves of every calibration prompt, each read twice.
+Teacher: log s⁺ of `evict.scorers.kvzip`, of both halves of every calibration prompt, read twice.
 Student: per layer and KV head, ridge regression of log s⁺ on the input of the attention module, in
 closed form from moments, which are all that is ever kept: no hidden state, no token.
 
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import CalibrationError
+from kvcompress.evict.scorers import scorer
 from kvcompress.plan import ModelShape
 from kvcompress.profile.progress import Workplace
 from kvcompress.profile.repeat import ScoredContext, score_context
+from kvcompress.recipe import Keep
 
 TEACHER: Final = "kvzip_plus"
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -113,6 +115,15 @@ class Surrogate:
     weights: tuple[Tensor, ...]
     r2: Tensor
     ridges: tuple[float, ...]
+
+    def table(self) -> tuple[tuple[float, ...], ...]:
+        """`r2` for the profile, four digits."""
+        return tuple(tuple(round(x, 4) for x in layer) for layer in self.r2.tolist())
+
+
+def needed(keep: Keep) -> bool:
+    """Whether the scorer of a recipe has to be trained."""
+    return KEPT in scorer(keep.scorer).trained
 
 
 def samples(context: ScoredContext) -> tuple[Tensor, Tensor]:

@@ -40,9 +40,10 @@ class SurrogateScorer(Scorer):
                 "with a recipe whose keep.scorer is surrogate, and use the constants it writes"
             )
         weight = tokens.tensors[WEIGHTS][tokens.head].float()
-        return torch.einsum("btd,hd->bht", tokens.hidden.float(), weight[:, :-1]) + weight[
-            None, :, -1:
-        ]
+        return (
+            torch.einsum("btd,hd->bht", tokens.hidden.float(), weight[:, :-1])
+            + weight[None, :, -1:]
+        )
 
 
 SURROGATE = SurrogateScorer("surrogate")
