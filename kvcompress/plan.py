@@ -288,8 +288,8 @@ class Plan(StrictModel):
         if isinstance(self.per_request, FastGenChoice):
             if not all(h.special and h.punct and h.frequent and h.local for h in heads):
                 raise ValueError(
-                    "per_request fastgen chooses in every head among FastGen's keep-sets: give each "
-                    "head special, punct, frequent and local"
+                    "per_request fastgen chooses in every head among FastGen's keep-sets: give "
+                    "each head special, punct, frequent and local"
                 )
             if self.positions == "relative":
                 raise ValueError("per_request fastgen may keep everything, relative positions not")
