@@ -26,7 +26,7 @@ class Setup:
     Attributes:
         chain: FastGen's keep-sets.
         heads: candidates whose loss is wanted.
-        params: key constants that stored keys are coded with.
+        params: key constants that stored keys are coded with, and what the scorer was trained to.
         gradients: whether losses are in nats, see `losses`.
     """
 
@@ -77,7 +77,8 @@ def measure_prompt(model: Any, setup: Setup, ids: list[int]) -> PromptResult:
         meter = LossMeter(rows, center, scale, gradient)
         loss[rows.layer] = meter.measure(setup.heads, masks).cpu()
 
-    with watching_rows(model, setup.shape, setup.keep, observe):
+    trained = {i: setup.params.tensors_of(i) for i in range(setup.shape.layers)}
+    with watching_rows(model, setup.shape, setup.keep, observe, tensors=trained):
         forward(model, ids)
     order = range(setup.shape.layers)
     return PromptResult(

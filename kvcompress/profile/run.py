@@ -7,6 +7,7 @@ recovery and losses on all prompts, with the very constants that the bundle will
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from kvcompress.errors import CalibrationError
 from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Plan
+from kvcompress.profile import surrogate
 from kvcompress.profile.calibration import data_hash, load_prompts
 from kvcompress.profile.candidates import (
     candidates,
@@ -48,7 +50,7 @@ from kvcompress.profile.store import (
     Table,
     write_atomically,
 )
-from kvcompress.profile.tokens import punct_ids, special_ids
+from kvcompress.profile.tokens import opening_ids, punct_ids, repeat_ids, special_ids
 from kvcompress.quant.keystats import KeyStats, KVParams, derive
 from kvcompress.recipe import Recipe
 from kvcompress.runtime.families import shape_of
@@ -105,10 +107,15 @@ def run(
     was_training = model.training
     model.eval()
     try:
-        steps = _Steps(progress, len(prompts))
+        steps = _Steps(progress, len(prompts), surrogate.needed(recipe.keep))
         rotations = find_rotations(model, shape, prompts[0][-1])
         params = _key_constants(model, shape, rotations, prompts, place, steps)
         no_gradients = why_no_gradients(model, shape, recipe.keep, prompts[0])
+        student = None
+        if surrogate.needed(recipe.keep):
+            opening = len(opening_ids(tokenizer))
+            student = surrogate.train(model, shape, prompts, opening, place, steps.add)
+            params = replace(params, scorer={surrogate.KEPT: student.weights})
         setup = Setup(
             shape,
             recipe.keep,
@@ -124,6 +131,8 @@ def run(
         model.train(was_training)
     profile = _profile(model, name, recipe, provenance, tokenizer, setup, rotations, results)
     profile = profile.model_copy(update={"loss_note": no_gradients})
+    if student is not None:
+        profile = profile.model_copy(update={"surrogate_r2": student.table()})
     params.save(place.directory / f".{PARAMS_FILE}")
     (place.directory / f".{PARAMS_FILE}").replace(place.directory / PARAMS_FILE)
     profile.save(place.directory)
@@ -151,9 +160,9 @@ class _Steps:
 
     MEASURE: Final = 4
 
-    def __init__(self, progress: Progress | None, prompts: int) -> None:
+    def __init__(self, progress: Progress | None, prompts: int, trains: bool) -> None:
         self.progress = progress
-        self.total = min(prompts, KEY_PROMPTS) + prompts * self.MEASURE
+        self.total = min(prompts, KEY_PROMPTS) + prompts * (self.MEASURE + trains)
         self.done = 0
 
     def add(self, count: int) -> None:
@@ -215,6 +224,7 @@ def _profile(
         weight_bytes=weight_bytes(model),
         special_ids=setup.special_ids,
         punct_ids=setup.punct_ids,
+        repeat_ids=repeat_ids(tokenizer),
         special_share=float(shares[0]),
         punct_share=float(shares[1]),
         rotations=tuple(r.note for r in rotations),

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvcompress.accounting import FLAG_BYTES, head_plan_bytes, kv_bytes, prefill_bytes
 from kvcompress.errors import PlanError
+from kvcompress.evict.scorers import scorer
 from kvcompress.plan import HeadPlan, Plan, uniform
 from kvcompress.profile.budget import Choice, minimum_bytes, spend
 from kvcompress.profile.candidates import codes_nothing, fastgen_chain, keep_set
@@ -46,6 +47,11 @@ def solve(
             f"the profile was measured with {profile.recipe.keep}, the plan asks for {keep}; "
             "profile again with these settings"
         )
+    if _reads_twice(keep) and not isinstance(policy, UniformPolicy):
+        raise PlanError(
+            f"the profile reads each prompt once and cannot rank by {keep.scorer}, which repeats it; "
+            "use a uniform policy, or the scorer surrogate"
+        )
     if isinstance(policy, UniformPolicy):
         heads: Heads = ((policy.head,) * profile.shape.kv_heads,) * profile.shape.layers
         target = f"uniform {policy.head.label} {policy.head.storage}"
@@ -54,8 +60,13 @@ def solve(
         target = f"FastGen recovery {policy.recovery:g} by {policy.reading}"
     else:
         return _spend_bytes(profile, policy, keep, weights or profile.recipe.weights)
-    measured = keep == profile.recipe.keep
+    measured = keep == profile.recipe.keep and not _reads_twice(keep)
     return _plan(profile, keep, heads, target, _loss(profile, heads) if measured else None)
+
+
+def _reads_twice(keep: Keep) -> bool:
+    """Whether the scorer's votes are those of a repetition, which the profile does not make."""
+    return "repeat" in scorer(keep.scorer).needs
 
 
 def _plan(
@@ -82,6 +93,7 @@ def _settings(profile: Profile, keep: Keep) -> dict[str, Any]:
         "turn_tokens": keep.turn_tokens,
         "special_ids": profile.special_ids,
         "punct_ids": profile.punct_ids,
+        "repeat_ids": profile.repeat_ids if _reads_twice(keep) else (),
         "special_share": profile.special_share,
         "punct_share": profile.punct_share,
         "tokenizer_hash": profile.tokenizer_hash,

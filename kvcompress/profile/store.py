@@ -66,6 +66,9 @@ class Profile(StrictModel):
         path_nats: KL per token at the points `PATH` of the way from the full cache to bare heads,
             and at its end, see `sensitivity`; empty without gradients.
         loss_note: why losses are not in nats, empty where they are.
+        repeat_ids: what asks the model to repeat a text, for scorers that need it.
+        surrogate_r2: ``[layer][KV head]`` R² of the trained surrogate on prompts that it was not
+            trained on; None for other scorers.
     """
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
@@ -77,6 +80,7 @@ class Profile(StrictModel):
     weight_bytes: dict[str, NonNegativeInt]
     special_ids: tuple[NonNegativeInt, ...]
     punct_ids: tuple[NonNegativeInt, ...]
+    repeat_ids: tuple[NonNegativeInt, ...] = ()
     special_share: Annotated[float, Field(ge=0.0, le=1.0)]
     punct_share: Annotated[float, Field(ge=0.0, le=1.0)]
     rotations: tuple[str, ...]
@@ -88,6 +92,7 @@ class Profile(StrictModel):
     loss_unit: Literal["nats", "residual"] = "residual"
     path_nats: tuple[float, ...] = ()
     loss_note: str = ""
+    surrogate_r2: tuple[tuple[float, ...], ...] | None = None
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:
