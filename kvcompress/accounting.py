@@ -114,10 +114,18 @@ def row_head_bytes(
     budget_length: int,
     class_tokens: int,
     spans: Sequence[range] = (),
+    chosen: HeadPlan | None = None,
 ) -> int:
-    """Bytes of one (row, head); arguments as for `capacity_tokens`."""
+    """Bytes of one (row, head); arguments as for `capacity_tokens`.
+
+    Args:
+        head: as the plan has it, which decides how a slot is stored.
+        chosen: what the plan's rule made of it for the row; None: `head`.
+    """
     exact = sinks_of(plan, layer) + plan.recent_tokens
-    capacity = capacity_tokens(plan, layer, head, seen_tokens, budget_length, class_tokens, spans)
+    capacity = capacity_tokens(
+        plan, layer, chosen or head, seen_tokens, budget_length, class_tokens, spans
+    )
     vector = (plan.model.head_dim + plan.model.v_dim) * plan.model.model_dtype_bytes
     scores = SCORE_BYTES * plan.recent_tokens if keeps_scores(head) else 0
     return capacity * slot_bytes(head, plan.model) + exact * vector + scores + INDEX_BYTES
@@ -172,6 +180,7 @@ def cache_bytes(
     seen_tokens: list[int],
     prompt_tokens: list[int],
     spans: Sequence[Sequence[range]] | None = None,
+    chosen: Sequence[Sequence[Sequence[HeadPlan]]] | None = None,
 ) -> int:
     """Bytes of a cache whose rows have these real lengths now and had those when the prompt ended.
 
@@ -179,13 +188,17 @@ def cache_bytes(
 
     Args:
         spans: protected tokens of each row.
+        chosen: ``[layer][row]`` heads as a rule for each request chose them, see
+            `CompressedCache.chosen_heads`; None: the plan's.
     """
     total = 0
-    rows = spans or [()] * len(seen_tokens)
-    for seen, prompt, protected in zip(seen_tokens, prompt_tokens, rows, strict=True):
+    protected = spans or [()] * len(seen_tokens)
+    for row, (seen, prompt) in enumerate(zip(seen_tokens, prompt_tokens, strict=True)):
         for layer, heads in enumerate(plan.heads):
             total += layer_shared_bytes(plan, layer, 1)
+            own = heads if chosen is None else chosen[layer][row]
             total += sum(
-                row_head_bytes(plan, layer, head, seen, prompt, 0, protected) for head in heads
+                row_head_bytes(plan, layer, head, seen, prompt, 0, protected[row], now)
+                for head, now in zip(heads, own, strict=True)
             )
     return total

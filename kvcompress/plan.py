@@ -280,6 +280,23 @@ class Plan(StrictModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _rules_fit(self) -> Self:
+        if self.pool_tokens % 2 == 0:
+            raise ValueError(f"pool_tokens {self.pool_tokens} is even: a window has a middle")
+        heads = [head for layer in self.heads for head in layer]
+        if isinstance(self.per_request, FastGenChoice):
+            if not all(h.special and h.punct and h.frequent and h.local for h in heads):
+                raise ValueError(
+                    "per_request fastgen chooses in every head among FastGen's keep-sets: give "
+                    "each head special, punct, frequent and local"
+                )
+            if self.positions == "relative":
+                raise ValueError("per_request fastgen may keep everything, relative positions not")
+        elif self.per_request is not None and not any(head.frequent for head in heads):
+            raise ValueError("per_request shares out frequent budgets, and no head has one")
+        return self
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=1, exclude_defaults=False) + "\n"
 

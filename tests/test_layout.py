@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "recipe": {"errors", "plan"},
     "kernels": {"errors", "plan", "quant.codec"},  # they read codes in place
     "quant": VALUES,
-    "evict": VALUES,
+    "evict": VALUES | {"quant.keystats"},  # the rotary embedding, to undo it
     "accounting": VALUES | {"quant.codec"},
     "profile": VALUES
     | {"accounting", "evict.chain", "evict.finish", "evict.scorers"}

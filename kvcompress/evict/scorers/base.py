@@ -156,5 +156,5 @@ class PromptScorer(Scorer):
 
 
 def newest(position: Tensor) -> Tensor:
-    """Scores above those that `finish` gives, newer first: for tokens that came after the prompt."""
+    """Scores above those of `finish`, newer first: for tokens that came after the prompt."""
     return _NEWEST * (1.0 + position.float() * 2.0**-23)
