@@ -15,6 +15,7 @@ from kvcompress.plan import (
     KVDtype,
     NonNegativeInt,
     PositiveInt,
+    Recall,
     ScorerName,
     StrictModel,
     explain,
@@ -66,6 +67,7 @@ class Keep(StrictModel):
     score_rows: PositiveInt | None = None
     positions: Literal["original", "relative"] = "original"
     turn_tokens: NonNegativeInt = 0
+    recall: Recall | None = None
 
 
 class UniformPolicy(StrictModel):
@@ -138,6 +140,13 @@ class Recipe(StrictModel):
     keep: Keep = Keep()
     policy: Policy = FastGenPolicy(kind="fastgen")
     weights: WeightScheme = "bf16"
+
+    @model_validator(mode="after")
+    def _recall_drops_nothing(self) -> Self:
+        full = isinstance(self.policy, UniformPolicy) and self.policy.head.full
+        if self.keep.recall is not None and not full:
+            raise ValueError("keep.recall drops nothing: give a uniform policy with full: true")
+        return self
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""

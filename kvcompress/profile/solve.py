@@ -79,6 +79,7 @@ def _settings(profile: Profile, keep: Keep) -> dict[str, Any]:
         "score_rows": keep.score_rows,
         "positions": keep.positions,
         "turn_tokens": keep.turn_tokens,
+        "recall": keep.recall,
         "special_ids": profile.special_ids,
         "punct_ids": profile.punct_ids,
         "special_share": profile.special_share,

@@ -316,6 +316,7 @@ def _refuse_plan(plan: Plan) -> None:
         "layers that share keys": shared,
         "relative positions": plan.positions != "original",
         "turn quotas (turn_tokens)": plan.turn_tokens > 0,
+        "a recall tier": plan.recall is not None,
     }
     for reason, applies in reasons.items():
         if applies:
