@@ -70,7 +70,7 @@ class RecallOracle:
         return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
     def _visible(self, layer: int, b: int, h: int, before: int, now: int, q: Tensor) -> list[int]:
-        """Positions that the queries ``[G, D]`` at `now` see, of a forward that starts at `before`."""
+        """What the queries ``[G, D]`` at `now` see, in a forward that starts at `before`."""
         first, window = self.first[b], self.plan.model.sliding_windows[layer]
         everything = list(range(first, now + 1))
         if window is not None:
@@ -78,7 +78,7 @@ class RecallOracle:
         sinks, size = self.plan.sink_tokens, self.recall.block_tokens
         stored = [p for p in everything if p < before]
         chunk = [p for p in everything if p >= before]
-        coded = stored[sinks:-self.plan.recent_tokens]
+        coded = stored[sinks : -self.plan.recent_tokens]
         exact = [p for p in stored if p not in coded]
         blocks = [coded[i : i + size] for i in range(0, len(coded), size)]
         budget = self.recall.resident.resolve(self.prompt.get(layer, first) - first)

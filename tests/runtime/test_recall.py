@@ -13,15 +13,18 @@ from kvcompress import accounting
 from kvcompress.errors import KVCompressError, PlanError
 from kvcompress.plan import Budget, HeadPlan, Plan, Recall
 from kvcompress.quant.keystats import KVParams
+from kvcompress.runtime import recall as runtime_recall
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf import attach, new_cache
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.recall import RecallLayer
+from kvcompress.runtime.recall_state import RecallState
+from kvcompress.runtime.state import LayerSettings
 from kvcompress.runtime.static import StaticCompressedCache
 from tests.runtime import oracle, recall_oracle
 from tests.runtime.battery import BAR, FULL, difference, plain_subject, plan_for
-from tests.runtime.models import build, prompts
+from tests.runtime.models import PAD, build, prompts
 from tests.runtime.ways import WAYS, Subject
 
 PADS = [7, 1, 0]
@@ -50,21 +53,32 @@ def tiers(cache) -> list[RecallLayer]:
 
 
 def everything(cache) -> list:
-    """All that a cache holds, as plain values; blocks of the host in the order of each row."""
-    found = []
-    for layer in tiers(cache):
-        state = layer.state
-        found.append((layer.seen, list(state.row_seen), list(state.budget_length)))
-        found += [t.tolist() for t in (state.exact_k, state.exact_v)]
-        size = state.recall.block_tokens
+    """All that a cache holds, as plain values."""
+    return [(layer.seen, everything_in(layer.state)) for layer in tiers(cache)]
+
+
+def everything_in(state: RecallState) -> list:
+    """Of one layer: slots that are in use, and the host's blocks in the order of each row."""
+    found = [list(state.row_seen), list(state.budget_length)]
+    size, exact = state.recall.block_tokens, state.settings.exact_tokens
+    for b, seen in enumerate(state.row_seen):
+        found += [t[b, :, :seen].tolist() for t in (state.exact_k, state.exact_v)]
         for group in state.groups:
-            for b, line in enumerate(group.table):
-                found.append(group.pool.data[line].tolist())
-                low, high = len(line) * size, max(0, state.row_seen[b] - 7)
-                slots = torch.arange(low, high) % (state.blocks.window[b] * size)
-                found += [t[b][:, slots].tolist() for t in group.window.tensors()]
-                found.append(group.digest[b, :, : len(line)].float().tolist())
+            line = group.table[b]
+            found.append(group.pool.data[line].tolist())
+            number = torch.arange(len(line) * size, max(0, seen - exact))
+            slots = number % (state.blocks.window[b] * size)
+            found += [t[b][:, slots].tolist() for t in group.window.tensors()]
+            found.append(group.digest[b, :, : len(line)].tolist())
     return found
+
+
+def places(cache) -> list:
+    """Where the tokens lie, without what they are."""
+    return [
+        (state.row_seen, state.budget_length, state.blocks, [len(g.table[0]) for g in state.groups])
+        for state in (layer.state for layer in tiers(cache))
+    ]
 
 
 @torch.no_grad()
@@ -73,7 +87,7 @@ def feed(model, cache, ids):
 
 
 # ---- V1: nothing is lost
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sorted({*WAYS} - {"greedy", "sampling", "streamer", "early eos"}))
 def test_v1_every_way_of_calling_when_all_blocks_come_back(way):
     ours, theirs = WAYS[way]
     model, _ = served()
@@ -81,9 +95,7 @@ def test_v1_every_way_of_calling_when_all_blocks_come_back(way):
     assert difference(ours(subject), theirs(plain_subject("llama"))) <= BAR
 
 
-@pytest.mark.parametrize(
-    "family", ["llama_mha", "qwen3", "gemma2", "gpt_oss", "opt", "gpt_neox", "qwen3_next"]
-)
+@pytest.mark.parametrize("family", ["llama_mha", "gemma2", "gpt_oss", "opt", "qwen3_next"])
 def test_v1_families(family):
     model, _ = served(family, tier=recall(99, digest="mean"))
     subject = Subject(family, model, lambda: new_cache(model), CompressedCache)
@@ -242,16 +254,18 @@ def test_a_byte_budget_becomes_a_resident_part():
 
 # ---- V7, V8: drafts and chunks
 def looping_prompt() -> dict[str, torch.Tensor]:
+    """A prompt in which prompt lookup finds drafts, and rejects most of them."""
     ids = prompts(1, 20)["input_ids"]
-    return {"input_ids": torch.cat([ids, ids, ids[:, :9]], 1)}
+    ids = torch.cat([ids, ids, ids[:, :9]], 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("heads", [(FULL,), MIXED])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(("family", "heads"), [("llama", MIXED), ("gemma2", (FULL,))])
 def test_v7_drafting_changes_no_token(family, heads):
     model, _ = served(family, *heads, tier=recall(1))
     inputs = looping_prompt()
-    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    # a generated pad would make the assistant hide it
+    options = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [PAD]}
     plain = model.generate(**inputs, **options)
     assert torch.equal(model.generate(**inputs, prompt_lookup_num_tokens=5, **options), plain)
     near, far = build(family), build(family, seed=5)
@@ -282,39 +296,68 @@ def test_v7_a_cropped_draft_leaves_the_state_as_it_was(prompt):
     cache.crop(-3)
     again = new_cache(model)
     feed(model, again, ids)
-    logits = [feed(model, again, token[None]) for token in draft[0, :37, None]]
-    for ours, theirs in zip(everything(cache), everything(again), strict=True):
-        torch.testing.assert_close(
-            torch.tensor(ours, dtype=torch.float64),
-            torch.tensor(theirs, dtype=torch.float64),
-            atol=0 if isinstance(ours, tuple) else 1,  # a code may round the other way
-            rtol=1e-3,
-        ) if ours else None
+    for token in draft[0, :37]:
+        feed(model, again, token.view(1, 1))
+    assert places(cache) == places(again)
+    token = torch.tensor([[8]])
+    expected, got = feed(model, again, token), feed(model, cache, token)
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)  # a code may round the other way
     cache.crop(0)
     with pytest.raises(KVCompressError, match="only the 0 newest"):
         cache.crop(-1)
+
+
+def test_a_long_draft_is_settled_from_its_oldest_token_on(monkeypatch):
+    monkeypatch.setattr(runtime_recall, "_MOST_DRAFTED", 30)
+    model, _ = served("llama", *MIXED, tier=recall(1))
+    ids = prompts(1, 90)["input_ids"]
+    cache = new_cache(model)
+    feed(model, cache, ids[:, :40])
+    cache.activate_past_recording()
+    feed(model, cache, ids[:, 40:])
+    with pytest.raises(KVCompressError, match="only the 30 newest"):
+        cache.crop(-31)
+    cache.crop(-30)
+    assert cache.get_seq_length() == 60
+    again = new_cache(model)
+    for part in (ids[:, :40], *ids[:, 40:60].split(1, 1)):
+        feed(model, again, part)
+    assert places(cache) == places(again)
     token = torch.tensor([[8]])
     expected, got = feed(model, again, token), feed(model, cache, token)
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
-    assert len(logits) == 37
 
 
-def test_v8_chunks_store_what_one_prompt_stores():
-    """With a budget in tokens where a token lies does not depend on how it came; only the last
-    layers' inputs do, so the first layer is compared."""
-    model, _ = served("llama", *MIXED, tier=recall(1))
-    ids = prompts(2, 90)["input_ids"]
+@pytest.mark.parametrize("ratio", [False, True])
+def test_v8_where_a_token_lies_does_not_depend_on_how_it_came(ratio):
+    """The same keys in parts, one by one, and with a detour over other rows: bit for bit."""
+    model = build("llama", dtype=torch.bfloat16)
+    tier = recall(1, None, resident=Budget(ratio=0.5)) if ratio else recall(1, 60)
+    settings = LayerSettings(plan_for(model, *MIXED, recall=tier), None, 0)
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(3, 2, 170, 16, generator=generator).bfloat16() for _ in range(2))
+    valid = torch.ones(3, 170, dtype=torch.bool)
+    valid[0, :41] = valid[1, :2] = False
     held = []
-    for size in (90, 31, 7, 1):
-        cache = new_cache(model)
-        for part in ids.split(size, 1):
-            feed(model, cache, part)
-        cache.layers[1:] = []
-        held.append(everything(cache))
+    for cuts in ([170], [50, 60, 60], [*range(2, 18), 18], [60, *[1] * 110]):
+        state, low = RecallState.empty(settings, key, value), 0
+        for cut in cuts:
+            part = slice(low, low + cut)
+            here = None if bool(valid[:, part].all()) else valid[:, part]
+            prompt = ratio or cut > 1
+            state.take_in(key[:, :, part], value[:, :, part], here, prompt)
+            if low == 50:
+                state.select_rows([2, 0, 1, 1])
+                state.select_rows([1, 2, 0])
+            low += cut
+        assert low == 170
+        if not ratio:
+            state.budget_length = []  # one row of tokens at a time does not end a prompt
+        held.append(everything_in(state))
     for other in held[1:]:
-        assert [x for x in other if not isinstance(x, tuple)] == [
-            x for x in held[0] if not isinstance(x, tuple)
-        ]
+        assert other == held[0]
+    assert [len(line) for line in state.groups[0].table] == state.blocks.host
+    assert max(state.blocks.host) > min(state.blocks.host) > 0
 
 
 @pytest.mark.parametrize("size", [7, 31])
