@@ -91,6 +91,7 @@ def _settings(profile: Profile, keep: Keep) -> dict[str, Any]:
         "per_request": keep.per_request,
         "positions": keep.positions,
         "turn_tokens": keep.turn_tokens,
+        "recall": keep.recall,
         "special_ids": profile.special_ids,
         "punct_ids": profile.punct_ids,
         "repeat_ids": profile.repeat_ids if _reads_twice(keep) else (),

@@ -319,6 +319,7 @@ def _refuse_plan(plan: Plan) -> None:
         "turn quotas (turn_tokens)": plan.turn_tokens > 0,
         "decisions per request (per_request)": plan.per_request is not None,
         f"the scorer {plan.scorer!r}": not scorer(plan.scorer).adds_up,
+        "a recall tier": plan.recall is not None,
     }
     for reason, applies in reasons.items():
         if applies:
