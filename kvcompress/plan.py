@@ -15,9 +15,17 @@ import math
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from kvcompress.errors import PlanError
+from kvcompress.evict.registry import known_scorer
 
 SCHEMA_VERSION: Final = 1
 
@@ -26,7 +34,7 @@ KVDtype = Literal["model", "fp8", "int8", "int4"]
 # latent; the keys and values of another layer; the recurrent state of linear attention; nothing
 LayerKind = Literal["full", "sliding", "chunked", "latent", "shared", "linear", "none"]
 HOLDS_KV: Final = frozenset({"full", "sliding", "chunked", "latent"})
-ScorerName = Literal["raw", "mean", "lift", "random", "key_norm"]
+ScorerName = Annotated[str, AfterValidator(known_scorer)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
@@ -113,6 +121,45 @@ class HeadPlan(StrictModel):
         return f"k{short[self.k_dtype]}v{short[self.v_dtype]}"
 
 
+class PooledBudget(StrictModel):
+    """Heads share their `frequent` budgets: the best tokens of all of them are kept.
+
+    Source: AdaKV (arXiv 2407.11550), algorithm 1, over a layer; KVzip (arXiv 2505.23416), section
+    3.3, over the model, for which the whole prompt is held until it ends.
+
+    Attributes:
+        floor: share of its own budget that every head keeps in any case.
+    """
+
+    kind: Literal["pooled"]
+    scope: Literal["layer", "model"] = "layer"
+    floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+
+
+class Threshold(StrictModel):
+    """A head keeps the tokens whose rank is at least `at_least`; its `frequent` budget is the cap.
+
+    Source: CORM (arXiv 2404.15949); KVzap (2026).
+    """
+
+    kind: Literal["threshold"]
+    at_least: float
+
+
+class FastGenChoice(StrictModel):
+    """At the end of each prompt every head takes the cheapest keep-set that recovers enough.
+
+    Source: FastGen (arXiv 2310.01801), algorithm 1; see `FastGenPolicy` for the fields.
+    """
+
+    kind: Literal["fastgen"]
+    recovery: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    reading: Literal["mass", "l1"] = "mass"
+
+
+PerRequest = Annotated[PooledBudget | Threshold | FastGenChoice, Field(discriminator="kind")]
+
+
 class ModelShape(StrictModel):
     """The facts of a model that a plan depends on.
 
@@ -188,6 +235,11 @@ class Plan(StrictModel):
         positions: ``original`` keeps the position that each token had; ``relative`` numbers the
             kept tokens of a head anew at every step, so that contexts beyond the trained length
             never show the model a distance that it was not trained on (StreamingLLM, section 3.2).
+        pool_tokens: odd width of the window over which scores of a prompt's neighbouring tokens are
+            averaged (SnapKV, arXiv 2404.14469, section 4.2); 1 leaves them alone.
+        per_request: what is decided for each row at the end of its prompt; None: nothing. Under
+            `FastGenChoice` every head's keep-set is the largest of FastGen's chain but full.
+        repeat_ids: tokens that ask a model to repeat what it read, for a scorer that needs that.
         turn_tokens: coded tokens that every turn of a conversation keeps in each head before its
             other tokens compete with later turns.
         target: one line that says what the plan was solved for.
@@ -201,6 +253,9 @@ class Plan(StrictModel):
     recent_tokens: PositiveInt = 16
     scorer: ScorerName = "lift"
     score_rows: PositiveInt | None = None
+    pool_tokens: PositiveInt = 1
+    per_request: PerRequest | None = None
+    repeat_ids: tuple[NonNegativeInt, ...] = ()
     special_ids: tuple[NonNegativeInt, ...] = ()
     punct_ids: tuple[NonNegativeInt, ...] = ()
     special_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
@@ -223,6 +278,23 @@ class Plan(StrictModel):
                     f"heads[{index}] has {len(layer)} heads, the model stores "
                     f"{shape.heads_of(index)} KV heads in that layer ({shape.kind(index)})"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rules_fit(self) -> Self:
+        if self.pool_tokens % 2 == 0:
+            raise ValueError(f"pool_tokens {self.pool_tokens} is even: a window has a middle")
+        heads = [head for layer in self.heads for head in layer]
+        if isinstance(self.per_request, FastGenChoice):
+            if not all(h.special and h.punct and h.frequent and h.local for h in heads):
+                raise ValueError(
+                    "per_request fastgen chooses in every head among FastGen's keep-sets: give each "
+                    "head special, punct, frequent and local"
+                )
+            if self.positions == "relative":
+                raise ValueError("per_request fastgen may keep everything, relative positions not")
+        elif self.per_request is not None and not any(head.frequent for head in heads):
+            raise ValueError("per_request shares out frequent budgets, and no head has one")
         return self
 
     def to_json(self) -> str:

@@ -14,6 +14,7 @@ from kvcompress.plan import (
     HeadPlan,
     KVDtype,
     NonNegativeInt,
+    PerRequest,
     PositiveInt,
     ScorerName,
     StrictModel,
@@ -64,6 +65,8 @@ class Keep(StrictModel):
     recent_tokens: PositiveInt = 16
     scorer: ScorerName = "lift"
     score_rows: PositiveInt | None = None
+    pool_tokens: PositiveInt = 1
+    per_request: PerRequest | None = None
     positions: Literal["original", "relative"] = "original"
     turn_tokens: NonNegativeInt = 0
 

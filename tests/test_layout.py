@@ -22,14 +22,15 @@ VALUES = {"errors", "fingerprint", "plan", "recipe"}
 MAY_IMPORT = {
     "errors": set(),
     "fingerprint": set(),
-    "plan": {"errors"},
+    "plan": {"errors", "evict.registry"},
     "recipe": {"errors", "plan"},
     "kernels": {"errors", "plan", "quant.codec"},  # they read codes in place
     "quant": VALUES,
-    "evict": VALUES,
+    "evict": VALUES | {"quant.keystats"},  # the rotary embedding, to undo it
     "accounting": VALUES | {"quant.codec"},
     "profile": VALUES
-    | {"accounting", "evict.scorers", "quant.codec", "quant.keystats"}
+    | {"accounting", "evict.chain", "evict.finish", "evict.scorers"}
+    | {"quant.codec", "quant.keystats"}
     | {"evaluate.tasks", "evaluate.words", "runtime.families", "runtime.hf", "runtime.rotation"},
     "runtime": VALUES | {"accounting", "evict", "kernels", "quant", "bundle"},
     "bundle": VALUES

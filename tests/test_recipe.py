@@ -156,6 +156,8 @@ def test_the_resolved_recipe_writes_every_default_out():
         "recent_tokens": 16,
         "scorer": "lift",
         "score_rows": None,
+        "pool_tokens": 1,
+        "per_request": None,
         "positions": "original",
         "turn_tokens": 0,
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 import kvcompress
-from kvcompress.evict.scorers import SCORERS
+from kvcompress.evict.registry import SCORERS
 from kvcompress.plan import HeadPlan, uniform
 from kvcompress.runtime.families import shape_of
 

@@ -12,6 +12,7 @@ one part leaves unused goes to the next; without a cap its capacity has room for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,12 +40,12 @@ def class_mask(head: HeadPlan) -> int:
 
 @dataclass(frozen=True, slots=True)
 class HeadRules:
-    """The keep rule's settings of a group of heads, as tensors that broadcast over slots.
+    """The keep rule's settings of a group of heads, as tensors.
 
     Attributes:
-        classes: ``[H]`` int, see `class_mask`.
-        by_score: ``[H]`` whether the rest is ranked by score.
-        keeps_rest: ``[H]`` whether the head has room for anything but class tokens.
+        classes: ``[H]``, or ``[B, H]`` where each row has its own; int, see `class_mask`.
+        by_score: whether the rest is ranked by score.
+        keeps_rest: whether the head has room for anything but class tokens.
     """
 
     classes: Tensor
@@ -52,12 +53,23 @@ class HeadRules:
     keeps_rest: Tensor
 
     @staticmethod
-    def of(heads: list[HeadPlan], device: torch.device) -> HeadRules:
+    def of(heads: Sequence[HeadPlan], device: torch.device) -> HeadRules:
+        """The same for every row."""
         rest = [h.full or h.frequent is not None or h.local is not None for h in heads]
         return HeadRules(
             torch.tensor([class_mask(h) for h in heads], device=device),
             torch.tensor([h.frequent is not None for h in heads], device=device),
             torch.tensor(rest, device=device),
+        )
+
+    @staticmethod
+    def of_rows(rows: Sequence[Sequence[HeadPlan]], device: torch.device) -> HeadRules:
+        """Of each row's own heads."""
+        parts = [HeadRules.of(heads, device) for heads in rows]
+        return HeadRules(
+            torch.stack([p.classes for p in parts]),
+            torch.stack([p.by_score for p in parts]),
+            torch.stack([p.keeps_rest for p in parts]),
         )
 
 
@@ -71,7 +83,7 @@ def class_score(classes: Tensor, flags: Tensor, score: Tensor) -> Tensor:
 def priority(
     rules: HeadRules,
     scorer: Scorer,
-    head: Tensor,
+    head: Tensor | tuple[Tensor, Tensor],
     window_tokens: Tensor,
     position: Tensor,
     score: Tensor | None,
@@ -83,7 +95,7 @@ def priority(
     """float32 priority of tokens.
 
     Args:
-        head: index into `rules`, broadcastable to `position`.
+        head: index into `rules`, broadcastable to `position`: the head, or (row, head).
         window_tokens: newest tokens that count as local in the token's row and head, broadcastable.
         position: int, −1 for an empty slot, which gets −inf.
         score: float32 as `class_score` leaves it, or None in a group of heads that never ranks:
@@ -97,7 +109,7 @@ def priority(
     rest = position.float()
     if score is not None:
         plain = score.masked_fill(score >= PUNCT_SCORE / 2, 0.0)
-        rest = torch.where(rules.by_score[head], scorer.rank(plain, votes), rest)
+        rest = torch.where(rules.by_score[head], scorer.rank(plain, votes, now), rest)
     value = torch.where(position > now - window_tokens, _LOCAL * recency, rest)
     value = torch.where(rules.keeps_rest[head], value, -torch.inf)
     if score is not None:

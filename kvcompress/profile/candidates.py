@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kvcompress.evict import chain
 from kvcompress.plan import Budget, HeadPlan, KVDtype
 from kvcompress.recipe import FastGenPolicy, Recipe, UniformPolicy
 
@@ -24,20 +25,9 @@ _BELOW: Final = {"int4": {"int4"}, "int8": {"int4", "int8"}, "fp8": {"int4", "fp
 
 
 def fastgen_chain(policy: FastGenPolicy) -> tuple[HeadPlan, ...]:
-    """FastGen's keep-sets in cost order, each holding the one before it; stored as the policy says.
-
-    Source: arXiv 2310.01801, section 3.3. Differs from the paper: all hold sinks and recent tokens.
-    """
-    stored = {"k_dtype": policy.k_dtype, "v_dtype": policy.v_dtype}
+    """The keep-sets of `kvcompress.evict.chain` with the policy's ratios, stored as it says."""
     frequent, local = Budget(ratio=policy.frequent_ratio), Budget(ratio=policy.local_ratio)
-    parts: tuple[dict[str, object], ...] = (
-        {"special": True},
-        {"special": True, "punct": True},
-        {"special": True, "punct": True, "frequent": frequent},
-        {"special": True, "punct": True, "frequent": frequent, "local": local},
-        {"full": True},
-    )
-    return tuple(HeadPlan(**part, **stored) for part in parts)  # type: ignore[arg-type]
+    return chain.fastgen_chain(frequent, local, policy.k_dtype, policy.v_dtype)
 
 
 def fastgen_policy(recipe: Recipe) -> FastGenPolicy:

@@ -6,19 +6,21 @@ time and no [Hq, S, S] matrix ever exists. What an observer keeps has to be smal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from kvcompress.evict.scorers import SCORERS
+from kvcompress.evict.finish import finished, output_weight
+from kvcompress.evict.scorers import Rows, Tokens, scorer
 from kvcompress.plan import ModelShape
 from kvcompress.profile.hf import attention_through, decoder_layers
 from kvcompress.profile.rows import held_out_rows
+from kvcompress.quant.keystats import Rotation
 from kvcompress.recipe import Keep
 
 CHUNK_ROWS: Final = 128
@@ -80,37 +82,99 @@ class LayerRows:
 
 
 class ColumnSums:
-    """Attention columns added up row by row, ``[Hkv, S]``; a rank only ever knows earlier rows.
+    """Scores of a layer's tokens, raised row by row, ``[Hkv, S]``; a rank only knows earlier rows.
 
     Args:
+        query, key, value: ``[Hkv, G, S, D]`` and ``[Hkv, S, D]``.
         prompt_tokens: rows of the prompt proper; `keep.score_rows` counts back from there.
+        module: the attention module.
+        tensors: what was trained for the scorer, of this layer.
+        hidden: ``[S, hidden]`` input of the attention module, for a scorer that needs it.
     """
 
-    def __init__(self, keep: Keep, key: Tensor, prompt_tokens: int) -> None:
-        self.scorer = SCORERS[keep.scorer]
+    def __init__(
+        self,
+        keep: Keep,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt_tokens: int,
+        *,
+        module: nn.Module,
+        scaling: float,
+        rotation: Rotation | None = None,
+        tensors: dict[str, Tensor] | None = None,
+        hidden: Tensor | None = None,
+    ) -> None:
+        self.keep, self.scorer = keep, scorer(keep.scorer)
+        self.prompt_tokens = prompt_tokens
         self.first_vote = 0 if keep.score_rows is None else max(0, prompt_tokens - keep.score_rows)
         heads, tokens, _ = key.shape
         self.snapshots_at = range(prompt_tokens, tokens, BLOCK_ROWS)
         self.position = torch.arange(tokens, device=key.device).expand(heads, tokens)
-        head = torch.arange(heads, device=key.device)[:, None].expand(heads, tokens)
-        self.sums = self.scorer.initial(key, self.position, head).clone()
+        needs = self.scorer.needs
+        split = None
+        if "output_weight" in needs:
+            split = output_weight(module, heads, query.shape[1] * value.shape[-1])
+        self.tokens = Tokens(
+            layer=int(getattr(module, "layer_idx", 0)),
+            head=torch.arange(heads, device=key.device),
+            key=key[None],
+            value=value[None],
+            position=self.position[0],
+            valid=torch.ones(1, tokens, dtype=torch.bool, device=key.device),
+            query=query[None, :, :, :0],
+            scaling=scaling,
+            output_weight=split,
+            hidden=None if hidden is None else hidden[None],
+            rotation=rotation,
+            tensors=tensors or {},
+        )
+        self.query = query
+        self.sums = self.scorer.arrive(self.tokens)[0].clone()
         self.snapshots: list[Tensor] = []
 
     def add(self, probability: Tensor, first_row: int) -> None:
         """Rows ``[Hkv, G, T, S']`` of attention, the first of them row `first_row`."""
+        if first_row == self.prompt_tokens:
+            self._finish()
         if first_row in self.snapshots_at:
             self.snapshots.append(self._rank(first_row))
-        seen = probability.shape[-1]
-        rows = torch.arange(first_row, first_row + probability.shape[2], device=self.sums.device)
-        weight = self.scorer.row_weight(rows) * (rows >= self.first_vote)
-        self.sums[:, :seen] += (
-            torch.einsum("hgts,t->hs", probability, weight) / probability.shape[1]
+        if not self.scorer.uses_attention:
+            return
+        heads, groups, count, seen = probability.shape
+        row = torch.arange(first_row, first_row + count, device=self.sums.device)
+        weight = self.scorer.row_weight(row) * (row >= self.first_vote) / groups
+        if not bool(weight.any()):
+            return
+        rows = Rows(weight.expand(heads, -1), row.expand(heads, -1), row)
+        votes = self.scorer.collect(probability, rows)
+        if self.scorer.across_heads:
+            votes = votes.mean(0, keepdim=True).expand_as(votes)
+        self.sums[:, :seen] = self.scorer.merge(self.sums[:, :seen], votes)
+
+    def _finish(self) -> None:
+        """The prompt proper has ended: its tokens stand side by side."""
+        stop = self.prompt_tokens
+        first = max(0, stop - self.scorer.query_rows)
+        tokens = self.tokens
+        prompt = replace(
+            tokens,
+            key=tokens.key[:, :, :stop],
+            value=tokens.value[:, :, :stop],
+            position=tokens.position[:stop],
+            valid=tokens.valid[:, :stop],
+            query=self.query[None, :, :, first:stop],
+            hidden=None if tokens.hidden is None else tokens.hidden[:, :stop],
         )
+        score = self.sums[None, :, :stop]
+        self.sums[:, :stop] = finished(self.scorer, score, prompt, self.keep.pool_tokens)[0]
 
     def _rank(self, rows: int) -> Tensor:
         """Rank of each token after `rows` rows."""
         votes = rows - self.position.clamp(min=self.first_vote)
-        return self.scorer.rank(self.sums, votes).masked_fill(self.position >= rows, -torch.inf)
+        rank = self.scorer.rank(self.sums, votes, rows - 1)
+        return rank.masked_fill(self.position >= rows, -torch.inf)
 
     def ranks(self) -> Tensor:
         return torch.stack(self.snapshots)
@@ -139,8 +203,20 @@ def attend(
 
 
 @contextmanager
-def watching_rows(model: Any, shape: ModelShape, keep: Keep, observer: Observer) -> Iterator[None]:
-    """Within the block, each forward of one unpadded prompt calls `observer` for every layer."""
+def watching_rows(
+    model: Any,
+    shape: ModelShape,
+    keep: Keep,
+    observer: Observer,
+    rotations: Sequence[Rotation | None] = (),
+    tensors: dict[int, dict[str, Tensor]] | None = None,
+) -> Iterator[None]:
+    """Within the block, each forward of one unpadded prompt calls `observer` for every layer.
+
+    Args:
+        rotations: rotary embedding of each layer, for scorers that need it.
+        tensors: per layer what was trained for the scorer.
+    """
     residual: dict[int, Tensor] = {}
 
     def note(layer: int) -> Callable[..., None]:
@@ -158,7 +234,17 @@ def watching_rows(model: Any, shape: ModelShape, keep: Keep, observer: Observer)
         softmax = Softmax(scaling, softcap, shape.sliding_windows[layer])
         query, key, value = grouped(q, k), k.float(), v.float()
         rows = held_out_rows(q.shape[1])
-        sums = ColumnSums(keep, key, q.shape[1] - rows)
+        sums = ColumnSums(
+            keep,
+            query,
+            key,
+            value,
+            q.shape[1] - rows,
+            module=module,
+            scaling=scaling,
+            rotation=rotations[layer] if rotations else None,
+            tensors=(tensors or {}).get(layer),
+        )
         out = attend(query, key, value, softmax, sums)
         observer(
             LayerRows(

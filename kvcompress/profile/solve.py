@@ -77,6 +77,8 @@ def _settings(profile: Profile, keep: Keep) -> dict[str, Any]:
         "recent_tokens": keep.recent_tokens,
         "scorer": keep.scorer,
         "score_rows": keep.score_rows,
+        "pool_tokens": keep.pool_tokens,
+        "per_request": keep.per_request,
         "positions": keep.positions,
         "turn_tokens": keep.turn_tokens,
         "special_ids": profile.special_ids,

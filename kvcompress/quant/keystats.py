@@ -13,7 +13,7 @@ a circle goes into the scale. The pair shares its scale, which then commutes wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -26,19 +26,32 @@ SMALLEST_SCALE: Final = 1e-4  # of the layer's median, for channels that never m
 
 @dataclass(frozen=True)
 class KVParams:
-    """Key constants of every layer, each ``[Hkv, D]`` float32."""
+    """Key constants of every layer, each ``[Hkv, D]`` float32.
+
+    Attributes:
+        scorer: what was trained for a scorer, by name: one tensor for each layer, its first
+            dimension the KV heads.
+    """
 
     k_center: tuple[Tensor, ...]
     k_scale: tuple[Tensor, ...]
+    scorer: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def tensors_of(self, layer: int) -> dict[str, Tensor]:
+        """What was trained for a scorer, of one layer."""
+        return {name: parts[layer] for name, parts in self.scorer.items()}
 
     def save(self, path: Path | str) -> None:
-        """Write a safetensors file with ``layers.{i}.k_center`` and ``layers.{i}.k_scale``."""
+        """Write a safetensors file with ``layers.{i}.k_center`` and ``layers.{i}.k_scale``, and
+        ``layers.{i}.scorer.{name}`` for what was trained."""
         from safetensors.torch import save_file
 
         tensors = {}
         for i, (center, scale) in enumerate(zip(self.k_center, self.k_scale, strict=True)):
             tensors[f"layers.{i}.k_center"] = center.detach().cpu().float().contiguous()
             tensors[f"layers.{i}.k_scale"] = scale.detach().cpu().float().contiguous()
+            for name, value in self.tensors_of(i).items():
+                tensors[f"layers.{i}.scorer.{name}"] = value.detach().cpu().float().contiguous()
         save_file(tensors, str(path), metadata={"format": "pt"})
 
     @staticmethod
@@ -51,14 +64,24 @@ class KVParams:
         from safetensors.torch import load_file
 
         tensors = load_file(str(path))
-        layers = len(tensors) // 2
-        wanted = {f"layers.{i}.{name}" for i in range(layers) for name in ("k_center", "k_scale")}
+        layers = sum(name.endswith(".k_center") for name in tensors)
+        kinds = ["k_center", "k_scale"]
+        kinds += [n.removeprefix("layers.0.") for n in tensors if n.startswith("layers.0.scorer.")]
+        wanted = {f"layers.{i}.{name}" for i in range(layers) for name in kinds}
         if not layers or set(tensors) != wanted:
             raise ValueError(f"{path}: expected k_center and k_scale of layers 0 to {layers - 1}")
         params = KVParams(
             tuple(tensors[f"layers.{i}.k_center"] for i in range(layers)),
             tuple(tensors[f"layers.{i}.k_scale"] for i in range(layers)),
+            {
+                kind.removeprefix("scorer."): tuple(
+                    tensors[f"layers.{i}.{kind}"] for i in range(layers)
+                )
+                for kind in kinds[2:]
+            },
         )
+        if not all(t.isfinite().all() for parts in params.scorer.values() for t in parts):
+            raise ValueError(f"{path}: a trained tensor of the scorer is not finite")
         for i, (center, scale) in enumerate(zip(params.k_center, params.k_scale, strict=True)):
             if not (center.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
                 raise ValueError(

@@ -9,6 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kvcompress.evict.keepset import PUNCT_SCORE
+from kvcompress.evict.scorers import Rows
 from kvcompress.kernels.decode_combine.reference import Combiner
 from kvcompress.kernels.decode_split.reference import Partial, decode_split
 from kvcompress.quant.codec import Codes
@@ -89,14 +91,16 @@ def attend(
     chunk: Chunk,
     scores: dict[int, Tensor],
     attend_coded: CodedAttention | None = None,
+    voting: bool | None = None,
 ) -> Tensor:
     """Exact attention of the chunk over [what is stored ; held tokens ; the chunk].
 
     Scores of stored and recent tokens, and `scores` of the chunk's keys, are raised in place.
 
     Args:
-        scores: for each scored group (by its index) ``[B, Hg, P + T]``, see `new_scores`.
+        scores: for each scored group (by its index) ``[B, Hg, P + T]``, see `evidence.new_scores`.
         attend_coded: adds every coded segment; None reads the codes in place.
+        voting: whether the chunk's queries vote; None is as the scorer says.
 
     Returns:
         The output ``[B, Hq, T, D]`` in the query's dtype.
@@ -104,9 +108,11 @@ def attend(
     batch, q_heads, length, _ = chunk.query.shape
     heads = chunk.key.shape[1]
     out = chunk.query.new_empty(batch, q_heads, length, chunk.value.shape[-1])
+    voting = state.settings.scorer.uses_attention if voting is None else voting
+    raised = scores if voting else {}
     for low in range(0, length, QUERY_BLOCK):
         rows = slice(low, min(length, low + QUERY_BLOCK))
-        block = _attend_rows(state, chunk, rows, scores, attend_coded or _attend_codes)
+        block = _attend_rows(state, chunk, rows, raised, attend_coded or _attend_codes)
         out[:, :, rows] = block.reshape(
             batch, heads, -1, rows.stop - rows.start, block.shape[-1]
         ).flatten(1, 2)
@@ -118,19 +124,6 @@ def score_rows(state: LayerState, chunk: Chunk, scores: dict[int, Tensor], first
     for low in range(first, chunk.length, QUERY_BLOCK):
         rows = slice(low, min(chunk.length, low + QUERY_BLOCK))
         _attend_rows(state, chunk, rows, scores, _attend_codes)
-
-
-def new_scores(state: LayerState, chunk: Chunk) -> dict[int, Tensor]:
-    """The score that each new token of the chunk starts with, ``[B, Hg, T]`` per scored group."""
-    scorer = state.settings.scorer
-    position = torch.arange(chunk.length, device=chunk.key.device) + chunk.position
-    scores = {}
-    for number, group in enumerate(state.groups):
-        if group.recent_score is not None:
-            key = chunk.key[:, group.index, chunk.held :]
-            head = group.index[None, :, None].expand(key.shape[:-1])
-            scores[number] = scorer.initial(key, position.expand(key.shape[:-1]), head)
-    return scores
 
 
 def _attend_rows(
@@ -163,10 +156,11 @@ def _attend_rows(
     own = _attend_chunk(state, chunk, query, rows, combiner, everywhere)
     if chunk.sinks is not None:
         combiner.add_logits(chunk.sinks.view(heads, -1, 1).expand(-1, -1, n).reshape(heads, -1))
-    if scores and state.settings.scorer.uses_attention:
-        weight = row_weights(state, chunk, position, rows, n)
-        _raise_stored(combiner, coded, weight)
-        _raise_exact(state, combiner, exact, own, weight, scores, everywhere)
+    if scores:
+        voters = voting_rows(state, chunk, position, rows)
+        if n == 1 or bool(voters.weight.any()):
+            _raise_stored(state, combiner, coded, voters)
+            _raise_exact(state, combiner, exact, own, voters, scores, everywhere)
     return combiner.output()
 
 
@@ -266,15 +260,16 @@ def chunk_visible(state: LayerState, chunk: Chunk, rows: slice) -> Tensor:
     return visible
 
 
-def row_weights(state: LayerState, chunk: Chunk, position: Tensor, rows: slice, n: int) -> Tensor:
-    """``[B, n]``: how much each query row's attention counts, the mean over a group's queries."""
+def voting_rows(state: LayerState, chunk: Chunk, position: Tensor, rows: slice) -> Rows:
+    """How much each query row's attention counts, the mean over a group's queries, ``[B, n]``."""
     queries = chunk.query.shape[1] // chunk.key.shape[1]
-    start = first_positions(state, chunk)
-    weight = state.settings.scorer.row_weight(position[None, :] - start[:, None]) / queries
+    index = position[None, :] - first_positions(state, chunk)[:, None]
+    weight = state.settings.scorer.row_weight(index) / queries
     weight = weight * (position[None, :] >= state.first_vote)
     if chunk.valid is not None:
         weight = weight * chunk.valid[:, chunk.held :][:, rows]
-    return weight.expand(chunk.query.shape[0], n)
+    shape = (chunk.query.shape[0], position.shape[0])
+    return Rows(weight.expand(shape), index.expand(shape), position)
 
 
 def first_positions(state: LayerState, chunk: Chunk) -> Tensor:
@@ -287,20 +282,37 @@ def first_positions(state: LayerState, chunk: Chunk) -> Tensor:
     return torch.where(state.start >= 0, state.start, first)
 
 
-def _column_sums(probability: Tensor, weight: Tensor) -> Tensor:
-    """``[S, C]`` from ``[S, G·n, C]`` and row weights ``[S, n]``."""
-    n = weight.shape[-1]
-    return torch.einsum("sgnc,sn->sc", probability.unflatten(1, (-1, n)), weight)
+def _said(state: LayerState, probability: Tensor, voters: Rows, row: Tensor) -> Tensor:
+    """Votes ``[S, C]`` of query rows, from attention ``[S, G·n, C]`` of the batch rows ``[S]``."""
+    own = Rows(voters.weight[row], voters.index[row], voters.position)
+    heads = probability.unflatten(1, (-1, voters.position.shape[0]))
+    return state.settings.scorer.collect(heads, own)
+
+
+def merge_votes(state: LayerState, score: Tensor, votes: Tensor) -> Tensor:
+    """`score` with `votes`; the scores of class tokens stay."""
+    merged = state.settings.scorer.merge(score, votes)
+    if state.settings.scorer.adds_up:
+        return merged  # far below a class token's score
+    return torch.where(score >= PUNCT_SCORE / 2, score, merged)
 
 
 def _raise_stored(
-    combiner: Combiner, coded: list[tuple[Group, Bucket, Partial]], weight: Tensor
+    state: LayerState,
+    combiner: Combiner,
+    coded: list[tuple[Group, Bucket, Partial]],
+    voters: Rows,
 ) -> None:
     for group, bucket, part in coded:
         head = group.index[bucket.head]
         probability = combiner.probabilities(part.logits, bucket.batch, head)
+        votes = _said(state, probability, voters, bucket.batch)
+        if state.settings.scorer.across_heads:
+            # all heads of a row hold the same tokens in the same slots, see `Plan`
+            heads = votes.unflatten(0, (-1, len(group.heads)))
+            votes = heads.mean(1, keepdim=True).expand_as(heads).flatten(0, 1)
         assert bucket.score is not None
-        bucket.score += _column_sums(probability, weight[bucket.batch])
+        bucket.score.copy_(merge_votes(state, bucket.score, votes))
 
 
 def _raise_exact(
@@ -308,22 +320,26 @@ def _raise_exact(
     combiner: Combiner,
     exact: Partial | None,
     own: Partial,
-    weight: Tensor,
+    voters: Rows,
     scores: dict[int, Tensor],
     everywhere: tuple[Tensor, ...],
 ) -> None:
     """Raise the scores of the recent tokens in place and of the chunk in `scores`."""
     batch, heads = combiner.maximum.shape[:2]
-    weight = weight.repeat_interleave(heads, 0)
 
-    def sums(part: Partial) -> Tensor:
+    def said(part: Partial) -> Tensor:
         probability = combiner.probabilities(part.logits, *everywhere)
-        return _column_sums(probability, weight).unflatten(0, (batch, heads))
+        votes = _said(state, probability, voters, everywhere[0]).unflatten(0, (batch, heads))
+        if state.settings.scorer.across_heads:
+            votes = votes.mean(1, keepdim=True).expand_as(votes)
+        return votes
 
-    chunk_sums = sums(own)
-    recent_sums = None if exact is None else sums(exact)[:, :, state.recent]
+    of_chunk = said(own)
+    of_recent = None if exact is None else said(exact)[:, :, state.recent]
     for number, score in scores.items():
-        group = state.groups[number]
-        score[:, :, : chunk_sums.shape[-1]] += chunk_sums[:, group.index]
-        if recent_sums is not None and group.recent_score is not None:
-            group.recent_score += recent_sums[:, group.index]
+        group, seen = state.groups[number], of_chunk.shape[-1]
+        score[:, :, :seen] = merge_votes(state, score[:, :, :seen], of_chunk[:, group.index])
+        if of_recent is not None and group.recent_score is not None:
+            group.recent_score.copy_(
+                merge_votes(state, group.recent_score, of_recent[:, group.index])
+            )

@@ -14,11 +14,13 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvcompress.errors import KVCompressError, PositionRangeWarning
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
-from kvcompress.plan import HOLDS_KV, Plan
+from kvcompress.plan import HOLDS_KV, HeadPlan, Plan, PooledBudget
 from kvcompress.quant.keystats import KVParams, Rotation
+from kvcompress.runtime.choose import pooled_over_layers
 from kvcompress.runtime.latent import LatentLayer
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.protocol import Arrival
+from kvcompress.runtime.reader import Reader
 from kvcompress.runtime.relative import check_relative, frame_positions, row_starts
 from kvcompress.runtime.state import LayerSettings
 from kvcompress.runtime.token_digest import TokenDigest
@@ -86,6 +88,7 @@ class CompressedCache(Cache):
         self._class_ids = _ClassIds(plan)
         self._warned: set[type[Warning]] = set()
         self._in_prompt = False
+        self._reader = Reader(plan)
         # an assistant's cache: `generate` may take back one token more than the assistant drafted
         self.assists = False
 
@@ -128,6 +131,13 @@ class CompressedCache(Cache):
                 "the plan keeps special tokens or punctuation, which embeddings do not show: "
                 "pass input_ids, or these classes are not kept",
             )
+        if self._reader.reading:
+            self.arrival = Arrival(None, None, True)
+            for layer in self.compressed_layers:
+                layer.arrival = self.arrival
+            return
+        if length == 1 and not self._in_prompt and not self._drafts_wait:
+            self.end_prefill()
         certain = None if not logits_to_keep else max(0, length - logits_to_keep + 1)
         if self.assists and certain:
             certain -= 1
@@ -141,6 +151,7 @@ class CompressedCache(Cache):
         self._check_mask(length, attention_mask)
         self._check_position(length, attention_mask)
         self.token_digest.update(input_ids)
+        self._reader.note(input_ids, length, attention_mask)
 
     def relative_positions(
         self,
@@ -207,11 +218,43 @@ class CompressedCache(Cache):
         """The forwards until `end_prefill` are parts of one prompt, whatever their length."""
         self._in_prompt = True
 
+    def finish_prompt(self, model: PreTrainedModel) -> None:
+        """`end_prefill`, after the model has read the prompt again where the plan's scorer wants
+        that (KVzip). `generate` calls it by itself; call it where forwards are made by hand.
+
+        Raises:
+            KVCompressError: where the prompt came as embeddings, which cannot be repeated.
+        """
+        if self._reader.wanted and any(layer.has_held for layer in self.compressed_layers):
+            self._reader.read_again(model, self)
+        self.end_prefill()
+
     def end_prefill(self) -> None:
-        """The prompt is complete: compress what is held of it."""
+        """The prompt is complete: compress what is held of it.
+
+        Raises:
+            KVCompressError: where the plan's scorer wants the prompt to be read again first.
+        """
         self._in_prompt = False
-        for layer in self.compressed_layers:
+        held = [layer for layer in self.compressed_layers if layer.has_held]
+        if not held:
+            return
+        self._reader.check_done()
+        rule = self.plan.per_request
+        if isinstance(rule, PooledBudget) and rule.scope == "model":
+            commits = [layer.prompt_commit() for layer in held]
+            ready = [commit for commit in commits if commit is not None]
+            states = [commit.state for commit in ready]
+            granted = pooled_over_layers(states, [commit.candidates for commit in ready])
+            for commit, own in zip(ready, granted, strict=True):
+                commit.finish(own)
+            return
+        for layer in held:
             layer.end_prefill()
+
+    @property
+    def _drafts_wait(self) -> bool:
+        return any(layer.record_past and layer._drafts_wait for layer in self.compressed_layers)
 
     # ---- which tokens they are
     def check_prefix(self, input_ids: Tensor) -> None:
@@ -221,6 +264,18 @@ class CompressedCache(Cache):
             KVCompressError: naming the first row that differs.
         """
         self.token_digest.check(input_ids, int(self.get_seq_length()))
+
+    def chosen_heads(self) -> list[list[tuple[HeadPlan, ...]]]:
+        """``[layer][row]`` heads as the plan's rule for each request chose them; the plan's own
+        where it has none, or before a prompt has ended."""
+        return [
+            [
+                tuple(layer.state.head(row, h) for h in range(len(layer.settings.heads)))
+                for row in range(layer.state.batch)
+            ]
+            for layer in self.compressed_layers
+            if layer.state is not None
+        ]
 
     def crop(self, max_length: int) -> None:
         super().crop(max_length)
@@ -235,17 +290,26 @@ class CompressedCache(Cache):
                 if not isinstance(layer, CompressedLayer):
                     self.layers[number] = own[number]
         self.token_digest = TokenDigest()
+        self._reader = Reader(self.plan)
 
     def reorder_cache(self, beam_idx: Any) -> None:
+        self._settle()
         super().reorder_cache(beam_idx)
         self.token_digest.select_rows(beam_idx.tolist())
 
+    def _settle(self) -> None:
+        """Rows are about to move: what is held is compressed as one prompt first."""
+        if any(layer.has_held for layer in self.compressed_layers) and not self._drafts_wait:
+            self.end_prefill()
+
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._settle()
         super().batch_repeat_interleave(repeats)
         rows = range(len(self.token_digest.rows or ()))
         self.token_digest.select_rows([row for row in rows for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self._settle()
         super().batch_select_indices(indices)
         rows = torch.arange(len(self.token_digest.rows or ()))
         if len(rows):

@@ -8,6 +8,8 @@ from torch import Tensor
 from kvcompress.errors import KVCompressError
 from kvcompress.evict.keepset import class_score, place_in_run, priority, turn_quota
 from kvcompress.runtime.attend import Chunk, first_positions
+from kvcompress.runtime.choose import Candidates, chosen_keep_sets, granted_tokens
+from kvcompress.runtime.evidence import NOTHING, Evidence, finish_scores
 from kvcompress.runtime.state import Group, LayerState
 from kvcompress.runtime.store import EMPTY, place_segments
 
@@ -56,33 +58,68 @@ class Pool:
         return key, value
 
 
-def commit(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
+def commit(
+    state: LayerState, chunk: Chunk, scores: dict[int, Tensor], evidence: Evidence = NOTHING
+) -> None:
     """Take a chunk's keys in, after its attention: evict on exact values, then encode once.
 
     Args:
         scores: per scored group the scores of the chunk's keys ``[B, Hg, P + T]``, after `attend`.
     """
-    settings = state.settings
-    batch, length = chunk.key.shape[0], chunk.key.shape[2]
-    valid = chunk.valid
-    if valid is None:
-        valid = torch.ones(batch, length, dtype=torch.bool, device=chunk.key.device)
-        added = [length] * batch
-    else:
-        added = valid.sum(1).tolist()
-        _refuse_gaps_before_spans(state, valid)
-    state.start = first_positions(state, chunk)
-    taken = ~valid | _fill_sinks(state, chunk, valid)
-    pool = Pool(state, chunk, taken)
-    now = chunk.first + length - 1
-    state.row_seen = [seen + new for seen, new in zip(state.row_seen, added, strict=True)]
-    state.budget_length = list(state.row_seen)
-    state.resolve_windows()
-    if settings.uses_classes:
-        _count_classes(state, pool)
-    for number, group in enumerate(state.groups):
-        _commit_group(state, group, pool, scores.get(number), now)
-    _move_recent(state, pool, scores)
+    Commit(state, chunk, scores, evidence).finish()
+
+
+class Commit:
+    """A chunk on its way in: all that may stay is ranked, and what stays is about to be decided.
+
+    Attributes:
+        candidates: per group, what its heads choose among.
+    """
+
+    def __init__(
+        self, state: LayerState, chunk: Chunk, scores: dict[int, Tensor], evidence: Evidence
+    ) -> None:
+        batch, length = chunk.key.shape[0], chunk.key.shape[2]
+        valid = chunk.valid
+        if valid is None:
+            valid = torch.ones(batch, length, dtype=torch.bool, device=chunk.key.device)
+            added = [length] * batch
+        else:
+            added = valid.sum(1).tolist()
+            _refuse_gaps_before_spans(state, valid)
+        first = not any(state.row_seen)
+        state.start = first_positions(state, chunk)
+        taken = ~valid | _fill_sinks(state, chunk, valid)
+        self.state, self.pool = state, Pool(state, chunk, taken)
+        now = chunk.first + length - 1
+        state.row_seen = [seen + new for seen, new in zip(state.row_seen, added, strict=True)]
+        state.budget_length = list(state.row_seen)
+        self.scores = finish_scores(state, chunk, scores, evidence) if length > 1 else scores
+        if first and state.settings.chosen_by_head:
+            state.grant(chosen_keep_sets(state, chunk, self.scores))
+        state.resolve_windows()
+        if state.settings.uses_classes:
+            _count_classes(state, self.pool)
+        self.candidates = [
+            _candidates(state, group, self.pool, self.scores.get(number), now)
+            for number, group in enumerate(state.groups)
+        ]
+        self._prompt = length > 1
+
+    def finish(self, granted: list[list[int]] | None = None) -> None:
+        """Keep the best.
+
+        Args:
+            granted: ``granted[row][head]`` tokens of the `frequent` budgets; None is as the plan's
+                rule finds in this layer alone.
+        """
+        if granted is None and self._prompt:
+            granted = granted_tokens(self.state, self.candidates)
+        if granted is not None:
+            self.state.grant(granted)
+        for group, found in zip(self.state.groups, self.candidates, strict=True):
+            _keep_best(self.state, group, self.pool, found)
+        _move_recent(self.state, self.pool, self.scores)
 
 
 def _refuse_gaps_before_spans(state: LayerState, valid: Tensor) -> None:
@@ -121,30 +158,31 @@ def _count_classes(state: LayerState, pool: Pool) -> None:
             state.class_counts[row][flags] += count
 
 
-def _commit_group(
+def _candidates(
     state: LayerState, group: Group, pool: Pool, chunk_score: Tensor | None, now: int
-) -> None:
-    """Choose among stored and leaving tokens, lay the store out anew and encode the new ones."""
+) -> Candidates:
+    """The stored tokens of a group's heads, and then the leaving ones."""
     store, members = group.store, len(group.heads)
     row, head, index = _leaving(pool, members)
     old_row, old_head = store.segment_of_slot()
     all_row, all_head = torch.cat([old_row, row]), torch.cat([old_head, head])
     position = torch.cat([store.position.long(), pool.position[row, index]])
     flags, classes = pool.flags[row, index], group.rules.classes
+    own_classes = classes[group.at(row, head)]
     score = in_class = None
     if store.score is not None and chunk_score is not None and group.recent_score is not None:
         joined = torch.cat([group.recent_score, chunk_score], 2)
-        new_score = class_score(classes[head], flags, joined[row, head, index])
+        new_score = class_score(own_classes, flags, joined[row, head, index])
         score = torch.cat([store.score, new_score])
     else:  # a head that keeps classes without scores never evicts what it took in
-        old = ((classes != 0) & ~group.rules.keeps_rest)[old_head]
-        in_class = torch.cat([old, (flags & classes[head]) != 0])
+        old = ((classes != 0) & ~group.rules.keeps_rest)[group.at(old_row, old_head)]
+        in_class = torch.cat([old, (flags & own_classes) != 0])
     position = state.settings.without_outdated(position, now, state.start[all_row].long())
     pinned = state.pinned(all_row, position)
     rank = priority(
         group.rules,
         state.settings.scorer,
-        all_head,
+        group.at(all_row, all_head),
         group.windows[all_row, all_head],
         position,
         score,
@@ -153,30 +191,36 @@ def _commit_group(
         in_class,
         pinned,
     )
+    return Candidates(all_row, all_head, position, rank, score, pinned, old_row.shape[0], index)
+
+
+def _keep_best(state: LayerState, group: Group, pool: Pool, found: Candidates) -> None:
+    """Lay the store out anew with the best of the candidates, and encode the new ones."""
+    store, members = group.store, len(group.heads)
     capacities = state.capacities(group)
-    segment = all_row * members + all_head
-    tier = _turn_tier(state, rank, segment, position, pinned, capacities)
-    kept, place = _best(segment, rank, tier, position, capacities)
-    old_count = old_row.shape[0]
-    is_old = kept < old_count
+    segment = found.row * members + found.head
+    tier = _turn_tier(state, found.rank, segment, found.position, found.pinned, capacities)
+    kept, place = _best(segment, found.rank, tier, found.position, capacities)
+    is_old = kept < found.stored
     _, starts = place_segments(capacities)
     start = torch.tensor(starts, device=kept.device).flatten()
-    slots = start[all_row[kept] * members + all_head[kept]] + place
+    slots = start[found.row[kept] * members + found.head[kept]] + place
     store.rebuild(capacities, kept[is_old], slots[is_old])
-    fresh = kept[~is_old] - old_count
-    fresh_row, fresh_head = row[fresh], group.index[head[fresh]]
+    new = kept[~is_old]
+    fresh = found.index[new - found.stored]
+    fresh_row, fresh_head = found.row[new], group.index[found.head[new]]
     center, scale = state.settings.key_constants(state.start.device)
 
     def rows_of(part: slice) -> tuple[Tensor, Tensor]:
         heads = fresh_head[part]
-        key, value = pool.vectors(fresh_row[part], heads, index[fresh[part]])
+        key, value = pool.vectors(fresh_row[part], heads, fresh[part])
         return to_code_space(key, heads, center, scale, store.kind.k_dtype), value
 
     store.write(
         slots[~is_old],
         rows_of,
-        position[kept[~is_old]],
-        None if score is None else score[kept[~is_old]],
+        found.position[new],
+        None if found.score is None else found.score[new],
     )
 
 

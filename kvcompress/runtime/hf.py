@@ -13,9 +13,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvcompress.errors import KVCompressError, PlanError, UnsupportedModelError
+from kvcompress.evict.scorers import scorer
 from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.eager import eager_attention
+from kvcompress.runtime.evidence import Evidence
 from kvcompress.runtime.families import refuse_what_cannot_generate, shape_of
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.parallel import mesh_of, shard_params, shard_plan
@@ -34,6 +37,11 @@ class _Attached:
         self.own = (plan, params)  # the part of this process, see `own_part`
         self.hook: Any = None
         self.rotations: tuple[Rotation | None, ...] | None = None
+        self.hidden_hooks: list[Any] = []
+
+    def remove_hooks(self) -> None:
+        for hook in (self.hook, *self.hidden_hooks):
+            hook.remove()
 
 
 def attach(model: PreTrainedModel, plan: Plan, params: KVParams | None = None) -> PreTrainedModel:
@@ -48,20 +56,24 @@ def attach(model: PreTrainedModel, plan: Plan, params: KVParams | None = None) -
     """
     check(model)
     _check_plan(model, plan)
-    relative = plan.positions == "relative"
-    rotations = serving_rotations(model, plan) if relative else None
+    needs = scorer(plan.scorer).needs
+    turns = plan.positions == "relative" or "rotation" in needs
+    rotations = serving_rotations(model, plan) if turns else None
     rank, size = mesh_of(model, device_mesh)
     own = shard_plan(plan, rank, size), shard_params(params, rank, size)
     attached: _Attached | None = model.__dict__.get(_ATTACHED)
     if attached is not None:
-        attached.plan, attached.params, attached.own = plan, params, own
-        attached.rotations = rotations
-        return model
+        detach(model)
     _register()
     attached = _Attached(plan, params, model.config._attn_implementation or "sdpa")
     attached.own, attached.rotations = own, rotations
     model.set_attn_implementation(IMPLEMENTATION)
     attached.hook = model.register_forward_pre_hook(_note_forward, with_kwargs=True)
+    if "hidden" in needs:
+        attached.hidden_hooks = [
+            module.register_forward_pre_hook(_hand_over_input, with_kwargs=True)
+            for module in _attention_modules(model)
+        ]
     model.__dict__[_ATTACHED] = attached
     model.__dict__["_prepare_cache_for_generation"] = types.MethodType(_prepare_cache, model)
     model.__dict__["_prefill"] = types.MethodType(_prefill, model)
@@ -122,7 +134,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `attach`; the model is transformers' own again."""
     attached: _Attached | None = model.__dict__.pop(_ATTACHED, None)
     if attached is not None:
-        attached.hook.remove()
+        attached.remove_hooks()
         for name in ("_prepare_cache_for_generation", "_prefill", "generate_batch"):
             model.__dict__.pop(name, None)
         model.set_attn_implementation(attached.before)
@@ -173,7 +185,7 @@ def _attention(
             f"{type(module).__name__}: attention with position_bias is not built yet"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    cache = kwargs.pop("kvc_cache", None)
+    cache, hidden = kwargs.pop("kvc_cache", None), kwargs.pop("kvc_hidden", None)
     layer = _layer_of(module, key, cache)
 
     def fast() -> Tensor:
@@ -191,6 +203,8 @@ def _attention(
     plain = softcap is None and s_aux is None
     if layer is not None:
         reader = cast(int, module.layer_idx)
+        if layer.settings.scorer.needs and reader == layer.settings.layer:
+            layer.evidence = Evidence(module, hidden)
         kernel = fast if plain else None
 
         def compressed() -> Tensor:
@@ -201,7 +215,7 @@ def _attention(
         return _without_gradient(compressed, query), None
     if plain:
         return fast(), None
-    return _eager(query, key, value, attention_mask, scaling, softcap, s_aux), None
+    return eager_attention(query, key, value, attention_mask, scaling, softcap, s_aux), None
 
 
 def _without_gradient(attend: Callable[[], Tensor], query: Tensor) -> Tensor:
@@ -235,33 +249,6 @@ def _layer_of(module: Any, key: Tensor, cache: Any) -> CompressedLayer | None:
     return layer if isinstance(layer, CompressedLayer) else None
 
 
-def _eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention without our cache for models that sdpa cannot compute."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    logits = (q.float() @ k.float().mT) * scaling
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    if mask is None and q.shape[2] > 1:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-        mask = mask.tril(k.shape[2] - q.shape[2])
-    if mask is not None:
-        logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
-    if sinks is not None:
-        extra = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        logits = torch.cat([logits, extra], -1)
-    weight = logits.softmax(-1)[..., : k.shape[2]]
-    return (weight @ v.float()).to(q.dtype).transpose(1, 2).contiguous()
-
-
 def _note_forward(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -281,6 +268,30 @@ def _note_forward(
         )
         if cache.plan.positions == "relative":
             kwargs["position_ids"] = _relative_positions(model, cache, shown, kwargs)
+        elif "rotation" in scorer(cache.plan.scorer).needs:
+            _set_rotations(model, cache)
+    return args, kwargs
+
+
+def _set_rotations(model: Any, cache: CompressedCache) -> None:
+    attached: _Attached = model.__dict__[_ATTACHED]
+    for layer in cache.compressed_layers:
+        if attached.rotations is not None:
+            layer.settings.rotation = attached.rotations[layer.settings.layer]
+
+
+def _attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The innermost modules that know the number of their layer."""
+    found = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    return [m for m in found if not any(c in found for c in m.modules() if c is not m)]
+
+
+def _hand_over_input(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pre-hook of an attention module: its attention function learns the module's input."""
+    if "kvc_cache" in kwargs:
+        kwargs["kvc_hidden"] = kwargs.get("hidden_states", args[0] if args else None)
     return args, kwargs
 
 
@@ -345,7 +356,7 @@ def _prefill(
     _check_text(cache, input_ids, model_kwargs.get("attention_mask"))
     cache.begin_prefill()
     out = original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
-    cache.end_prefill()
+    cache.finish_prompt(model)
     return out
 
 

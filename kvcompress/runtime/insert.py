@@ -10,6 +10,7 @@ from kvcompress.accounting import GROW_TOKENS
 from kvcompress.evict.keepset import class_score, priority
 from kvcompress.runtime.attend import Chunk
 from kvcompress.runtime.commit import quota_tokens, to_code_space, votes
+from kvcompress.runtime.evidence import frequent_tokens
 from kvcompress.runtime.state import Group, LayerState
 from kvcompress.runtime.store import Bucket
 
@@ -41,6 +42,7 @@ def insert(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
     _grow(state, leaver)
     exact = state.settings.exact_tokens
     if any(seen > exact for seen in state.row_seen):
+        _grow_to_threshold(state, leaver, chunk.position)
         for group in state.groups:
             _insert_group(state, group, leaver, chunk.position)
     row, place = state.rows(), leaver.slot + state.settings.sink_tokens
@@ -67,6 +69,32 @@ def _grow(state: LayerState, leaver: Leaver) -> None:
                 steps = True
     if not steps:
         return
+    _relayout(state)
+
+
+def _grow_to_threshold(state: LayerState, leaver: Leaver, now: int) -> None:
+    """Make room for tokens that a threshold keeps, where no slot is free or has fallen below it."""
+    threshold = state.settings.keep_if_above
+    if threshold is None or not state.granted:
+        return
+    grown = False
+    for group in state.groups:
+        budget = frequent_tokens(state, group)
+        for bucket in group.store.buckets() if group.store.kind.scored else ():
+            held = _Ranked(state, group, bucket, now)
+            own = _Ranked.of_leaver(state, group, bucket, leaver, now)
+            full = (own.rank >= threshold) & (held.rank >= threshold).all(1)
+            for place in full.nonzero()[:, 0].tolist():
+                row, member = int(bucket.batch[place]), int(bucket.head[place])
+                head, most = group.heads[member], int(budget[row, member])
+                more = min(most, state.granted[row][head] + GROW_TOKENS)
+                grown = grown or more > state.granted[row][head]
+                state.granted[row][head] = more
+    if grown:
+        _relayout(state)
+
+
+def _relayout(state: LayerState) -> None:
     for group in state.groups:
         capacities = state.capacities(group)
         if capacities != group.store.capacities:
@@ -100,7 +128,7 @@ class _Ranked:
         stored = bucket.position.long()
         classes = (group.rules.classes != 0) & ~group.rules.keeps_rest
         self.score = bucket.score
-        self._rank(state, group, row, head, stored, classes[head], now)
+        self._rank(state, group, row, head, stored, classes[group.at(row, head)], now)
 
     @staticmethod
     def of_leaver(
@@ -108,7 +136,7 @@ class _Ranked:
     ) -> _Ranked:
         own = object.__new__(_Ranked)
         row, head = bucket.batch, bucket.head
-        flags, classes = leaver.flags[row], group.rules.classes[head]
+        flags, classes = leaver.flags[row], group.rules.classes[group.at(row, head)]
         own.score = None
         if group.recent_score is not None:
             own.score = class_score(classes, flags, group.recent_score[row, head, leaver.slot[row]])
@@ -131,7 +159,7 @@ class _Ranked:
         self.rank = priority(
             group.rules,
             state.settings.scorer,
-            head,
+            group.at(row, head),
             group.windows[row, head],
             self.position,
             self.score,

@@ -17,7 +17,7 @@ from kvcompress.errors import KVCompressError
 from kvcompress.kernels.decode_combine.reference import Combiner
 from kvcompress.kernels.decode_split.reference import decode_split
 from kvcompress.quant.codec import Codes
-from kvcompress.runtime.attend import QUERY_BLOCK, Chunk, chunk_visible, row_weights
+from kvcompress.runtime.attend import QUERY_BLOCK, Chunk, chunk_visible, voting_rows
 from kvcompress.runtime.layer import CompressedLayer, FastAttention
 from kvcompress.runtime.protocol import leaving_plain_tensors
 from kvcompress.runtime.state import LayerSettings
@@ -160,7 +160,7 @@ class LatentLayer(CompressedLayer):
             combiner.add_logits(chunk.sinks[:, None].expand(-1, n))
         if scores and self.settings.scorer.uses_attention:
             position = torch.arange(rows.start, rows.stop, device=key.device) + chunk.position
-            weight = row_weights(state, chunk, position, rows, n)
+            weight = voting_rows(state, chunk, position, rows).weight
             share = combiner.probabilities(part.logits, *grid).unflatten(0, (batch, heads))
             self._vote(torch.einsum("bhnc,bn->bc", share, weight), stored, scores)
         return combiner.output()

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
-from kvcompress.runtime.attend import Chunk, attend, new_scores, score_rows
+from kvcompress.runtime.attend import Chunk, attend, score_rows
 from kvcompress.runtime.commit import commit
+from kvcompress.runtime.evidence import NOTHING, new_scores
 from kvcompress.runtime.held import Waiting
+from kvcompress.runtime.holding import HoldingLayer
 from kvcompress.runtime.insert import insert
-from kvcompress.runtime.protocol import StoringLayer, leaving_plain_tensors
+from kvcompress.runtime.protocol import leaving_plain_tensors
 from kvcompress.runtime.relative import attend_relative, in_order, parts
 from kvcompress.runtime.speculate import Journal
 from kvcompress.runtime.state import LayerSettings, LayerState
@@ -26,13 +28,9 @@ _MOST_DRAFTED: Final = 256
 FastAttention = Callable[[], Tensor] | None
 
 
-class CompressedLayer(StoringLayer):
-    """`update` hands the chunk through; `forward` attends and only then stores it.
-
-    Args:
-        spans: per row the protected tokens, or one tuple for every row.
-        hold_prompt: keep a prompt uncompressed until it ends, see `CompressedCache`.
-    """
+class CompressedLayer(HoldingLayer):
+    """`update` hands the chunk through; `forward` attends and only then stores it; arguments as
+    for `HoldingLayer`."""
 
     def __init__(
         self,
@@ -40,11 +38,9 @@ class CompressedLayer(StoringLayer):
         spans: list[tuple[range, ...]] | tuple[range, ...] = (),
         hold_prompt: bool = False,
     ) -> None:
-        super().__init__(settings, spans)
+        super().__init__(settings, spans, hold_prompt)
         self.record_past = False
-        self._hold_prompt = hold_prompt
         self._shared: Waiting | None = None
-        self._held: Waiting | None = None
         self._journal = Journal()
         self._decoded = False  # the last forward decoded, so that a prompt opens a turn
 
@@ -69,7 +65,7 @@ class CompressedLayer(StoringLayer):
 
     def reset(self) -> None:
         super().reset()
-        self._shared = self._held = None
+        self._shared = None
         self._journal, self._decoded = Journal(), False
 
     def check_idle(self) -> None:
@@ -156,6 +152,8 @@ class CompressedLayer(StoringLayer):
         self._check_given(key, value)
         assert self.state is not None
         chunk = self._chunk(query, key, value, mask, scaling, softcap, sinks)
+        if self.reads_again:
+            return self._read_again(chunk)
         self._note_turn(chunk)
         certain = self._certain(chunk.length)
         if certain:
@@ -252,7 +250,7 @@ class CompressedLayer(StoringLayer):
             self.end_prefill()
         if self._held is not None:
             chunk = self._held.followed_by(chunk)
-        scores = new_scores(self.state, chunk)
+        scores = new_scores(self.state, chunk, self.evidence)
         if self._held is not None:
             scores = self._held.scores_before(scores)
         out = self._attend(chunk, scores, fast_attention)
@@ -297,7 +295,8 @@ class CompressedLayer(StoringLayer):
         if _decodes(state, chunk):
             insert(state, chunk, waiting.scores)
         else:
-            commit(state, chunk, waiting.scores)
+            commit(state, chunk, waiting.scores, self.evidence)
+        self.evidence = NOTHING
 
     def _take_drafted(self, chunk: Chunk, first: int) -> list[Tensor]:
         """The tokens from `first` on, one after the other, each of which `crop` can take back."""
@@ -316,44 +315,10 @@ class CompressedLayer(StoringLayer):
         self._journal.forget_all_but(_MOST_DRAFTED)
         return out
 
-    # ---- prompts that are held
-    @property
-    def has_held(self) -> bool:
-        return self._held is not None
-
     def _prompt_is_over(self, length: int) -> bool:
         """Whether a forward of `length` tokens shows that what is held is complete."""
         drafting = self.record_past and self._drafts_wait
         return length == 1 and not self.arrival.in_prompt and not drafting
-
-    def _hold(self, waiting: Waiting) -> None:
-        """Keep a part of a prompt, and of its queries those that may have to vote at its end."""
-        query = waiting.chunk.query
-        keep = (self.settings.plan.score_rows or 0) if self._votes_late() else 0
-        if keep and self._held is not None:
-            query = torch.cat([self._held.chunk.query, query], 2)
-        query = query[:, :, query.shape[2] - min(keep, query.shape[2]) :]
-        self._held = waiting.without_queries_but(query)
-
-    def _votes_late(self) -> bool:
-        """Only the last rows of the prompt vote, and while it goes on nobody knows which."""
-        assert self.state is not None
-        first = not any(self.state.row_seen)
-        return self._hold_prompt and first and self.settings.plan.score_rows is not None
-
-    @leaving_plain_tensors
-    def end_prefill(self) -> None:
-        """Compress a prompt that is held."""
-        if self._held is None:
-            return
-        late = self._votes_late()
-        (chunk, scores), self._held = (self._held.chunk, self._held.scores), None
-        assert self.state is not None
-        if late:
-            self.state.first_vote = chunk.position
-            score_rows(self.state, chunk, scores, 0)
-        stop = chunk.position + chunk.length
-        commit(self.state, replace(chunk, query=chunk.query[:, :, :0], position=stop), scores)
 
     def _attend(
         self, chunk: Chunk, scores: dict[int, Tensor], fast_attention: FastAttention

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.plan import Plan
+from kvcompress.evict.scorers import scorer
+from kvcompress.plan import Plan, PooledBudget
 from kvcompress.quant.keystats import KVParams
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ def shard_plan(plan: Plan, rank: int, size: int) -> Plan:
             "the random scorer numbers the KV heads of the whole model, which a process of a "
             "tensor parallel model does not see; use another scorer"
         )
+    if scorer(plan.scorer).across_heads or isinstance(plan.per_request, PooledBudget):
+        raise UnsupportedModelError(
+            f"the scorer {plan.scorer!r} or the plan's pooled budgets compare all KV heads, which a "
+            "process of a tensor parallel model does not see; use another recipe"
+        )
     local = _share(shape.kv_heads, size, f"{shape.model_type}: kv_heads")
     block = slice(rank * local, (rank + 1) * local)
     own = shape.model_copy(update={"kv_heads": local, "query_heads": shape.query_heads // size})
@@ -101,7 +107,8 @@ def shard_params(params: KVParams | None, rank: int, size: int) -> KVParams | No
         local = _share(tensor.shape[0], size, "key constants: heads")
         return tensor[rank * local : (rank + 1) * local].clone()
 
-    return KVParams(tuple(map(block, params.k_center)), tuple(map(block, params.k_scale)))
+    trained = {name: tuple(map(block, parts)) for name, parts in params.scorer.items()}
+    return KVParams(tuple(map(block, params.k_center)), tuple(map(block, params.k_scale)), trained)
 
 
 def _share(heads: int, size: int, what: str) -> int:

@@ -123,7 +123,8 @@ def params_hash(params: KVParams | None) -> str:
     if params is None:
         return "none"
     digest = hashlib.sha256()
-    for tensor in (*params.k_center, *params.k_scale):
+    trained = [part for name in sorted(params.scorer) for part in params.scorer[name]]
+    for tensor in (*params.k_center, *params.k_scale, *trained):
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(cachefile.bytes_of(tensor.float()))
     return digest.hexdigest()

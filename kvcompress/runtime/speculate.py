@@ -31,6 +31,7 @@ class _Undo:
     capacities: list[list[list[int]]]
     row_seen: list[int]
     class_counts: list[list[int]]
+    granted: list[list[int]]
     notes: list[list[Overwritten]]
 
 
@@ -68,6 +69,7 @@ class Journal:
                 [[list(line) for line in group.store.capacities] for group in state.groups],
                 list(state.row_seen),
                 [list(counts) for counts in state.class_counts],
+                [list(row) for row in state.granted],
                 notes,
             )
         )
@@ -107,3 +109,4 @@ class Journal:
         if state.exact_class is not None and flags is not None:
             state.exact_class[row, place] = flags
         state.row_seen, state.class_counts = entry.row_seen, entry.class_counts
+        state.granted = entry.granted

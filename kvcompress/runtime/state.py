@@ -10,11 +10,27 @@ import torch
 from torch import Tensor
 
 from kvcompress.accounting import capacity_tokens, keeps_classes, keeps_scores, sinks_of
+from kvcompress.errors import PlanError
+from kvcompress.evict.chain import fastgen_chain
 from kvcompress.evict.keepset import HeadRules, class_mask
-from kvcompress.evict.scorers import SCORERS, Scorer
-from kvcompress.plan import HeadPlan, Plan
+from kvcompress.evict.scorers import Scorer, scorer
+from kvcompress.plan import (
+    Budget,
+    FastGenChoice,
+    HeadPlan,
+    Plan,
+    PooledBudget,
+    Threshold,
+)
 from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.store import EMPTY, SegmentStore, StorageKind
+
+
+def needs_whole_prompt(plan: Plan) -> bool:
+    """Whether a prompt is held until it ends: its rule or its scorer looks at all of it at once."""
+    rule = plan.per_request
+    pools = isinstance(rule, PooledBudget) and rule.scope == "model"
+    return pools or isinstance(rule, FastGenChoice) or "repeat" in scorer(plan.scorer).needs
 
 
 class LayerSettings:
@@ -31,12 +47,29 @@ class LayerSettings:
         self.window: int | None = width if kind == "sliding" else None
         self.block: int | None = width if kind == "chunked" else None
         self.readers = plan.model.readers(layer)
-        self.scorer: Scorer = SCORERS[plan.scorer]
+        self.scorer: Scorer = scorer(plan.scorer)
         self.uses_classes = any(map(keeps_classes, self.heads))
         self.relative = plan.positions == "relative"
+        rule = plan.per_request
+        self.chosen_by_head = isinstance(rule, FastGenChoice)
+        self.keep_if_above = rule.at_least if isinstance(rule, Threshold) else None
+        self.whole_prompt = needs_whole_prompt(plan)
+        if self.scorer.across_heads and len(set(self.heads)) > 1:
+            raise PlanError(
+                f"layer {layer}: the scorer {plan.scorer!r} keeps the same tokens in every head, and "
+                "the plan's heads differ; give every head of a layer the same keep-set and storage"
+            )
+        tensors = {} if params is None else params.tensors_of(layer)
+        self._trained = {name: tensors[name] for name in self.scorer.trained if name in tensors}
+        if len(self._trained) < len(self.scorer.trained):
+            raise PlanError(
+                f"the scorer {plan.scorer!r} was not trained for this model: profile it with a "
+                f"recipe whose keep.scorer is {plan.scorer}, and use that profile's plan and constants"
+            )
         self.rotation: Rotation | None = None  # for relative positions; the model's forward sets it
         self._params = params
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerSettings:
         return self
@@ -75,6 +108,25 @@ class LayerSettings:
         seen = self.sees(torch.full_like(position, now + 1), position, start)
         return position if seen is None else position.masked_fill(~seen, EMPTY)
 
+    def granted_head(self, head: int, granted: int) -> HeadPlan:
+        """The plan of a head with what the plan's rule granted it at a prompt's end.
+
+        Args:
+            granted: place in FastGen's chain, or tokens of the `frequent` budget.
+        """
+        base = self.heads[head]
+        if base.frequent is None:
+            return base
+        if self.chosen_by_head:
+            return fastgen_chain(base.frequent, base.local, base.k_dtype, base.v_dtype)[granted]
+        return base.model_copy(update={"frequent": Budget(tokens=granted)})
+
+    def trained(self, device: torch.device) -> dict[str, Tensor]:
+        """The scorer's trained tensors of this layer on `device`."""
+        if device not in self._on_device:
+            self._on_device[device] = {n: t.to(device) for n, t in self._trained.items()}
+        return self._on_device[device]
+
     def key_constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(centre, scale), each ``[Hkv, D]`` float32 on `device`."""
         if device not in self._constants:
@@ -104,6 +156,10 @@ class Group:
     windows: Tensor
     recent_score: Tensor | None
 
+    def at(self, row: Tensor, head: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Index into `rules` of a row and a head, the same for every row or each its own."""
+        return head if self.rules.classes.ndim == 1 else (row, head)
+
 
 @dataclass(slots=True)
 class LayerState:
@@ -120,6 +176,8 @@ class LayerState:
         first_vote: first position whose query votes for `frequent` tokens.
         spans: per row the protected tokens, numbered from the row's first real token.
         turn_starts: position at which each turn of the conversation began.
+        granted: ``granted[row][head]``, what the plan's rule decided at the end of the prompt, see
+            `LayerSettings.granted_head`; empty before that, and without a rule.
     """
 
     settings: LayerSettings
@@ -135,6 +193,7 @@ class LayerState:
     first_vote: int = 0
     spans: list[tuple[range, ...]] = field(default_factory=list)
     turn_starts: list[int] = field(default_factory=list)
+    granted: list[list[int]] = field(default_factory=list)
 
     @staticmethod
     def empty(
@@ -208,6 +267,20 @@ class LayerState:
     def nbytes(self) -> int:
         return sum(t.untyped_storage().nbytes() for t in self.tensors())
 
+    def head(self, row: int, head: int) -> HeadPlan:
+        """The plan of a row's head."""
+        if not self.granted:
+            return self.settings.heads[head]
+        return self.settings.granted_head(head, self.granted[row][head])
+
+    def grant(self, granted: list[list[int]]) -> None:
+        """Every row's heads from now on, see `granted`."""
+        self.granted = granted
+        if self.settings.chosen_by_head and granted:
+            for group in self.groups:
+                rows = [[self.head(row, h) for h in group.heads] for row in range(self.batch)]
+                group.rules = HeadRules.of_rows(rows, self.start.device)
+
     def capacities(self, group: Group) -> list[list[int]]:
         """Slots that each (row, head) of `group` should have now."""
         settings = self.settings
@@ -216,13 +289,14 @@ class LayerState:
             counts = self.class_counts[row]
             line = []
             for h in group.heads:
-                mask = class_mask(settings.heads[h])
+                head = self.head(row, h)
+                mask = class_mask(head)
                 classes = sum(counts[flags] for flags in (1, 2, 3) if flags & mask)
                 line.append(
                     capacity_tokens(
                         settings.plan,
                         settings.layer,
-                        settings.heads[h],
+                        head,
                         self.row_seen[row],
                         self.budget_length[row],
                         classes,
@@ -258,8 +332,8 @@ class LayerState:
         """Local windows for the current `budget_length` of each row."""
         for group in self.groups:
             table = []
-            for length in self.budget_length:
-                plans = (self.settings.heads[h] for h in group.heads)
+            for row, length in enumerate(self.budget_length):
+                plans = (self.head(row, h) for h in group.heads)
                 table.append([p.local.resolve(length) if p.local else 0 for p in plans])
             group.windows = torch.tensor(table, dtype=torch.int32, device=self.start.device)
 
@@ -280,3 +354,4 @@ class LayerState:
         self.budget_length = [self.budget_length[row] for row in rows]
         self.class_counts = [list(self.class_counts[row]) for row in rows]
         self.spans = [self.spans[row] for row in rows]
+        self.grant([list(self.granted[row]) for row in rows] if self.granted else [])

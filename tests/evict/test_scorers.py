@@ -14,18 +14,18 @@ from kvcompress.evict.keepset import (
     priority,
     turn_quota,
 )
-from kvcompress.evict.scorers import SCORERS
+from kvcompress.evict.scorers import SCORERS, scorer
 from kvcompress.plan import Budget, HeadPlan
 
 
 def uniform_attention_ranks(name: str, length: int) -> torch.Tensor:
     """Rank of every token after `length` rows of uniform causal attention."""
-    scorer = SCORERS[name]
+    ranked = scorer(name)
     rows = torch.arange(length)
-    weight = scorer.row_weight(rows)
+    weight = ranked.row_weight(rows)
     attention = torch.ones(length, length).tril() / (rows + 1.0)[:, None]
     score = (attention * weight[:, None]).sum(0)
-    return scorer.rank(score, length - rows)
+    return ranked.rank(score, length - rows, length - 1)
 
 
 def test_uniform_attention_favours_early_tokens_in_raw_sums_and_none_in_lift():
@@ -37,22 +37,22 @@ def test_uniform_attention_favours_early_tokens_in_raw_sums_and_none_in_lift():
 
 @pytest.mark.parametrize("name", sorted(SCORERS))
 def test_registry(name):
-    scorer = SCORERS[name]
+    found = scorer(name)
     key, position = torch.randn(2, 3, 5, 8), torch.arange(5).expand(2, 3, 5)
     head = torch.arange(3)[None, :, None].expand(2, 3, 5)
-    first = scorer.initial(key, position, head)
-    assert scorer.name == name
+    first = found.initial(key, position, head)
+    assert found.name == name
     assert first.shape == (2, 3, 5) and first.dtype == torch.float32
-    assert torch.equal(first, scorer.initial(key, position, head))
-    assert (scorer.row_weight(torch.arange(4)) > 0).all() == scorer.uses_attention
-    larger = scorer.rank(torch.tensor([1.0, 2.0]), torch.tensor([3, 3]))
+    assert torch.equal(first, found.initial(key, position, head))
+    assert (found.row_weight(torch.arange(4)) > 0).all() == found.uses_attention
+    larger = found.rank(torch.tensor([1.0, 2.0]), torch.tensor([3, 3]), 10)
     assert larger[1] > larger[0]
 
 
 def test_random_differs_by_position_and_head_and_is_uniform():
     position = torch.arange(4000)
-    values = SCORERS["random"].initial(torch.zeros(4000, 1), position, torch.zeros(4000))
-    other = SCORERS["random"].initial(torch.zeros(4000, 1), position, torch.ones(4000))
+    values = scorer("random").initial(torch.zeros(4000, 1), position, torch.zeros(4000))
+    other = scorer("random").initial(torch.zeros(4000, 1), position, torch.ones(4000))
     assert values.mean() == pytest.approx(0.5, abs=0.03)
     assert abs(torch.corrcoef(torch.stack([values, other]))[0, 1]) < 0.05
 
@@ -74,7 +74,7 @@ def test_priority_orders_span_special_local_punct_then_score():
 
     def order(score, **kw):
         return priority(
-            rules, SCORERS["raw"], torch.arange(3)[:, None], windows, position, score,
+            rules, scorer("raw"), torch.arange(3)[:, None], windows, position, score,
             torch.ones(3, 8), 10, **kw,
         ).argsort(1, descending=True).tolist()  # fmt: skip
 

@@ -13,7 +13,15 @@ def rows_of(query, key, value=None, keep=None, window=None, module=None):
     value = torch.randn_like(key) if value is None else value
     held = held_out_rows(key.shape[1])
     softmax = Softmax(1.0, None, window)
-    sums = ColumnSums(keep or Keep(), key, key.shape[1] - held)
+    sums = ColumnSums(
+        keep or Keep(),
+        query,
+        key,
+        value,
+        key.shape[1] - held,
+        module=module or nn.Identity(),
+        scaling=1.0,
+    )
     out = attend(query, key, value, softmax, sums)
     return LayerRows(
         layer=0,

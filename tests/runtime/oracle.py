@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from kvcompress.evict.scorers import SCORERS
+from kvcompress.evict.scorers import scorer as scorer_named
 from kvcompress.plan import HeadPlan, Plan
 
 NAME = "kvcompress_oracle"
@@ -128,7 +128,7 @@ class Oracle:
 
     def _weight(self, b: int, now: int) -> float:
         """How much the query at `now` counts in the scores."""
-        scorer = SCORERS[self.plan.scorer]
+        scorer = scorer_named(self.plan.scorer)
         if not scorer.uses_attention or now < self.first_vote:
             return 0.0
         return float(scorer.row_weight(torch.tensor(now - self.first[b])))
@@ -149,7 +149,7 @@ class Oracle:
                 self.sums[where].zero_()
 
     def _take_in(self, layer: int, b: int, h: int, before: int) -> None:
-        scorer = SCORERS[self.plan.scorer]
+        scorer = scorer_named(self.plan.scorer)
         keys, _ = self.all_kv[layer]
         store = self.kept.setdefault((layer, b, h), {})
         for position in range(max(before, self.first[b]), keys.shape[2]):
@@ -260,7 +260,7 @@ class Oracle:
         store = self.kept[layer, b, h]
         votes = torch.tensor([now + 1 - max(p, self.first_vote) for p in positions])
         score = torch.tensor([store[p] for p in positions], dtype=torch.float64)
-        rank = SCORERS[self.plan.scorer].rank(score, votes)
+        rank = scorer_named(self.plan.scorer).rank(score, votes, now)
         return dict(zip(positions, rank.tolist(), strict=True))
 
 

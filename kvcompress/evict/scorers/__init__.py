@@ -1,12 +1,28 @@
-"""Scorers by name. One file per idea; `tests/evict/test_scorers.py` runs over this registry."""
+"""Scorers: one number per token and head, larger is kept. One file per idea.
 
-from typing import Final
+`kvcompress.evict.registry` lists them; `tests/evict/test_scorers.py` runs over that list.
+"""
 
-from kvcompress.evict.scorers.attention import LIFT, MEAN, RAW
-from kvcompress.evict.scorers.base import Scorer
-from kvcompress.evict.scorers.key_norm import KEY_NORM
-from kvcompress.evict.scorers.random import RANDOM
+from __future__ import annotations
 
-SCORERS: Final[dict[str, Scorer]] = {s.name: s for s in (RAW, MEAN, LIFT, RANDOM, KEY_NORM)}
+from importlib import import_module
 
-__all__ = ["SCORERS", "Scorer"]
+from kvcompress.evict.registry import SCORERS, place_of
+from kvcompress.evict.scorers.base import Rows, Scorer, Tokens, newest
+
+__all__ = ["SCORERS", "Rows", "Scorer", "Tokens", "newest", "scorer"]
+
+
+def scorer(name: str) -> Scorer:
+    """The scorer registered as `name`.
+
+    Raises:
+        PlanError: for a name that is not registered, or an entry that is not a scorer.
+    """
+    from kvcompress.errors import PlanError
+
+    module, attribute = place_of(name)
+    found = getattr(import_module(module), attribute, None)
+    if not isinstance(found, Scorer) or found.name != name:
+        raise PlanError(f"scorer {name!r}: {module}:{attribute} is not a Scorer of that name")
+    return found

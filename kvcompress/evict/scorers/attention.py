@@ -8,32 +8,25 @@ attention over, so that uniform attention gives every token the score 1.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kvcompress.evict.scorers.base import Scorer
 
 
-def _one(row_index: Tensor) -> Tensor:
-    return torch.ones_like(row_index, dtype=torch.float32)
+class MeanScorer(Scorer):
+    """Attention per vote."""
+
+    def rank(self, score: Tensor, votes: Tensor, now: int | Tensor) -> Tensor:
+        return score / votes.clamp(min=1)
 
 
-def _visible_keys(row_index: Tensor) -> Tensor:
-    return row_index.float() + 1.0
+class LiftScorer(MeanScorer):
+    """Attention per vote, in units of what uniform attention would give."""
+
+    def row_weight(self, row_index: Tensor) -> Tensor:
+        return row_index.float() + 1.0
 
 
-def _zero(key: Tensor, position: Tensor, head: Tensor) -> Tensor:
-    return torch.zeros(key.shape[:-1], dtype=torch.float32, device=key.device)
-
-
-def _sum(score: Tensor, votes: Tensor) -> Tensor:
-    return score
-
-
-def _per_vote(score: Tensor, votes: Tensor) -> Tensor:
-    return score / votes.clamp(min=1)
-
-
-RAW = Scorer("raw", True, _one, _zero, _sum)
-MEAN = Scorer("mean", True, _one, _zero, _per_vote)
-LIFT = Scorer("lift", True, _visible_keys, _zero, _per_vote)
+RAW = Scorer("raw")
+MEAN = MeanScorer("mean")
+LIFT = LiftScorer("lift")

@@ -8,16 +8,16 @@ from torch import Tensor
 from kvcompress.evict.scorers.base import Scorer
 
 
-def _unused(row_index: Tensor) -> Tensor:
-    return torch.zeros_like(row_index, dtype=torch.float32)
+class KeyNormScorer(Scorer):
+    """Minus the key's norm, of decoded tokens too."""
+
+    uses_attention = False
+
+    def row_weight(self, row_index: Tensor) -> Tensor:
+        return torch.zeros_like(row_index, dtype=torch.float32)
+
+    def initial(self, key: Tensor, position: Tensor, head: Tensor) -> Tensor:
+        return -key.float().norm(dim=-1)
 
 
-def _negative_norm(key: Tensor, position: Tensor, head: Tensor) -> Tensor:
-    return -key.float().norm(dim=-1)
-
-
-def _score(score: Tensor, votes: Tensor) -> Tensor:
-    return score
-
-
-KEY_NORM = Scorer("key_norm", False, _unused, _negative_norm, _score)
+KEY_NORM = KeyNormScorer("key_norm")

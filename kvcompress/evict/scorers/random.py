@@ -8,20 +8,19 @@ from torch import Tensor
 from kvcompress.evict.scorers.base import Scorer
 
 
-def _unused(row_index: Tensor) -> Tensor:
-    return torch.zeros_like(row_index, dtype=torch.float32)
-
-
-def _hash(key: Tensor, position: Tensor, head: Tensor) -> Tensor:
+class RandomScorer(Scorer):
     """Uniform in [0, 1): multiply-and-shift mixing, the same on every device."""
-    state = (position.long() * 2654435761 + head.long() * 40503 + 12345) & 0xFFFFFFFF
-    for shift in (16, 15):
-        state = ((state ^ (state >> shift)) * 73244475) & 0xFFFFFFFF
-    return ((state ^ (state >> 16)) & 0xFFFFFF).float() / 2**24
+
+    uses_attention = False
+
+    def row_weight(self, row_index: Tensor) -> Tensor:
+        return torch.zeros_like(row_index, dtype=torch.float32)
+
+    def initial(self, key: Tensor, position: Tensor, head: Tensor) -> Tensor:
+        state = (position.long() * 2654435761 + head.long() * 40503 + 12345) & 0xFFFFFFFF
+        for shift in (16, 15):
+            state = ((state ^ (state >> shift)) * 73244475) & 0xFFFFFFFF
+        return ((state ^ (state >> 16)) & 0xFFFFFF).float() / 2**24
 
 
-def _score(score: Tensor, votes: Tensor) -> Tensor:
-    return score
-
-
-RANDOM = Scorer("random", False, _unused, _hash, _score)
+RANDOM = RandomScorer("random")

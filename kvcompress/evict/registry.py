@@ -1,0 +1,42 @@
+"""Scorers by name, one line each: ``module:instance``. Pure data, so that recipes can be checked
+without loading torch; `kvcompress.evict.scorers.scorer` imports what a name stands for."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvcompress.errors import PlanError
+
+_HERE: Final = "kvcompress.evict.scorers"
+
+SCORERS: Final[dict[str, str]] = {
+    "raw": f"{_HERE}.attention:RAW",
+    "mean": f"{_HERE}.attention:MEAN",
+    "lift": f"{_HERE}.attention:LIFT",
+    "random": f"{_HERE}.random:RANDOM",
+    "key_norm": f"{_HERE}.key_norm:KEY_NORM",
+}
+
+
+def known_scorer(name: str) -> str:
+    """`name`, if it is registered.
+
+    Raises:
+        ValueError: naming all that are.
+    """
+    if name not in SCORERS:
+        raise ValueError(f"unknown scorer {name!r}; choose among {', '.join(sorted(SCORERS))}")
+    return name
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """(module, attribute) of a registered scorer.
+
+    Raises:
+        PlanError: for a name that is not registered.
+    """
+    try:
+        module, _, attribute = SCORERS[known_scorer(name)].partition(":")
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+    return module, attribute
