@@ -22,6 +22,13 @@ def command(
     tasks: Annotated[
         str, typer.Option(help="Of recall, multi_key, hops and count, with commas between.")
     ] = "recall,multi_key",
+    workloads: Annotated[
+        str,
+        typer.Option(
+            help="In place of the tasks: all, or of hidden, second_turn, long_span, beyond, "
+            "long_generation and instructions, with commas between."
+        ),
+    ] = "",
     context: Annotated[int, typer.Option(min=64, help="Tokens of each document.")] = 960,
     samples: Annotated[int, typer.Option(min=1, help="Questions per task.")] = 24,
     windows: Annotated[
@@ -37,7 +44,8 @@ def command(
 ) -> None:
     """Measure recall, KL, perplexity and bytes beside the same model with its full cache.
 
-    Example: `kvcompress eval bundle --samples 48 --context 900`
+    Example: `kvcompress eval bundle --samples 48 --context 900`, or `kvcompress eval bundle
+    --workloads hidden,second_turn`
     """
     from kvcompress.evaluate.compare import compare
     from kvcompress.evaluate.suite import make_suite
@@ -45,9 +53,24 @@ def command(
     from kvcompress.evaluate.tasks import HELD_OUT
 
     loaded, tokenizer, rows = _load(model, plan, device)
+    if workloads:
+        _run_workloads(
+            loaded,
+            tokenizer,
+            rows,
+            _words(workloads),
+            batch,
+            json_,
+            samples=samples,
+            context_tokens=context,
+            windows=windows,
+            text=text or HELD_OUT,
+            seed=seed,
+        )
+        return
     suite = make_suite(
         tokenizer,
-        tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+        tasks=_words(tasks),
         samples=samples,
         context_tokens=context,
         windows=windows,
@@ -60,6 +83,31 @@ def command(
     emit(reports if json_ else comparison(reports), json_)
     if not json_ and suite.samples:
         emit(breakdown(reports), json_)
+
+
+def _run_workloads(
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    names: list[str],
+    batch: int,
+    json_: bool,
+    **sizes: Any,
+) -> None:
+    from kvcompress.evaluate.serving import model_shape
+    from kvcompress.evaluate.workloads import WORKLOADS, make_workloads
+    from kvcompress.evaluate.workloads_table import compare_workloads, workload_table
+
+    names = list(WORKLOADS) if names == ["all"] else names
+    limit = model_shape(model).max_position
+    suites = make_workloads(tokenizer, names=names, max_position=limit, **sizes)
+    with progress("evaluating", len(suites) * (1 + len(rows))) as finished:
+        found = list(compare_workloads(model, tokenizer, suites, rows, finished, batch))
+    emit(found if json_ else workload_table(found), json_)
+
+
+def _words(listed: str) -> list[str]:
+    return [word.strip() for word in listed.split(",") if word.strip()]
 
 
 def _load(model: str, plan: Path | None, device: str) -> tuple[Any, Any, list[Row]]:

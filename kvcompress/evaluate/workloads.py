@@ -217,7 +217,7 @@ WORKLOADS: Final[dict[str, Workload]] = {
         beyond=True,
     ),
     "long_generation": Workload(
-        "D5", "a short prompt, then a long text decoded token by token", _long_generation, asked=12
+        "D5", "a short prompt, then a long text decoded token by token", _long_generation
     ),
     "instructions": Workload(
         "D6", "many short independent notes, several asked", _instructions, asked=4, together=True
@@ -249,7 +249,8 @@ def make_workloads(
         context_tokens: length of each document, begin token included; `beyond` takes
             ``2 * max_position`` in place of it.
         max_position: positions that the model was trained on.
-        windows: windows of held-out text, where the workload has them; 0 for none.
+        windows: windows of held-out text, where the workload has them; 0 for none. `beyond`, where
+            they are longer, takes half as many.
         notes, instructions, max_words, long_words: see `Sizes`.
         text: file of held-out text, for the windows and between the notes.
 
@@ -270,7 +271,8 @@ def make_workloads(
         documents, drawn = _documents(Grader(tokenizer), name, samples, sizes, filler, seed)
         cut = None
         if windows and WORKLOADS[name].text:
-            cut = text_windows(tokenizer, filler, windows, length + continuation_tokens, str(text))
+            count = max(1, windows // 2) if beyond else windows
+            cut = text_windows(tokenizer, filler, count, length + continuation_tokens, str(text))
         suites.append(
             WorkloadSuite(
                 workload=name,

@@ -23,7 +23,8 @@ class WorkloadOutcome(StrictModel):
         flips: per text window the share of tokens whose likeliest prediction is another one than
             the reference's.
         kv_bytes: measured over the cache's tensors when the first question comes, so after what
-            was generated in `long_generation` and after the prompt elsewhere; mean over rows.
+            was generated in `long_generation` and after the prompt elsewhere; mean over rows. The
+            reference also holds the few pads of shorter rows.
         kv_bytes_bf16: an uncompressed 16-bit cache of the same rows.
     """
 
