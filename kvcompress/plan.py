@@ -159,6 +159,8 @@ class FastGenChoice(StrictModel):
 
 
 PerRequest = Annotated[PooledBudget | Threshold | FastGenChoice, Field(discriminator="kind")]
+
+
 class Recall(StrictModel):
     """Tokens that leave the device go to host memory, and their best blocks come back for a step.
 
