@@ -23,6 +23,9 @@ SCORERS: Final[dict[str, str]] = {
     "key_norm": f"{_HERE}.key_norm:KEY_NORM",
     "random": f"{_HERE}.random:RANDOM",
     "random_generated": f"{_HERE}.random:RANDOM_GENERATED",
+    "kvzip": f"{_HERE}.kvzip:KVZIP",
+    "kvzip_plus": f"{_HERE}.kvzip:KVZIP_PLUS",
+    "surrogate": f"{_HERE}.surrogate:SURROGATE",
 }
 
 

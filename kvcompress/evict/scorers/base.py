@@ -31,11 +31,14 @@ class Rows:
             KV head; 0 where the row may not vote.
         index: ``[S, n]`` number of the row among its sequence's real tokens.
         position: ``[n]`` position, pads counted, as tokens carry it.
+        norm: ``[S, n]`` norm of the attention module's input, for a scorer that needs `hidden` and
+            collects votes; else None.
     """
 
     weight: Tensor
     index: Tensor
     position: Tensor
+    norm: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
