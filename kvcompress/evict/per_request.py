@@ -34,12 +34,12 @@ def pooled_budgets(rank: Tensor, budget: Tensor, floor: float) -> list[list[int]
         floor: share of its own budget that every head keeps, as far as it has candidates.
 
     Returns:
-        ``[B][H]``; a row's sum is that of its budgets, or all candidates if they are fewer. No head
-        is granted more than it has candidates: what it cannot use goes to the others.
+        ``[B][H]``; a row's sum is that of its budgets. What a head cannot use goes to the others;
+        what no head can use stays with the heads that brought it, for tokens still to come.
     """
     batch, heads, count = rank.shape
     if not count:
-        return [[0] * heads for _ in range(batch)]
+        return budget.tolist()
     order = rank.argsort(dim=-1, descending=True, stable=True)
     ordered = rank.gather(-1, order)
     candidate = ordered > -torch.inf
@@ -53,7 +53,18 @@ def pooled_budgets(rank: Tensor, budget: Tensor, floor: float) -> list[list[int]
     pool = pool.gather(1, unsafe.argsort(dim=-1, stable=True))
     granted = torch.arange(heads * count, device=rank.device) < total.unsqueeze(-1)
     counts = torch.zeros(batch, heads, dtype=torch.int64, device=rank.device)
-    return counts.scatter_add_(1, pool // count, granted.long()).tolist()
+    counts = counts.scatter_add_(1, pool // count, granted.long()).tolist()
+    return [_with_rest(own, line) for own, line in zip(budget.tolist(), counts, strict=True)]
+
+
+def _with_rest(budget: list[int], granted: list[int]) -> list[int]:
+    """`granted`, and what the sum of the budgets leaves over, in parts of what each left unused."""
+    rest = sum(budget) - sum(granted)
+    unused = [max(0, b - g) for b, g in zip(budget, granted, strict=True)]
+    parts = [rest * u // max(1, sum(unused)) for u in unused]
+    for head in sorted(range(len(unused)), key=lambda h: -unused[h])[: rest - sum(parts)]:
+        parts[head] += 1
+    return [g + part for g, part in zip(granted, parts, strict=True)]
 
 
 def threshold_counts(rank: Tensor, at_least: float, cap: Tensor) -> list[list[int]]:

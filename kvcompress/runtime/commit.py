@@ -94,7 +94,10 @@ class Commit:
         now = chunk.first + length - 1
         state.row_seen = [seen + new for seen, new in zip(state.row_seen, added, strict=True)]
         state.budget_length = list(state.row_seen)
-        self.scores = finish_scores(state, chunk, scores, evidence) if length > 1 else scores
+        if length > 1:
+            leaving = self.pool.leaving[:, -length:]
+            scores = finish_scores(state, chunk, scores, evidence, leaving)
+        self.scores = scores
         if first and state.settings.chosen_by_head:
             state.grant(chosen_keep_sets(state, chunk, self.scores))
         state.resolve_windows()

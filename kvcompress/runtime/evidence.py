@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +39,24 @@ def new_scores(state: LayerState, chunk: Chunk, evidence: Evidence = NOTHING) ->
 
 
 def finish_scores(
-    state: LayerState, chunk: Chunk, scores: dict[int, Tensor], evidence: Evidence
+    state: LayerState,
+    chunk: Chunk,
+    scores: dict[int, Tensor],
+    evidence: Evidence,
+    leaving: Tensor,
 ) -> dict[int, Tensor]:
-    """`scores` ``[B, Hg, P + T]`` of a prompt, or a part of it, whose tokens stand side by side."""
-    plan = state.settings.plan
-    return {
-        number: finished(
-            state.settings.scorer,
-            score,
-            _tokens(state, state.groups[number], chunk, 0, evidence, ended=True),
-            plan.pool_tokens,
-        )
-        for number, score in scores.items()
-    }
+    """`scores` ``[B, Hg, P + T]`` of a prompt, or a part of it, whose tokens stand side by side.
+
+    Args:
+        leaving: ``[B, P + T]`` bool, tokens that are neither sinks nor recent.
+    """
+    scorer, pool_tokens = state.settings.scorer, state.settings.plan.pool_tokens
+    done = {}
+    for number, score in scores.items():
+        tokens = _tokens(state, state.groups[number], chunk, 0, evidence, ended=True)
+        candidate = leaving[:, None].expand(score.shape)
+        done[number] = finished(scorer, score, replace(tokens, candidate=candidate), pool_tokens)
+    return done
 
 
 def _tokens(

@@ -54,8 +54,8 @@ class Tokens:
         query: ``[B, Hg, G, T', D]`` the newest queries, unscaled; T' may be 0.
         scaling: of the softmax.
         budget: ``[B, Hg]`` tokens that each head's `frequent` budget grants; None on arrival.
-        candidate: ``[B, Hg, T]`` bool, tokens that the `frequent` budget may go to, those that the
-            head keeps anyway left out; None where that is not known.
+        candidate: ``[B, Hg, T]`` bool, tokens that are neither sinks nor recent, which are kept in
+            any case; None where that is not known.
         output_weight: ``[Hg, hidden, G · Dv]`` the heads' parts of W_O, for a scorer that needs it.
         hidden: ``[B, T, hidden]`` input of the attention module, for a scorer that needs it.
         rotation: the layer's rotary embedding, for a scorer that needs it; None where it has none.
