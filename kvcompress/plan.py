@@ -26,6 +26,7 @@ KVDtype = Literal["model", "fp8", "int8", "int4"]
 # latent; the keys and values of another layer; the recurrent state of linear attention; nothing
 LayerKind = Literal["full", "sliding", "chunked", "latent", "shared", "linear", "none"]
 HOLDS_KV: Final = frozenset({"full", "sliding", "chunked", "latent"})
+WeightScheme = Literal["bf16", "int8", "nf4"]
 ScorerName = Literal["raw", "mean", "lift", "random", "key_norm"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -191,7 +192,10 @@ class Plan(StrictModel):
         turn_tokens: coded tokens that every turn of a conversation keeps in each head before its
             other tokens compete with later turns.
         target: one line that says what the plan was solved for.
-        predicted_loss: sum over heads of the profile's loss, None for a plan written by hand.
+        predicted_loss: KL to the full cache, in nats per token, that the profile expects; of use
+            to compare plans of one profile. None where it cannot tell.
+        weights: format of the linear layers of each decoder layer; empty where all have the
+            format that the bundle names.
     """
 
     schema_version: Literal[1] = 1
@@ -211,6 +215,7 @@ class Plan(StrictModel):
     turn_tokens: NonNegativeInt = 0
     target: str = "by hand"
     predicted_loss: float | None = None
+    weights: tuple[WeightScheme, ...] = ()
 
     @model_validator(mode="after")
     def _covers_the_model(self) -> Self:
@@ -223,6 +228,10 @@ class Plan(StrictModel):
                     f"heads[{index}] has {len(layer)} heads, the model stores "
                     f"{shape.heads_of(index)} KV heads in that layer ({shape.kind(index)})"
                 )
+        if self.weights and len(self.weights) != shape.layers:
+            raise ValueError(f"weights has {len(self.weights)} entries for {shape.layers} layers")
+        if len({*self.weights} - {"bf16"}) > 1:
+            raise ValueError("weights mixes int8 and nf4: one bundle holds one of them beside bf16")
         return self
 
     def to_json(self) -> str:
