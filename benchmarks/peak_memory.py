@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kvcompress.evaluate.quality import cache_bytes
+    from kvcompress.evaluate.serving import cache_bytes
     from kvcompress.runtime.hf import attach
 
     torch.manual_seed(0)

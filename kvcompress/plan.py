@@ -11,14 +11,11 @@ or everything (`full`). Growing a budget or adding a part only ever adds tokens.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
@@ -26,138 +23,49 @@ from pydantic import (
 
 from kvcompress.errors import PlanError
 from kvcompress.evict.registry import known_scorer
+from kvcompress.head_plan import (
+    Budget,
+    HeadPlan,
+    KVDtype,
+    NonNegativeInt,
+    PositiveInt,
+    StrictModel,
+)
+from kvcompress.rules import (
+    DigestName,
+    FastGenChoice,
+    PerRequest,
+    PooledBudget,
+    Recall,
+    Threshold,
+)
+
+__all__ = [
+    "Budget",
+    "DigestName",
+    "FastGenChoice",
+    "HeadPlan",
+    "KVDtype",
+    "ModelShape",
+    "NonNegativeInt",
+    "PerRequest",
+    "Plan",
+    "PooledBudget",
+    "PositiveInt",
+    "Recall",
+    "StrictModel",
+    "Threshold",
+    "explain",
+    "uniform",
+]
 
 SCHEMA_VERSION: Final = 1
 
-KVDtype = Literal["model", "fp8", "int8", "int4"]
 # what a layer keeps: keys and values of all, of a window or of an aligned block of tokens; one MLA
 # latent; the keys and values of another layer; the recurrent state of linear attention; nothing
 LayerKind = Literal["full", "sliding", "chunked", "latent", "shared", "linear", "none"]
 HOLDS_KV: Final = frozenset({"full", "sliding", "chunked", "latent"})
 ScorerName = Annotated[str, AfterValidator(known_scorer)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-
-
-class StrictModel(BaseModel):
-    """Frozen, refuses unknown keys and does not coerce."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Budget(StrictModel):
-    """A number of tokens, or a share of the prompt with bounds.
-
-    Exactly one of `tokens` and `ratio` is given.
-    """
-
-    tokens: NonNegativeInt | None = None
-    ratio: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    min_tokens: NonNegativeInt = 0
-    max_tokens: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _one_unit(self) -> Self:
-        if (self.tokens is None) == (self.ratio is None):
-            raise ValueError("give exactly one of tokens and ratio")
-        if self.tokens is not None and (self.min_tokens or self.max_tokens is not None):
-            raise ValueError("min_tokens and max_tokens bound a ratio, not a number of tokens")
-        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
-            raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
-        return self
-
-    def resolve(self, length_tokens: int) -> int:
-        """Tokens that this budget grants a row of `length_tokens` real tokens."""
-        if self.tokens is not None:
-            return self.tokens
-        assert self.ratio is not None
-        wanted = max(self.min_tokens, math.ceil(self.ratio * length_tokens))
-        return wanted if self.max_tokens is None else min(wanted, self.max_tokens)
-
-
-class HeadPlan(StrictModel):
-    """What one KV head keeps, beyond the plan's sinks and recent tokens, and how it stores it.
-
-    Attributes:
-        cap: most tokens that the head's parts may hold together, protected spans aside. Beyond it
-            `frequent` tokens go first, then the oldest punctuation, then the oldest local tokens,
-            then the oldest special tokens. None: class tokens always find room.
-    """
-
-    full: bool = False
-    special: bool = False
-    punct: bool = False
-    frequent: Budget | None = None
-    local: Budget | None = None
-    cap: PositiveInt | None = None
-    k_dtype: KVDtype = "int8"
-    v_dtype: KVDtype = "int8"
-
-    @model_validator(mode="after")
-    def _full_is_alone(self) -> Self:
-        if self.full and (self.special or self.punct or self.frequent or self.local or self.cap):
-            raise ValueError("a full head keeps everything: drop its other parts")
-        return self
-
-    @property
-    def label(self) -> str:
-        """Short name, for tables: ``full``, ``special+punct+frequent 30%``, ``sink``."""
-        if self.full:
-            return "full"
-        parts = [name for name in ("special", "punct") if getattr(self, name)]
-        for name in ("frequent", "local"):
-            budget: Budget | None = getattr(self, name)
-            if budget is not None:
-                size = f"{budget.ratio:.3g}" if budget.tokens is None else f"{budget.tokens}t"
-                parts.append(f"{name} {size}")
-        return "+".join(parts) or "sink+recent"
-
-    @property
-    def storage(self) -> str:
-        """``int8``, or ``k8v4``-like where keys and values differ."""
-        if self.k_dtype == self.v_dtype:
-            return self.k_dtype
-        short = {"model": "16", "fp8": "f8", "int8": "8", "int4": "4"}
-        return f"k{short[self.k_dtype]}v{short[self.v_dtype]}"
-
-
-class PooledBudget(StrictModel):
-    """Heads share their `frequent` budgets: the best tokens of all of them are kept.
-
-    Source: AdaKV (arXiv 2407.11550), algorithm 1, over a layer; KVzip (arXiv 2505.23416), section
-    3.3, over the model, for which the whole prompt is held until it ends.
-
-    Attributes:
-        floor: share of its own budget that every head keeps in any case.
-    """
-
-    kind: Literal["pooled"]
-    scope: Literal["layer", "model"] = "layer"
-    floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-
-
-class Threshold(StrictModel):
-    """A head keeps the tokens whose rank is at least `at_least`; its `frequent` budget is the cap.
-
-    Source: CORM (arXiv 2404.15949); KVzap (2026).
-    """
-
-    kind: Literal["threshold"]
-    at_least: float
-
-
-class FastGenChoice(StrictModel):
-    """At the end of each prompt every head takes the cheapest keep-set that recovers enough.
-
-    Source: FastGen (arXiv 2310.01801), algorithm 1; see `FastGenPolicy` for the fields.
-    """
-
-    kind: Literal["fastgen"]
-    recovery: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    reading: Literal["mass", "l1"] = "mass"
-
-
-PerRequest = Annotated[PooledBudget | Threshold | FastGenChoice, Field(discriminator="kind")]
 
 
 class ModelShape(StrictModel):
@@ -242,6 +150,7 @@ class Plan(StrictModel):
         repeat_ids: tokens that ask a model to repeat what it read, for a scorer that needs that.
         turn_tokens: coded tokens that every turn of a conversation keeps in each head before its
             other tokens compete with later turns.
+        recall: a tier of host memory, in every layer without a window of its own; None: no tier.
         target: one line that says what the plan was solved for.
         predicted_loss: sum over heads of the profile's loss, None for a plan written by hand.
     """
@@ -264,6 +173,7 @@ class Plan(StrictModel):
     max_position: PositiveInt
     positions: Literal["original", "relative"] = "original"
     turn_tokens: NonNegativeInt = 0
+    recall: Recall | None = None
     target: str = "by hand"
     predicted_loss: float | None = None
 
@@ -296,6 +206,29 @@ class Plan(StrictModel):
         elif self.per_request is not None and not any(head.frequent for head in heads):
             raise ValueError("per_request shares out frequent budgets, and no head has one")
         return self
+
+    @model_validator(mode="after")
+    def _recall_fits(self) -> Self:
+        if self.recall is None:
+            return self
+        kinds = {self.model.kind(layer) for layer in range(self.model.layers)}
+        reasons = {
+            "heads that are not full (a recall tier drops nothing: give every head full: true)": (
+                not all(head.full for row in self.heads for head in row)
+            ),
+            "relative positions": self.positions != "original",
+            "turn_tokens": self.turn_tokens > 0,
+            "latent layers": "latent" in kinds,
+            "layers that share keys": "shared" in kinds,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(f"recall does not go with {reason}")
+        return self
+
+    def recalls(self, layer: int) -> bool:
+        """Whether the layer has a recall tier; a layer with a window of its own needs none."""
+        return self.recall is not None and self.model.kind(layer) == "full"
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1, exclude_defaults=False) + "\n"

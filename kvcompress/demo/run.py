@@ -208,7 +208,7 @@ def _measure(
 
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: Suite) -> Example:
     """The first sample answered by plain `model.generate`, with the plan that the bundle brings."""
-    from kvcompress.evaluate.quality import cache_bytes
+    from kvcompress.evaluate.serving import cache_bytes
 
     sample = suite.samples[0]
     prompt = tokenizer(sample.context + sample.question, return_tensors="pt")

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from kvcompress.accounting import kv_bytes
+from kvcompress.evaluate.answers import Grader
 from kvcompress.evaluate.report import Answered, QualityReport, Recall, TextQuality, recall
-from kvcompress.evaluate.session import Dialogue, Session, continuation_logits, converse
+from kvcompress.evaluate.serving import cache_bytes, model_shape, serving
+from kvcompress.evaluate.session import Dialogue, Session, converse
 from kvcompress.evaluate.suite import Suite
 from kvcompress.evaluate.tasks import Sample
-from kvcompress.plan import ModelShape, Plan
+from kvcompress.evaluate.text import text_losses, window_logits
+from kvcompress.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
     from kvcompress.quant.keystats import KVParams
-
-_SPARE_TOKENS = 2  # an answer may run this far over the true one before it is cut off
-_LOGIT_ROWS = 64  # rows of the vocabulary widened at a time; float64 keeps a tiny KL above 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ def measure(
         ValueError: where context and answers are longer than the model's positions.
     """
     _check_length(model, tokenizer, suite)
-    with _serving(model, plan, params) as new_cache:
+    with serving(model, plan, params) as new_cache:
         runner = _Runner(model, tokenizer, suite, new_cache)
         held_bytes = runner.held_bytes()
         visible = runner.ask_visible()
@@ -94,7 +92,7 @@ def measure(
         text=_text_quality(suite, logits, reference.logits if reference else None),
         kv_bytes=held_bytes,
         kv_bytes_accounted=None if plan is None else kv_bytes(plan, suite.context_tokens, 1),
-        kv_bytes_bf16=_shape(model).bf16_kv_bytes(suite.context_tokens, 1),
+        kv_bytes_bf16=model_shape(model).bf16_kv_bytes(suite.context_tokens, 1),
         weights_bytes=weights_bytes(model),
     )
     return Outcome(report, tuple(visible), tuple(hidden), logits)
@@ -106,23 +104,8 @@ def weights_bytes(model: PreTrainedModel) -> int:
     return sum(tensors.values())
 
 
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of every tensor that `cache` holds; for transformers' caches their keys and values."""
-    own = getattr(cache, "nbytes", None)
-    if callable(own):
-        return int(own())
-    held = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-    return sum(tensor.nbytes for tensor in held if tensor is not None)
-
-
-def _shape(model: PreTrainedModel) -> ModelShape:
-    from kvcompress.runtime.families import shape_of
-
-    return shape_of(model.config, model.dtype)
-
-
 def _check_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: Suite) -> None:
-    shape = _shape(model)
+    shape = model_shape(model)
     windows = 0 if suite.windows is None else suite.windows.shape[1]
     longest = max([windows, *(_length(tokenizer, sample) for sample in suite.samples)])
     if longest > shape.max_position:
@@ -139,32 +122,6 @@ def _length(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> int:
     return len(tokenizer(sample.context + text, verbose=False)["input_ids"]) + 2 * len(turns)
 
 
-@contextmanager
-def _serving(
-    model: PreTrainedModel, plan: Plan | None, params: KVParams | None
-) -> Iterator[Callable[[], Cache]]:
-    """A factory of caches that `model` serves inside the block; then it is as it was."""
-    from kvcompress.runtime.hf import attach, attached, detach, new_cache
-
-    before = attached(model)
-    detach(model)
-    was_training = model.training
-    model.eval()
-    try:
-        if plan is None:
-            from transformers import DynamicCache
-
-            yield lambda: DynamicCache(config=model.config)
-        else:
-            attach(model, plan, params)
-            yield lambda: new_cache(model)
-    finally:
-        detach(model)
-        if before is not None:
-            attach(model, *before)
-        model.train(was_training)
-
-
 class _Runner:
     """The passes of one row over the suite."""
 
@@ -175,13 +132,11 @@ class _Runner:
         suite: Suite,
         new_cache: Callable[[], Cache],
     ) -> None:
-        self.model, self.tokenizer, self.suite, self.new_cache = model, tokenizer, suite, new_cache
-        pad = tokenizer.pad_token_id
-        self.pad_id: int = pad if pad is not None else (tokenizer.eos_token_id or 0)
-        self._ends: dict[int, bool] = {}
+        self.model, self.suite, self.new_cache = model, suite, new_cache
+        self.grader = Grader(tokenizer)
 
     def session(self) -> Session:
-        return Session(self.model, self.new_cache(), self.pad_id)
+        return Session(self.model, self.new_cache(), self.grader.pad_id)
 
     def held_bytes(self) -> int:
         """KV bytes after one row of `context_tokens` tokens."""
@@ -189,7 +144,7 @@ class _Runner:
         if windows is not None:
             row = windows[0, :length].tolist()
         else:  # any text of the right length
-            ids = self._encode(self.suite.samples[0].context, begin=True)
+            ids = self.grader.encode(self.suite.samples[0].context, begin=True)
             row = (ids * (length // len(ids) + 1))[:length]
         session = self.session()
         session.prefill([row])
@@ -199,7 +154,7 @@ class _Runner:
         """Each question in the prompt that is prefilled."""
         samples = self.suite.samples
         prompts = [
-            self._encode(sample.context, begin=True) + self._encode(sample.question)
+            self.grader.encode(sample.context, begin=True) + self.grader.encode(sample.question)
             for sample in samples
         ]
         found: dict[int, Answered] = {}
@@ -213,11 +168,14 @@ class _Runner:
         """Each document prefilled once, its cache then copied for every question to it."""
         samples = self.suite.samples
         found: dict[int, Answered] = {}
-        for batch in _document_batches(samples, self.suite.batch_rows):
+        numbers = [sample.document for sample in samples]
+        for batch in document_batches(numbers, self.suite.batch_rows):
             documents = sorted({samples[i].document for i in batch})
             context = {samples[i].document: samples[i].context for i in batch}
             session = self.session()
-            logits = session.prefill([self._encode(context[d], begin=True) for d in documents])
+            logits = session.prefill(
+                [self.grader.encode(context[d], begin=True) for d in documents]
+            )
             rows = [documents.index(samples[i].document) for i in batch]
             session.select(rows)
             found |= self._converse(session, logits[rows], batch, asked=False)
@@ -227,54 +185,39 @@ class _Runner:
         """Logits of every continuation behind its prefix."""
         if self.suite.windows is None:
             return None
-        parts = []
-        for windows in self.suite.windows.split(self.suite.batch_rows):
-            prefix = windows[:, : self.suite.context_tokens].tolist()
-            rest = windows[:, self.suite.context_tokens :].to(self.model.device)
-            session = self.session()
-            logits = session.prefill(prefix)
-            parts.append(continuation_logits(session, logits, rest, self.suite.feed_tokens).cpu())
-        return torch.cat(parts)
+        return window_logits(
+            self.session,
+            self.suite.windows,
+            self.suite.context_tokens,
+            feed_tokens=self.suite.feed_tokens,
+            batch_rows=self.suite.batch_rows,
+        )
 
     def _converse(
         self, session: Session, logits: Tensor, batch: Sequence[int], asked: bool
     ) -> dict[int, Answered]:
         samples = [self.suite.samples[i] for i in batch]
         dialogues = [Dialogue(self._turns(sample, asked)) for sample in samples]
-        converse(session, logits, dialogues, self._ends_answer)
+        converse(session, logits, dialogues, self.grader.ends)
         scores = map(self._score, samples, dialogues)
         return dict(zip(batch, scores, strict=True))
 
     def _turns(self, sample: Sample, asked: bool) -> list[tuple[list[int], int]]:
-        newline = self._encode("\n")
-        first = [] if asked else self._encode(sample.question)
-        turns = [(first, self._limit(sample.answer))]
+        newline = self.grader.encode("\n")
+        first = [] if asked else self.grader.encode(sample.question)
+        turns = [(first, self.grader.limit(sample.answer))]
         for question, answer in sample.follow_ups:
-            turns.append(([*newline, *self._encode(question)], self._limit(answer)))
+            turns.append(([*newline, *self.grader.encode(question)], self.grader.limit(answer)))
         return turns
 
     def _score(self, sample: Sample, dialogue: Dialogue) -> Answered:
         expected = (sample.answer, *(answer for _, answer in sample.follow_ups))
         right = sum(
-            str(self.tokenizer.decode(tokens)).split("\n")[0].strip() == answer.strip()
+            self.grader.is_right(tokens, answer)
             for tokens, answer in zip(dialogue.answers, expected, strict=True)
         )
         tokens = sum(map(len, dialogue.answers))
         return Answered(right == len(expected), right, len(expected), tokens)
-
-    def _ends_answer(self, token: int) -> bool:
-        if token not in self._ends:
-            piece = self.tokenizer.decode([token])
-            self._ends[token] = (
-                "." in piece or "\n" in piece or token == self.tokenizer.eos_token_id
-            )
-        return self._ends[token]
-
-    def _limit(self, answer: str) -> int:
-        return len(self._encode(answer)) + _SPARE_TOKENS
-
-    def _encode(self, text: str, begin: bool = False) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=begin, verbose=False)["input_ids"]
 
 
 def _even_batches(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
@@ -290,11 +233,14 @@ def _even_batches(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _document_batches(samples: Sequence[Sample], rows: int) -> Iterator[list[int]]:
-    """Sample numbers in batches of at most `rows`; only a document larger than that is split."""
+def document_batches(numbers: Sequence[int], rows: int) -> Iterator[list[int]]:
+    """Places in `numbers`, the document of each question, in batches of at most `rows`.
+
+    The questions of a document stay together, unless they are more than `rows`.
+    """
     documents: dict[int, list[int]] = {}
-    for index, sample in enumerate(samples):
-        documents.setdefault(sample.document, []).append(index)
+    for index, number in enumerate(numbers):
+        documents.setdefault(number, []).append(index)
     batch: list[int] = []
     for asked in documents.values():
         if batch and len(batch) + len(asked) > rows:
@@ -319,19 +265,14 @@ def _recall(
 def _text_quality(
     suite: Suite, logits: Tensor | None, reference: Tensor | None
 ) -> TextQuality | None:
-    """Perplexity, and KL and flips to `reference`; in slices, so that a large vocabulary fits."""
+    """Perplexity, and KL and flips to `reference`."""
     if logits is None or suite.windows is None:
         return None
-    target = suite.windows[:, suite.context_tokens :].reshape(-1)
-    rows = logits.flatten(0, 1)
-    other = rows if reference is None else reference.flatten(0, 1)
-    loss = kl = flips = 0.0
-    for part in torch.arange(len(target)).split(_LOGIT_ROWS):
-        ours, theirs = rows[part].double().log_softmax(-1), other[part].double().log_softmax(-1)
-        loss -= ours.gather(1, target[part, None]).sum().item()
-        kl += (theirs.exp() * (theirs - ours)).sum().item()
-        flips += (ours.argmax(-1) != theirs.argmax(-1)).sum().item()
-    count = len(target)
+    target = suite.windows[:, suite.context_tokens :]
+    found = text_losses(logits, reference, target)
     return TextQuality(
-        tokens=count, perplexity=math.exp(loss / count), kl_nats=kl / count, flips=flips / count
+        tokens=target.numel(),
+        perplexity=math.exp(found.loss.mean().item()),
+        kl_nats=found.kl.mean().item(),
+        flips=found.flips.mean().item(),
     )

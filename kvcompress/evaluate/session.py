@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -26,17 +26,31 @@ class Session:
         self.lengths = torch.zeros(0, dtype=torch.long)
 
     @torch.inference_mode()
-    def prefill(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Logits ``[B, vocabulary]`` behind the last token of each row."""
+    def prefill(self, rows: Sequence[Sequence[int]], chunk_tokens: int | None = None) -> Tensor:
+        """Logits ``[B, vocabulary]`` behind the last token of each row.
+
+        Args:
+            chunk_tokens: feed the prompt in parts of at most so many tokens; None feeds it at once.
+        """
         device = self.model.device
         longest = max(map(len, rows))
         pads = [longest - len(row) for row in rows]
         ids = [[self.pad_id] * pad + list(row) for pad, row in zip(pads, rows, strict=True)]
         mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
-        self.mask = torch.tensor(mask, device=device)
-        self.lengths = self.mask.sum(-1)
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        return self._forward(torch.tensor(ids, device=device), positions, keep=1)[:, -1]
+        whole = torch.tensor(mask, device=device)
+        self.lengths = whole.sum(-1)
+        positions = (whole.cumsum(-1) - 1).clamp(min=0)
+        tokens = torch.tensor(ids, device=device)
+        if chunk_tokens is not None:
+            self._tell("begin_prefill")
+        for low in range(0, longest, chunk_tokens or longest):
+            part = slice(low, low + (chunk_tokens or longest))
+            self.mask = whole[:, : part.stop]
+            logits = self._forward(tokens[:, part], positions[:, part], keep=1)
+        self._tell("finish_prompt", self.model)
+        if chunk_tokens is not None:
+            self._tell("end_prefill")
+        return logits[:, -1]
 
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
@@ -53,6 +67,12 @@ class Session:
         index = torch.tensor(list(rows), device=self.mask.device)
         self.cache.batch_select_indices(index)
         self.mask, self.lengths = self.mask[index], self.lengths[index]
+
+    def _tell(self, what: str, *values: Any) -> None:
+        """Call a method of our own caches, which transformers' lack."""
+        method = getattr(self.cache, what, None)
+        if method is not None:
+            method(*values)
 
     def _forward(self, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
         padded = not bool(self.mask.all())

@@ -79,11 +79,11 @@ def make_suite(
     cut = None
     if windows:
         length = context_tokens + continuation_tokens
-        cut = _windows(tokenizer, filler, windows, length, str(text))
+        cut = text_windows(tokenizer, filler, windows, length, str(text))
     return Suite(tuple(drawn), cut, context_tokens, seed, batch_rows=batch_rows)
 
 
-def _windows(
+def text_windows(
     tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int, where: str
 ) -> Tensor:
     """`count` windows at even distances, each behind the tokenizer's begin token if it has one."""

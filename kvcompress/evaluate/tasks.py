@@ -58,12 +58,12 @@ class Sample:
     follow_ups: tuple[tuple[str, str], ...] = ()
 
 
-def recall_notes(rng: random.Random, count: int, max_words: int) -> list[Note]:
-    """`count` notes with distinct second key words and 1 to `max_words` words to recall each."""
+def recall_notes(rng: random.Random, count: int, max_words: int, min_words: int = 1) -> list[Note]:
+    """`count` notes with distinct second key words, `min_words` to `max_words` to recall each."""
     notes = []
     for noun in rng.sample(NOUNS, count):
         key = f"{rng.choice(ADJECTIVES)} {noun}"
-        values = " ".join(rng.choices(VALUE_WORDS, k=rng.randint(1, max_words)))
+        values = " ".join(rng.choices(VALUE_WORDS, k=rng.randint(min_words, max_words)))
         notes.append(Note(f"Note: {key} {values}.\n", f"Ask: {key}", f" {values}."))
     return notes
 

@@ -1,0 +1,155 @@
+"""`kvcompress league`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvcompress.cli.common import JsonOption, console, emit, progress
+
+if TYPE_CHECKING:
+    from kvcompress.league.result import League
+
+POINTS = "1/2,1/4,1/8,1/16,1/40"
+
+
+def command(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or hub name of a causal model.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Directory for results and everything kept.")
+    ] = Path("runs/league"),
+    recipes: Annotated[Path, typer.Option(help="Folder of recipes.")] = Path("recipes"),
+    points: Annotated[
+        str, typer.Option(help="Shares of the bf16 KV bytes, with commas between.")
+    ] = POINTS,
+    workloads: Annotated[
+        str, typer.Option(help="Names of workloads with commas between; all of them by default.")
+    ] = "",
+    only: Annotated[
+        str, typer.Option(help="Names or roles of entries; the reference is always there.")
+    ] = "",
+    samples: Annotated[int, typer.Option(min=1, help="Scored samples per workload.")] = 24,
+    context: Annotated[int, typer.Option(min=64, help="Tokens of each document.")] = 960,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    storage: Annotated[
+        str,
+        typer.Option(help="int8 or int4 in place of an evictor's 16 bits, or recipe to leave it."),
+    ] = "int8",
+    profile: Annotated[
+        Path | None, typer.Option(help="Finished profile, used where its settings fit.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, each with a model.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    machine: Annotated[str, typer.Option(help="The machine in words, for the page.")] = "",
+    any_code: Annotated[
+        bool, typer.Option(help="Keep cells that other code of this package measured.")
+    ] = False,
+    render: Annotated[
+        Path | None, typer.Option(help="Only write the pages of this league.json again.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Page to write; pictures go to a folder beside it.")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Measure every recipe at equal bytes on every workload, and say who wins.
+
+    Stopped with Ctrl-C, the same command goes on where it was. Examples:
+
+        kvcompress league kvcompress/demo/model -o runs/league --jobs 2
+
+        kvcompress league --render runs/league/league.json --page docs/league.md
+    """
+    from kvcompress.league.result import LeagueError
+    from kvcompress.league.run import LEAGUE_FILE, Hall, Setup, failures, machine_words, run_league
+
+    if render is not None:
+        from kvcompress.league.result import League
+
+        _write(League.load(render), page or render.with_suffix(".md"), json_)
+        return
+    if model is None:
+        raise LeagueError("no model: give a model directory, or --render with a league.json")
+    from kvcompress.league.entries import STORAGES, choose, make_entries, read_recipes
+    from kvcompress.league.pages import check_plots
+
+    if storage not in STORAGES:
+        raise LeagueError(f"--storage {storage}: choose one of {', '.join(STORAGES)}")
+    check_plots()
+    entries, skipped = make_entries(read_recipes(recipes), storage)
+    setup = Setup(
+        model=model,
+        device=device,
+        out=out,
+        workloads=_workloads(workloads),
+        samples=samples,
+        context_tokens=context,
+        seed=seed,
+        given=profile,
+        any_code=any_code,
+    )
+    hall = Hall(
+        setup,
+        choose(entries, _words(only)),
+        skipped,
+        _points(points),
+        storage,
+        machine or machine_words(device),
+        save=lambda league: league.save(out / LEAGUE_FILE),
+    )
+    screen = console()
+    league = run_league(hall, jobs, note=screen.print, bar=progress)
+    _write(league, page or out / "league.md", json_, out / LEAGUE_FILE)
+    wrong = failures(league)
+    for cell in wrong:
+        screen.print(f"failed: {cell.entry} at {cell.point} on {cell.workload}: {cell.error}")
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _write(league: League, page: Path, json_: bool, data: Path | None = None) -> None:
+    from kvcompress.league.pages import write_pages
+    from kvcompress.league.verdicts import judge
+
+    verdicts = judge(league)
+    if data is not None:
+        league.save(data, verdicts=verdicts.model_dump(mode="json"))
+    write_pages(league, verdicts, page)
+    console().print(f"page written to {page}")
+    if json_:
+        emit({"league": league, "verdicts": verdicts}, json_)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _workloads(text: str) -> tuple[str, ...]:
+    from kvcompress.evaluate.workloads import WORKLOADS
+    from kvcompress.league.result import LeagueError
+
+    names = _words(text) or list(WORKLOADS)
+    wrong = sorted(set(names) - set(WORKLOADS))
+    if wrong:
+        known = ", ".join(WORKLOADS)
+        raise LeagueError(f"--workloads {', '.join(wrong)}: choose from {known}")
+    return tuple(name for name in WORKLOADS if name in names)
+
+
+def _points(text: str) -> tuple[float, ...]:
+    """Shares like ``1/8`` or ``0.125``, the largest first."""
+    from fractions import Fraction
+
+    from kvcompress.league.result import LeagueError
+
+    try:
+        shares = {float(Fraction(word)) for word in _words(text)}
+    except (ValueError, ZeroDivisionError):
+        shares = set()
+    if not shares or min(shares) <= 0 or max(shares) > 1:
+        raise LeagueError(f"--points {text}: give shares above 0 and up to 1, like {POINTS}")
+    return tuple(sorted(shares, reverse=True))

@@ -1,0 +1,59 @@
+"""What every measurement needs of a model: caches that it serves, their bytes, its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from kvcompress.plan import ModelShape, Plan
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+    from kvcompress.quant.keystats import KVParams
+
+
+@contextmanager
+def serving(
+    model: PreTrainedModel, plan: Plan | None, params: KVParams | None
+) -> Iterator[Callable[[], Cache]]:
+    """A factory of caches that `model` serves inside the block; then it is as it was.
+
+    Args:
+        plan: None for transformers' DynamicCache.
+    """
+    from kvcompress.runtime.hf import attach, attached, detach, new_cache
+
+    before = attached(model)
+    detach(model)
+    was_training = model.training
+    model.eval()
+    try:
+        if plan is None:
+            from transformers import DynamicCache
+
+            yield lambda: DynamicCache(config=model.config)
+        else:
+            attach(model, plan, params)
+            yield lambda: new_cache(model)
+    finally:
+        detach(model)
+        if before is not None:
+            attach(model, *before)
+        model.train(was_training)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of every tensor that `cache` holds; for transformers' caches their keys and values."""
+    own = getattr(cache, "nbytes", None)
+    if callable(own):
+        return int(own())
+    held = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    from kvcompress.runtime.families import shape_of
+
+    return shape_of(model.config, model.dtype)

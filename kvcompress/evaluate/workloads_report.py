@@ -1,0 +1,81 @@
+"""The outcome of one workload as a value, with bootstrap intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from kvcompress.evaluate.report import Interval, bootstrap
+from kvcompress.plan import StrictModel
+
+
+class WorkloadOutcome(StrictModel):
+    """How one way to hold the cache did on one workload. Tuples are in the order of the suite.
+
+    Attributes:
+        target: what the plan was solved for; None for the reference, transformers' DynamicCache.
+        hits: per sample the share of its questions answered word for word.
+        output_tokens: per sample the tokens generated for all its questions, stop included.
+        kl_nats: per text window the mean KL(reference || this) per token, 0 for the reference;
+            None where the workload has no windows, as the next two.
+        perplexity: per text window.
+        flips: per text window the share of tokens whose likeliest prediction is another one than
+            the reference's.
+        kv_bytes: measured over the cache's tensors when the first question comes, so after what
+            was generated in `long_generation` and after the prompt elsewhere; mean over rows. The
+            reference also holds the few pads of shorter rows.
+        kv_bytes_bf16: an uncompressed 16-bit cache of the same rows.
+    """
+
+    schema_version: Literal[1] = 1
+    workload: str
+    target: str | None
+    context_tokens: int
+    seed: int
+    hits: tuple[float, ...]
+    output_tokens: tuple[int, ...]
+    kl_nats: tuple[float, ...] | None = None
+    perplexity: tuple[float, ...] | None = None
+    flips: tuple[float, ...] | None = None
+    kv_bytes: int
+    kv_bytes_bf16: int
+
+    @property
+    def score(self) -> float:
+        """Mean of `hits`."""
+        return sum(self.hits) / len(self.hits)
+
+    @property
+    def kv_ratio(self) -> float:
+        """Measured bytes as a share of the 16-bit cache."""
+        return self.kv_bytes / self.kv_bytes_bf16
+
+    @property
+    def mean_perplexity(self) -> float | None:
+        """Of all windows together, which are equally long: the geometric mean."""
+        if self.perplexity is None:
+            return None
+        return math.exp(sum(map(math.log, self.perplexity)) / len(self.perplexity))
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
+    """Mean and its 95 % bootstrap interval over samples.
+
+    Raises:
+        ValueError: for no values.
+    """
+    if not values:
+        raise ValueError("no samples to score: ask for at least one")
+    return bootstrap(values, seed)
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
+    """Mean of `ours` minus `theirs` and its 95 % bootstrap interval, resampling pairs.
+
+    Raises:
+        ValueError: for no pairs, or another number of samples on one side.
+    """
+    if len(ours) != len(theirs):
+        raise ValueError(f"{len(ours)} samples against {len(theirs)}: pair outcomes of one suite")
+    return interval([a - b for a, b in zip(ours, theirs, strict=True)], seed)

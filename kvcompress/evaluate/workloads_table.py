@@ -1,0 +1,150 @@
+"""Workloads side by side: each way to hold the cache beside the reference, paired per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from kvcompress.evaluate.compare import Row
+from kvcompress.evaluate.report import Interval
+from kvcompress.evaluate.workloads import WORKLOADS, WorkloadSuite
+from kvcompress.evaluate.workloads_report import WorkloadOutcome, interval, paired
+from kvcompress.plan import StrictModel
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class WorkloadRow(StrictModel):
+    """One outcome beside the reference's.
+
+    Attributes:
+        score, score_interval: mean of the hits and its 95 % interval.
+        difference, difference_interval: to the reference, paired per sample; None for itself.
+    """
+
+    name: str
+    outcome: WorkloadOutcome
+    score: float
+    score_interval: Interval
+    difference: float | None = None
+    difference_interval: Interval | None = None
+
+
+def compare_workloads(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    suites: Sequence[WorkloadSuite],
+    rows: Sequence[Row],
+    finished: Callable[[int], None] = lambda count: None,
+    batch_rows: int = 16,
+) -> Iterator[WorkloadRow]:
+    """Per suite the reference, then each of `rows`, as they are done.
+
+    Args:
+        finished: told the number of outcomes that are done.
+    """
+    from kvcompress.evaluate.workloads_run import reference_logits, run_workload
+
+    count = 0
+    for suite in suites:
+        logits = reference_logits(model, tokenizer, suite, batch_rows=batch_rows)
+        reference = run_workload(model, tokenizer, suite, batch_rows=batch_rows, reference=logits)
+        finished(count := count + 1)
+        yield beside("reference", reference)
+        for row in rows:
+            outcome = run_workload(
+                model,
+                tokenizer,
+                suite,
+                row.plan,
+                row.params,
+                batch_rows=batch_rows,
+                reference=logits,
+            )
+            finished(count := count + 1)
+            yield beside(row.name, outcome, reference)
+
+
+def beside(
+    name: str, outcome: WorkloadOutcome, reference: WorkloadOutcome | None = None
+) -> WorkloadRow:
+    """An outcome with its intervals."""
+    score, score_interval = interval(outcome.hits, outcome.seed)
+    difference: float | None = None
+    difference_interval: Interval | None = None
+    if reference is not None:
+        difference, difference_interval = paired(outcome.hits, reference.hits, outcome.seed)
+    return WorkloadRow(
+        name=name,
+        outcome=outcome,
+        score=score,
+        score_interval=score_interval,
+        difference=difference,
+        difference_interval=difference_interval,
+    )
+
+
+def workload_table(rows: Sequence[WorkloadRow]) -> Table:
+    """One line per row, under the name of its workload; columns that no row fills are left out."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    cells = [_cells(row) for row in rows]
+    headings = [name for name in cells[0] if any(line[name] is not None for line in cells)]
+    table = Table(
+        caption=_caption(rows), caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for heading in headings:
+        left = heading == "cache"
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    before = None
+    for row, line in zip(rows, cells, strict=True):
+        workload = row.outcome.workload
+        if workload != before:
+            table.add_row(f"{WORKLOADS[workload].axis} {workload}")
+        table.add_row(*("-" if line[heading] is None else line[heading] for heading in headings))
+        before = workload
+    return table
+
+
+def _cells(row: WorkloadRow) -> dict[str, str | None]:
+    found = row.outcome
+    perplexity = found.mean_perplexity
+    return {
+        "cache": f"  {row.name}",
+        "of bf16": f"{found.kv_ratio:.3f}",
+        "right": f"{100 * row.score:.1f}",
+        "95 %": _range(row.score_interval),
+        "difference": None if row.difference is None else f"{100 * row.difference:+.1f}",
+        "95 % ": _range(row.difference_interval, "+"),
+        "tokens": f"{fmean(found.output_tokens):.1f}",
+        "KL": None if found.kl_nats is None else f"{fmean(found.kl_nats):.4f}",
+        "ppl": None if perplexity is None else f"{perplexity:.2f}",
+        "flips": None if found.flips is None else f"{100 * fmean(found.flips):.1f}",
+    }
+
+
+def _range(found: Interval | None, sign: str = "") -> str | None:
+    if found is None:
+        return None
+    low, high = (f"{100 * end:{sign}.0f}" for end in found)
+    return f"{low}…{high}" if sign else f"{low}-{high}"
+
+
+def _caption(rows: Sequence[WorkloadRow]) -> str:
+    outcomes = {row.outcome.workload: row.outcome for row in rows}
+    lines = [
+        f"{WORKLOADS[name].axis} {name}: {WORKLOADS[name].summary}; {found.context_tokens} tokens, "
+        f"{len(found.hits)} samples."
+        for name, found in outcomes.items()
+    ]
+    lines += [
+        "right: per cent of the answers, word for word; difference: to the reference, paired per",
+        "sample; each with its 95 % bootstrap interval. tokens: generated per sample. of bf16: KV",
+        "bytes held when the first question comes, as a share of the 16-bit cache. KL in nats per",
+        "token, flips in per cent to the reference, perplexity: text behind a compressed prefix.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The league: every recipe at equal measured bytes on every workload, and what follows from it."""

@@ -1,0 +1,40 @@
+"""The dials of plans that decide anew for each request: their bytes are known once measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+from kvcompress.plan import Plan
+
+CAP_ROOM: Final = 2.0  # a threshold's hard cap, over the target: heads may differ that much
+_SLOPE: Final = 2.0
+
+
+def request_dial(plan: Plan) -> Callable[[float], Plan] | None:
+    """The plan at a value in (0, 1), more bytes at larger ones; None for a plan without a dial.
+
+    FastGen's choice turns its recovery. A threshold moves by factors where it is positive, as for
+    shares of attention, and by differences elsewhere, as for logarithms.
+    """
+    rule: Any = getattr(plan, "per_request", None)
+    kind = getattr(rule, "kind", None)
+    if kind == "fastgen":
+        return lambda value: _with(plan, rule, "recovery", value)
+    if kind == "threshold":
+        return lambda value: _with(plan, rule, "at_least", _moved(rule.at_least, value))
+    return None
+
+
+def is_threshold(plan: Plan) -> bool:
+    return getattr(getattr(plan, "per_request", None), "kind", None) == "threshold"
+
+
+def _with(plan: Plan, rule: Any, name: str, value: float) -> Plan:
+    return plan.model_copy(update={"per_request": rule.model_copy(update={name: value})})
+
+
+def _moved(at_least: float, value: float) -> float:
+    step = _SLOPE * math.log(value / (1 - value))
+    return at_least * math.exp(-step) if at_least > 0 else at_least - step

@@ -1,0 +1,280 @@
+"""What one process of the league does: profiles, plans at byte targets, and cells."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+from kvcompress.league.cells import CellStore, Measured, cell_key, code_hash, file_hash, suite_hash
+from kvcompress.league.entries import Entry
+from kvcompress.league.profiles import Profiles
+from kvcompress.league.tune import Bench, Placed, place
+from kvcompress.plan import ModelShape, Plan
+from kvcompress.recipe import Calibration, Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvcompress.evaluate.workloads import WorkloadSuite
+    from kvcompress.evaluate.workloads_report import WorkloadOutcome
+
+WINDOW_TOKENS: Final = 32  # a run of so many tokens that two texts share is no accident
+_TUNING: Final = Calibration(prompts=3, seed=1)  # prompts whose bytes are measured while tuning
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What every process of one league needs to know.
+
+    Attributes:
+        given: a finished profile to use where it fits.
+        fewer: further arguments of `make_workloads`, for documents of another make.
+        any_code: accept cells that other code of this package measured.
+    """
+
+    model: str
+    device: str
+    out: Path
+    workloads: tuple[str, ...]
+    samples: int
+    context_tokens: int
+    seed: int
+    given: Path | None = None
+    any_code: bool = False
+    fewer: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FactsTask:
+    """Say what the conditions of the league are; `recipes` name the calibration data."""
+
+    recipes: tuple[Recipe, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What only a process with the model knows; see `result.Conditions`."""
+
+    shape: ModelShape
+    weights_hash: str
+    device: str
+    dtype: str
+    lengths: dict[str, int]
+    shared_windows: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileTask:
+    """Take the profile that `recipe` is solved from."""
+
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceTask:
+    """Find the plan of an entry at a byte target."""
+
+    entry: Entry
+    point: float
+    length_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CellTask:
+    """Measure a plan, None for the reference, on a workload."""
+
+    workload: str
+    placed: Placed | None
+
+
+Task = FactsTask | ProfileTask | PlaceTask | CellTask
+
+
+@final
+class Worker:
+    """The model, loaded once, with everything that is made from it once."""
+
+    def __init__(self, setup: Setup) -> None:
+        from kvcompress.profile.source import load_source
+
+        self.setup = setup
+        self.model, self.tokenizer = load_source(setup.model, setup.device)
+        folder = setup.out / "profiles"
+        self.profiles = Profiles(self.model, self.tokenizer, folder, setup.given)
+        self.store = CellStore(setup.out / "cells", setup.any_code)
+        self._suites: dict[str, tuple[WorkloadSuite, str]] = {}
+        self._logits: dict[str, Tensor | None] = {}
+        self._prompts: dict[int, list[list[int]]] = {}
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        from kvcompress.runtime.families import shape_of
+
+        return shape_of(self.model.config, self.model.dtype)
+
+    @cached_property
+    def weights(self) -> str:
+        from kvcompress.profile.source import weights_hash
+
+        return weights_hash(self.model)
+
+    @cached_property
+    def _params_hash(self) -> str:
+        return file_hash(self.profiles.params_path())
+
+    @cached_property
+    def _params(self) -> Any:
+        from kvcompress.quant.keystats import KVParams
+
+        return KVParams.load(self.profiles.params_path())
+
+    def suite(self, workload: str) -> tuple[WorkloadSuite, str]:
+        """The workload's suite and its hash."""
+        from kvcompress.evaluate.workloads import make_workloads
+
+        if workload not in self._suites:
+            (suite,) = make_workloads(
+                self.tokenizer,
+                names=(workload,),
+                samples=self.setup.samples,
+                context_tokens=self.setup.context_tokens,
+                max_position=self.shape.max_position,
+                seed=self.setup.seed,
+                **dict(self.setup.fewer),
+            )
+            self._suites[workload] = (suite, suite_hash(suite))
+        return self._suites[workload]
+
+    def do(self, task: Task) -> Any:
+        """`Facts`, None, a `Placed` or a `Measured`, by the kind of task."""
+        if isinstance(task, FactsTask):
+            return self.facts(task)
+        if isinstance(task, ProfileTask):
+            self.profiles.of(task.recipe)
+            return None
+        return self.place(task) if isinstance(task, PlaceTask) else self.measure(task)
+
+    def facts(self, task: FactsTask) -> Facts:
+        from kvcompress.profile.calibration import load_prompts
+
+        suites = [self.suite(name)[0] for name in self.setup.workloads]
+        calibrations = {json.dumps(r.calibration.model_dump()): r for r in task.recipes}
+        prompts = [
+            prompt
+            for recipe in calibrations.values()
+            for prompt in load_prompts(recipe.calibration, self.tokenizer)
+        ]
+        return Facts(
+            shape=self.shape,
+            weights_hash=self.weights,
+            device=self.model.device.type,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            lengths={suite.workload: suite.context_tokens for suite in suites},
+            shared_windows=shared_windows(prompts, suites),
+        )
+
+    def place(self, task: PlaceTask) -> Placed:
+        """The entry's plan; plans that had to be measured are kept on disk.
+
+        Raises:
+            PlanError: if the entry has no plan so small.
+        """
+        name = self._place_name(task)
+        path = self.setup.out / "plans" / f"{name}.json"
+        if path.is_file():
+            return Placed.model_validate_json(path.read_text(encoding="utf-8"))
+        bench = Bench(
+            self.shape, self.profiles.solve, self.profiles.solve_bits_only, self._row_bytes
+        )
+        placed = place(bench, task.entry, task.point, task.length_tokens)
+        if placed.measured:
+            from kvcompress.profile.store import write_atomically
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, placed.model_dump_json() + "\n")
+        return placed
+
+    def measure(self, task: CellTask) -> Measured:
+        """The outcome, from disk where it is there."""
+        suite, suite_name = self.suite(task.workload)
+        plan = None if task.placed is None else task.placed.plan
+        params_hash = "" if plan is None else self._params_hash
+        json_ = None if plan is None else _nameless(plan).to_json()
+        key = cell_key(json_, params_hash, suite_name, self.weights)
+        found = self.store.load(key)
+        if found is None:
+            begin = time.perf_counter()
+            outcome = self._run(suite, plan)
+            seconds = round(time.perf_counter() - begin, 2)
+            found = Measured(key=key, code=code_hash(), seconds=seconds, outcome=outcome)
+            self.store.save(found)
+        return found
+
+    def _run(self, suite: WorkloadSuite, plan: Plan | None) -> WorkloadOutcome:
+        from kvcompress.evaluate.workloads_run import reference_logits, run_workload
+
+        if plan is None:
+            return run_workload(self.model, self.tokenizer, suite)
+        if suite.workload not in self._logits:
+            logits = reference_logits(self.model, self.tokenizer, suite)
+            self._logits[suite.workload] = logits
+        reference = self._logits[suite.workload]
+        return run_workload(
+            self.model, self.tokenizer, suite, plan, self._params, reference=reference
+        )
+
+    def _row_bytes(self, plan: Plan, length_tokens: int) -> int:
+        """Mean bytes of a row after a calibration prompt of `length_tokens`."""
+        import warnings
+
+        from kvcompress.errors import PositionRangeWarning
+        from kvcompress.evaluate.serving import cache_bytes, serving
+        from kvcompress.evaluate.session import Session
+        from kvcompress.profile.calibration import load_prompts
+
+        if length_tokens not in self._prompts:
+            wanted = _TUNING.model_copy(update={"tokens": length_tokens})
+            self._prompts[length_tokens] = load_prompts(wanted, self.tokenizer)
+        rows = self._prompts[length_tokens]
+        limit = self.shape.max_position
+        chunk = None if length_tokens <= limit else max(1, limit // 2)
+        with warnings.catch_warnings(), serving(self.model, plan, self._params) as new_cache:
+            warnings.simplefilter("ignore", PositionRangeWarning)
+            session = Session(self.model, new_cache(), rows[0][0])
+            session.prefill(rows, chunk)
+            return round(cache_bytes(session.cache) / len(rows))
+
+    def _place_name(self, task: PlaceTask) -> str:
+        told = (
+            task.entry.model_dump_json(exclude={"description", "same_as"}),
+            f"{task.point:.9g} {task.length_tokens} {self.weights} {code_hash()}",
+        )
+        return hashlib.sha256(" ".join(told).encode()).hexdigest()[:32]
+
+
+def _nameless(plan: Plan) -> Plan:
+    """`plan` without what it is called, so that equal plans of two entries are measured once."""
+    return plan.model_copy(update={"target": "league", "predicted_loss": None})
+
+
+def shared_windows(prompts: Iterable[Sequence[int]], suites: Iterable[WorkloadSuite]) -> int:
+    """Runs of `WINDOW_TOKENS` tokens of the suites' texts that also stand in one of `prompts`."""
+    known = {window for prompt in prompts for window in _windows(prompt)}
+    found: set[tuple[int, ...]] = set()
+    for suite in suites:
+        texts = [(*document.prompt, *document.generated) for document in suite.documents]
+        if suite.windows is not None:
+            texts += [tuple(row) for row in suite.windows.tolist()]
+        found |= {window for text in texts for window in _windows(text)} & known
+    return len(found)
+
+
+def _windows(ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    for start in range(len(ids) - WINDOW_TOKENS + 1):
+        yield tuple(ids[start : start + WINDOW_TOKENS])
