@@ -7,14 +7,21 @@ One layer of the cache holds, for `batch` rows:
             (int32), and for heads that rank a score (float32), also one for each recent token
   index     20 bytes per (row, head): where its segment lies, and its local window
 Capacities grow in blocks, so bytes move in steps while tokens are generated.
+
+A layer with a recall tier holds, for the same rows, the exact tokens, a window of whole blocks of
+codes and the digests of the blocks on the host; the host's blocks are counted apart. A batch is a
+rectangle there: its longest row sets the size of all.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
-from kvcompress.plan import HeadPlan, KVDtype, ModelShape, Plan
+from kvcompress.errors import PlanError
+from kvcompress.plan import Budget, HeadPlan, KVDtype, ModelShape, Plan, Recall
 from kvcompress.quant.codec import value_groups
 
 GROW_TOKENS: Final = 32
@@ -22,6 +29,7 @@ POSITION_BYTES: Final = 4
 SCORE_BYTES: Final = 4
 FLAG_BYTES: Final = 1
 INDEX_BYTES: Final = 20
+GROW_BLOCKS: Final = 8
 
 
 def round_up(value: int, step: int) -> int:
@@ -114,10 +122,18 @@ def row_head_bytes(
     budget_length: int,
     class_tokens: int,
     spans: Sequence[range] = (),
+    chosen: HeadPlan | None = None,
 ) -> int:
-    """Bytes of one (row, head); arguments as for `capacity_tokens`."""
+    """Bytes of one (row, head); arguments as for `capacity_tokens`.
+
+    Args:
+        head: as the plan has it, which decides how a slot is stored.
+        chosen: what the plan's rule made of it for the row; None: `head`.
+    """
     exact = sinks_of(plan, layer) + plan.recent_tokens
-    capacity = capacity_tokens(plan, layer, head, seen_tokens, budget_length, class_tokens, spans)
+    capacity = capacity_tokens(
+        plan, layer, chosen or head, seen_tokens, budget_length, class_tokens, spans
+    )
     vector = (plan.model.head_dim + plan.model.v_dim) * plan.model.model_dtype_bytes
     scores = SCORE_BYTES * plan.recent_tokens if keeps_scores(head) else 0
     return capacity * slot_bytes(head, plan.model) + exact * vector + scores + INDEX_BYTES
@@ -129,6 +145,8 @@ def head_plan_bytes(plan: Plan, layer: int, head: HeadPlan, context_tokens: int,
     Class tokens are expected from the plan's `special_share` and `punct_share`; everything else is
     exact.
     """
+    if plan.recalls(layer):
+        return recall_head_bytes(plan, layer, head, [context_tokens] * batch)
     share = plan.special_share * head.special + plan.punct_share * head.punct
     exact = sinks_of(plan, layer) + plan.recent_tokens
     classes = round(share * max(0, context_tokens - exact))
@@ -142,7 +160,7 @@ def head_bytes(plan: Plan, layer: int, head: int, context_tokens: int, batch: in
 
 def layer_shared_bytes(plan: Plan, layer: int, batch: int) -> int:
     """What the heads of a layer share: positions and flags of the exact slots, row starts."""
-    if not plan.heads[layer]:
+    if not plan.heads[layer] or plan.recalls(layer):
         return 0
     exact = sinks_of(plan, layer) + plan.recent_tokens
     flags = FLAG_BYTES if any(map(keeps_classes, plan.heads[layer])) else 0
@@ -172,6 +190,7 @@ def cache_bytes(
     seen_tokens: list[int],
     prompt_tokens: list[int],
     spans: Sequence[Sequence[range]] | None = None,
+    chosen: Sequence[Sequence[Sequence[HeadPlan]]] | None = None,
 ) -> int:
     """Bytes of a cache whose rows have these real lengths now and had those when the prompt ended.
 
@@ -179,13 +198,158 @@ def cache_bytes(
 
     Args:
         spans: protected tokens of each row.
+        chosen: ``[layer][row]`` heads as a rule for each request chose them, see
+            `CompressedCache.chosen_heads`; None: the plan's.
     """
-    total = 0
-    rows = spans or [()] * len(seen_tokens)
-    for seen, prompt, protected in zip(seen_tokens, prompt_tokens, rows, strict=True):
+    total = sum(
+        recall_head_bytes(plan, layer, head, seen_tokens, prompt_tokens)
+        for layer, heads in enumerate(plan.heads)
+        if plan.recalls(layer)
+        for head in heads
+    )
+    protected = spans or [()] * len(seen_tokens)
+    for row, (seen, prompt) in enumerate(zip(seen_tokens, prompt_tokens, strict=True)):
         for layer, heads in enumerate(plan.heads):
+            if plan.recalls(layer):
+                continue
             total += layer_shared_bytes(plan, layer, 1)
+            own = heads if chosen is None else chosen[layer][row]
             total += sum(
-                row_head_bytes(plan, layer, head, seen, prompt, 0, protected) for head in heads
+                row_head_bytes(plan, layer, head, seen, prompt, 0, protected[row], now)
+                for head, now in zip(heads, own, strict=True)
             )
     return total
+
+
+# ---- the recall tier
+@dataclass(frozen=True, slots=True)
+class RecallBlocks:
+    """Blocks of each row in a layer with a recall tier.
+
+    Attributes:
+        window: that the device may hold.
+        used: of them in use, the newest one perhaps in part.
+        host: on the host.
+    """
+
+    window: list[int]
+    used: list[int]
+    host: list[int]
+
+    @property
+    def allocated(self) -> int:
+        """Of each row on the device."""
+        return max(self.used)
+
+    @property
+    def digests(self) -> int:
+        """Blocks for whose digests each row has room."""
+        return round_up(max(self.host), GROW_BLOCKS)
+
+
+def recall_blocks(
+    recall: Recall, exact_tokens: int, seen_tokens: Sequence[int], prompt_tokens: Sequence[int]
+) -> RecallBlocks:
+    """Blocks of rows that have these real lengths now and had those when the prompt ended."""
+    found = RecallBlocks([], [], [])
+    for seen, prompt in zip(seen_tokens, prompt_tokens, strict=True):
+        coded = max(0, seen - exact_tokens)
+        window = recall.window_blocks(prompt, exact_tokens)
+        host = recall.host_blocks(coded, window)
+        found.window.append(window)
+        found.host.append(host)
+        found.used.append(-(-coded // recall.block_tokens) - host)
+    return found
+
+
+def recall_block_bytes(plan: Plan, head: HeadPlan) -> int:
+    """One block of codes of one KV head; its position follows from its number."""
+    assert plan.recall is not None
+    return plan.recall.block_tokens * (slot_bytes(head, plan.model) - POSITION_BYTES)
+
+
+def recall_head_bytes(
+    plan: Plan,
+    layer: int,
+    head: HeadPlan,
+    seen_tokens: Sequence[int],
+    prompt_tokens: Sequence[int] | None = None,
+) -> int:
+    """Bytes on the device of one KV head of all rows."""
+    shape, recall = plan.model, plan.recall
+    assert recall is not None
+    exact = sinks_of(plan, layer) + plan.recent_tokens
+    blocks = recall_blocks(recall, exact, seen_tokens, prompt_tokens or seen_tokens)
+    vectors = 2 if recall.digest == "minmax" else 1
+    row = exact * (shape.head_dim + shape.v_dim) * shape.model_dtype_bytes
+    row += blocks.allocated * recall_block_bytes(plan, head)
+    row += blocks.digests * vectors * shape.head_dim * shape.model_dtype_bytes
+    return len(seen_tokens) * row
+
+
+def host_slots(blocks: int) -> int:
+    """Blocks for which the host has room, given those it holds: at most an eighth more, or 7."""
+    return round_up(blocks, max(GROW_BLOCKS, 2 ** max(0, blocks.bit_length() - 4)))
+
+
+def host_bytes(
+    plan: Plan, seen_tokens: Sequence[int], prompt_tokens: Sequence[int] | None = None
+) -> int:
+    """Bytes of host memory of the recall tier; rows that were copied share theirs."""
+    total = 0
+    for layer, heads in enumerate(plan.heads):
+        if plan.recall is None or not plan.recalls(layer):
+            continue
+        exact = sinks_of(plan, layer) + plan.recent_tokens
+        blocks = recall_blocks(plan.recall, exact, seen_tokens, prompt_tokens or seen_tokens)
+        total += host_slots(sum(blocks.host)) * sum(recall_block_bytes(plan, h) for h in heads)
+    return total
+
+
+def recalled_bytes(plan: Plan, context_tokens: int, batch: int) -> int:
+    """Bytes that a decode step brings back in the layer where they are most; freed after it."""
+    most = 0
+    for layer, heads in enumerate(plan.heads):
+        if plan.recall is None or not plan.recalls(layer):
+            continue
+        exact = sinks_of(plan, layer) + plan.recent_tokens
+        host = recall_blocks(plan.recall, exact, [context_tokens], [context_tokens]).host[0]
+        brought = min(host, plan.recall.recall_blocks)
+        most = max(most, batch * brought * sum(recall_block_bytes(plan, h) for h in heads))
+    return most
+
+
+def recall_within(plan: Plan, memory_bytes: int, context_tokens: int, batch: int) -> Plan:
+    """The plan with the largest resident part that leaves a decode step within `memory_bytes`.
+
+    Counted are the resident part at `context_tokens` and the blocks that one layer brings back.
+
+    Raises:
+        PlanError: for a plan without a recall tier, or naming the bytes that the smallest lacks.
+    """
+    recall = plan.recall
+    if recall is None:
+        raise PlanError("the plan has no recall tier; set its recall first")
+    exact = plan.sink_tokens + plan.recent_tokens
+
+    def with_window(blocks: int) -> Plan:
+        resident = Budget(tokens=exact + blocks * recall.block_tokens)
+        return plan.model_copy(update={"recall": recall.model_copy(update={"resident": resident})})
+
+    def held(blocks: int) -> int:
+        tried = with_window(blocks)
+        return kv_bytes(tried, context_tokens, batch) + recalled_bytes(tried, context_tokens, batch)
+
+    # digests come and go GROW_BLOCKS at a time: bytes rise from one such step to the next
+    most = max(1, -(-(context_tokens - exact) // recall.block_tokens))
+    steps = range(1, most + 1, GROW_BLOCKS)
+    first = steps[max(0, bisect_right(steps, memory_bytes, key=held) - 1)]
+    fitting = [w for w in range(first, first + 2 * GROW_BLOCKS) if held(w) <= memory_bytes]
+    if fitting:
+        return with_window(min(most, fitting[-1]))
+    least = min(map(held, range(1, 1 + GROW_BLOCKS)))
+    raise PlanError(
+        f"{memory_bytes} bytes are {least - memory_bytes} too few for a recall tier at "
+        f"{context_tokens} tokens, batch {batch}: the smallest needs {least}; give more, recall "
+        "fewer blocks, or use smaller blocks or the mean digest"
+    )

@@ -35,6 +35,7 @@ KVDtype = Literal["model", "fp8", "int8", "int4"]
 LayerKind = Literal["full", "sliding", "chunked", "latent", "shared", "linear", "none"]
 HOLDS_KV: Final = frozenset({"full", "sliding", "chunked", "latent"})
 ScorerName = Annotated[str, AfterValidator(known_scorer)]
+DigestName = Literal["minmax", "mean"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
@@ -160,6 +161,40 @@ class FastGenChoice(StrictModel):
 PerRequest = Annotated[PooledBudget | Threshold | FastGenChoice, Field(discriminator="kind")]
 
 
+class Recall(StrictModel):
+    """Tokens that leave the device go to host memory, and their best blocks come back for a step.
+
+    A row keeps its sinks, its recent tokens and a window of coded tokens on the device. Older
+    coded tokens lie on the host in blocks; a digest of each block and KV head stays on the device.
+
+    Attributes:
+        resident: tokens of a row on the device, sinks and recent ones included; rounded down to
+            whole blocks of coded tokens, of which at least one stays.
+        recall_blocks: blocks that each query row brings back for each KV head.
+        block_tokens: tokens of a block, a multiple of 16.
+        digest: what ranks the blocks: ``minmax`` holds the smallest and the largest key of each
+            channel, ``mean`` the mean key; see `kvcompress.evict.digest`.
+    """
+
+    resident: Budget
+    recall_blocks: PositiveInt = 8
+    block_tokens: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
+    digest: DigestName = "minmax"
+
+    def window_blocks(self, length_tokens: int, exact_tokens: int) -> int:
+        """Blocks of coded tokens that stay on the device.
+
+        Args:
+            length_tokens: real tokens of the row when its last prompt ended.
+            exact_tokens: sinks and recent tokens.
+        """
+        return max(1, (self.resident.resolve(length_tokens) - exact_tokens) // self.block_tokens)
+
+    def host_blocks(self, coded_tokens: int, window_blocks: int) -> int:
+        """Blocks that lie on the host: as few as leave the others room in the window."""
+        return max(0, -(-coded_tokens // self.block_tokens) - window_blocks)
+
+
 class ModelShape(StrictModel):
     """The facts of a model that a plan depends on.
 
@@ -242,6 +277,7 @@ class Plan(StrictModel):
         repeat_ids: tokens that ask a model to repeat what it read, for a scorer that needs that.
         turn_tokens: coded tokens that every turn of a conversation keeps in each head before its
             other tokens compete with later turns.
+        recall: a tier of host memory, in every layer without a window of its own; None: no tier.
         target: one line that says what the plan was solved for.
         predicted_loss: sum over heads of the profile's loss, None for a plan written by hand.
     """
@@ -264,6 +300,7 @@ class Plan(StrictModel):
     max_position: PositiveInt
     positions: Literal["original", "relative"] = "original"
     turn_tokens: NonNegativeInt = 0
+    recall: Recall | None = None
     target: str = "by hand"
     predicted_loss: float | None = None
 
@@ -288,14 +325,37 @@ class Plan(StrictModel):
         if isinstance(self.per_request, FastGenChoice):
             if not all(h.special and h.punct and h.frequent and h.local for h in heads):
                 raise ValueError(
-                    "per_request fastgen chooses in every head among FastGen's keep-sets: give each "
-                    "head special, punct, frequent and local"
+                    "per_request fastgen chooses in every head among FastGen's keep-sets: give "
+                    "each head special, punct, frequent and local"
                 )
             if self.positions == "relative":
                 raise ValueError("per_request fastgen may keep everything, relative positions not")
         elif self.per_request is not None and not any(head.frequent for head in heads):
             raise ValueError("per_request shares out frequent budgets, and no head has one")
         return self
+
+    @model_validator(mode="after")
+    def _recall_fits(self) -> Self:
+        if self.recall is None:
+            return self
+        kinds = {self.model.kind(layer) for layer in range(self.model.layers)}
+        reasons = {
+            "heads that are not full (a recall tier drops nothing: give every head full: true)": (
+                not all(head.full for row in self.heads for head in row)
+            ),
+            "relative positions": self.positions != "original",
+            "turn_tokens": self.turn_tokens > 0,
+            "latent layers": "latent" in kinds,
+            "layers that share keys": "shared" in kinds,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(f"recall does not go with {reason}")
+        return self
+
+    def recalls(self, layer: int) -> bool:
+        """Whether the layer has a recall tier; a layer with a window of its own needs none."""
+        return self.recall is not None and self.model.kind(layer) == "full"
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1, exclude_defaults=False) + "\n"

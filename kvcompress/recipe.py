@@ -16,6 +16,7 @@ from kvcompress.plan import (
     NonNegativeInt,
     PerRequest,
     PositiveInt,
+    Recall,
     ScorerName,
     StrictModel,
     explain,
@@ -69,6 +70,7 @@ class Keep(StrictModel):
     per_request: PerRequest | None = None
     positions: Literal["original", "relative"] = "original"
     turn_tokens: NonNegativeInt = 0
+    recall: Recall | None = None
 
 
 class UniformPolicy(StrictModel):
@@ -141,6 +143,13 @@ class Recipe(StrictModel):
     keep: Keep = Keep()
     policy: Policy = FastGenPolicy(kind="fastgen")
     weights: WeightScheme = "bf16"
+
+    @model_validator(mode="after")
+    def _recall_drops_nothing(self) -> Self:
+        full = isinstance(self.policy, UniformPolicy) and self.policy.head.full
+        if self.keep.recall is not None and not full:
+            raise ValueError("keep.recall drops nothing: give a uniform policy with full: true")
+        return self
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""

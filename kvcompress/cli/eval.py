@@ -29,6 +29,19 @@ def command(
             "long_generation and instructions, with commas between."
         ),
     ] = "",
+    harness: Annotated[
+        str,
+        typer.Option(
+            help="In place of the tasks: tasks of lm-evaluation-harness, with commas between; "
+            "needs kvcompress[eval]."
+        ),
+    ] = "",
+    task_dir: Annotated[
+        Path | None, typer.Option(help="Folder of harness task files (YAML) of your own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Samples per harness task; all by default.")
+    ] = None,
     context: Annotated[int, typer.Option(min=64, help="Tokens of each document.")] = 960,
     samples: Annotated[int, typer.Option(min=1, help="Questions per task.")] = 24,
     windows: Annotated[
@@ -47,39 +60,40 @@ def command(
     Example: `kvcompress eval bundle --samples 48 --context 900`, or `kvcompress eval bundle
     --workloads hidden,second_turn`
     """
-    from kvcompress.evaluate.compare import compare
-    from kvcompress.evaluate.suite import make_suite
-    from kvcompress.evaluate.table import breakdown, comparison
     from kvcompress.evaluate.tasks import HELD_OUT
 
     loaded, tokenizer, rows = _load(model, plan, device)
-    if workloads:
-        _run_workloads(
-            loaded,
-            tokenizer,
-            rows,
-            _words(workloads),
-            batch,
-            json_,
-            samples=samples,
-            context_tokens=context,
-            windows=windows,
-            text=text or HELD_OUT,
-            seed=seed,
-        )
-        return
-    suite = make_suite(
-        tokenizer,
-        tasks=_words(tasks),
-        samples=samples,
-        context_tokens=context,
-        windows=windows,
-        text=text or HELD_OUT,
-        seed=seed,
-        batch_rows=batch,
-    )
+    sizes: dict[str, Any] = {
+        "samples": samples,
+        "context_tokens": context,
+        "windows": windows,
+        "text": text or HELD_OUT,
+        "seed": seed,
+    }
+    if harness:
+        _run_harness(loaded, tokenizer, rows, _words(harness), batch, json_, limit, task_dir)
+    elif workloads:
+        _run_workloads(loaded, tokenizer, rows, _words(workloads), batch, json_, sizes)
+    else:
+        _run_tasks(loaded, tokenizer, rows, _words(tasks), batch, json_, sizes)
+
+
+def _run_tasks(
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    tasks: list[str],
+    batch: int,
+    json_: bool,
+    sizes: dict[str, Any],
+) -> None:
+    from kvcompress.evaluate.compare import compare
+    from kvcompress.evaluate.suite import make_suite
+    from kvcompress.evaluate.table import breakdown, comparison
+
+    suite = make_suite(tokenizer, tasks=tasks, batch_rows=batch, **sizes)
     with progress("evaluating", 1 + len(rows)) as finished:
-        reports = list(compare(loaded, tokenizer, suite, rows, finished))
+        reports = list(compare(model, tokenizer, suite, rows, finished))
     emit(reports if json_ else comparison(reports), json_)
     if not json_ and suite.samples:
         emit(breakdown(reports), json_)
@@ -92,7 +106,7 @@ def _run_workloads(
     names: list[str],
     batch: int,
     json_: bool,
-    **sizes: Any,
+    sizes: dict[str, Any],
 ) -> None:
     from kvcompress.evaluate.serving import model_shape
     from kvcompress.evaluate.workloads import WORKLOADS, make_workloads
@@ -104,6 +118,37 @@ def _run_workloads(
     with progress("evaluating", len(suites) * (1 + len(rows))) as finished:
         found = list(compare_workloads(model, tokenizer, suites, rows, finished, batch))
     emit(found if json_ else workload_table(found), json_)
+
+
+def _run_harness(
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    tasks: list[str],
+    batch: int,
+    json_: bool,
+    limit: int | None,
+    task_dir: Path | None,
+) -> None:
+    from kvcompress.evaluate.harness import harness_table, run_harness
+
+    if len(rows) != 1:
+        raise ValueError(
+            f"--harness compares one plan with the full cache, there are {len(rows)}: give a "
+            "bundle, or a model directory and --plan"
+        )
+    (row,) = rows
+    scores = run_harness(
+        model,
+        tokenizer,
+        row.plan,
+        row.params,
+        tasks,
+        limit=limit,
+        task_dir=task_dir,
+        batch_rows=batch,
+    )
+    emit(scores if json_ else harness_table(scores), json_)
 
 
 def _words(listed: str) -> list[str]:

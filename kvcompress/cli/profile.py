@@ -32,6 +32,7 @@ def command(
     from kvcompress.profile import report
     from kvcompress.profile.run import run_and_plan
     from kvcompress.profile.source import load_source
+    from kvcompress.profile.store import Profile
     from kvcompress.recipe import Recipe
 
     wanted = Recipe() if recipe is None else Recipe.load(recipe)
@@ -49,5 +50,8 @@ def command(
             name=model,
         )
     console().print(f"profile and plan written to {out}")
+    note = Profile.load(out).loss_note
+    if note:
+        console().print(f"losses are measured without gradients: {note}")
     size = report.planned_size(wanted)
     emit(report.summary(plan, *size) if json_ else report.table(plan, *size), json_)

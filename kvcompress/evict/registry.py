@@ -13,8 +13,19 @@ SCORERS: Final[dict[str, str]] = {
     "raw": f"{_HERE}.attention:RAW",
     "mean": f"{_HERE}.attention:MEAN",
     "lift": f"{_HERE}.attention:LIFT",
-    "random": f"{_HERE}.random:RANDOM",
+    "vote": f"{_HERE}.vote:VOTE",
+    "corm": f"{_HERE}.vote:CORM",
+    "tova": f"{_HERE}.tova:TOVA",
+    "value": f"{_HERE}.value:VALUE",
+    "critical": f"{_HERE}.critical:CRITICAL",
+    "expected": f"{_HERE}.expected:EXPECTED",
+    "key_diff": f"{_HERE}.key_diff:KEY_DIFF",
     "key_norm": f"{_HERE}.key_norm:KEY_NORM",
+    "random": f"{_HERE}.random:RANDOM",
+    "random_generated": f"{_HERE}.random:RANDOM_GENERATED",
+    "kvzip": f"{_HERE}.kvzip:KVZIP",
+    "kvzip_plus": f"{_HERE}.kvzip:KVZIP_PLUS",
+    "surrogate": f"{_HERE}.surrogate:SURROGATE",
 }
 
 

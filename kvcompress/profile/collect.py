@@ -6,11 +6,11 @@ time and no [Hq, S, S] matrix ever exists. What an observer keeps has to be smal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -180,12 +180,23 @@ class ColumnSums:
         return torch.stack(self.snapshots)
 
 
+class RowSink(Protocol):
+    """Sees the attention of `attend` rows by rows."""
+
+    @property
+    def snapshots_at(self) -> Collection[int]:
+        """Rows at which a part has to begin."""
+
+    def add(self, probability: Tensor, first_row: int) -> None:
+        """Rows ``[Hkv, G, T, S']`` of attention, the first of them row `first_row`."""
+
+
 Observer = Callable[[LayerRows], None]
 KeyObserver = Callable[[int, Tensor], None]
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, sums: ColumnSums | None
+    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, sums: RowSink | None
 ) -> Tensor:
     """Exact attention ``[Hkv, G, S, Dv]`` in float32, chunk by chunk; raises `sums` on the way."""
     heads, groups, length, _ = query.shape
@@ -218,6 +229,7 @@ def watching_rows(
         tensors: per layer what was trained for the scorer.
     """
     residual: dict[int, Tensor] = {}
+    needs_hidden = "hidden" in scorer(keep.scorer).needs
 
     def note(layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -244,6 +256,7 @@ def watching_rows(
             scaling=scaling,
             rotation=rotations[layer] if rotations else None,
             tensors=(tensors or {}).get(layer),
+            hidden=inputs.pop(module, None),
         )
         out = attend(query, key, value, softmax, sums)
         observer(
@@ -267,7 +280,7 @@ def watching_rows(
         for i, layer in enumerate(decoder_layers(model, shape.layers))
     ]
     try:
-        with attention_through(model, run):
+        with inputs_of_attention(model, needs_hidden) as inputs, attention_through(model, run):
             yield
     finally:
         for handle in hooks:
@@ -288,6 +301,31 @@ def watching_keys(model: Any, shape: ModelShape, observer: KeyObserver) -> Itera
 
     with attention_through(model, run):
         yield
+
+
+@contextmanager
+def inputs_of_attention(model: nn.Module, wanted: bool) -> Iterator[dict[nn.Module, Tensor]]:
+    """Within the block, the newest input ``[S, hidden]`` of each attention module, float32.
+
+    Args:
+        wanted: False leaves the model alone; the mapping stays empty.
+    """
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        inputs[module] = hidden[0].float()
+
+    numbered = [m for m in model.modules() if hasattr(m, "layer_idx")]
+    innermost = [
+        m for m in numbered if not any(hasattr(c, "layer_idx") for c in m.modules() if c is not m)
+    ]
+    hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in innermost if wanted]
+    try:
+        yield inputs
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 def grouped(query: Tensor, key: Tensor) -> Tensor:

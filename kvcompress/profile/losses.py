@@ -1,11 +1,13 @@
-"""What a candidate costs: the change of a head's attention output, seen through W_O.
+"""What a candidate costs: the change of a head's attention output, and what that does.
 
+Δo_h is the change of the outputs of all query heads of a KV head h when dropped tokens are left out
+and kept ones are read back from their codes. With the sensitivity u of `sensitivity`
+    loss = mean over held-out rows of |u_h · Δo_h|          nats of KL per predicted token
+The absolute value, because changes of single rows cancel by luck. For models without gradients
     loss = mean over held-out rows of ‖Δo_h W_O‖² / ‖x + o W_O‖²
-for a KV head h, Δo_h the change of the outputs of all its query heads when dropped tokens are left
-out and kept ones are read back from their codes, x the residual stream that the layer reads and o
-the exact output of all heads. The unit is what the next norm reads, so that layers can be compared;
-x alone would not do, since embeddings are often far shorter than what the first layer adds to them.
-A norm behind W_O (Gemma's) is left out.
+with x the residual stream that the layer reads and o the exact output of all heads: the unit is
+what the next norm reads, so that layers can be compared; x alone would not do, since embeddings are
+often far shorter than what the first layer adds to them. A norm behind W_O (Gemma's) is left out.
 """
 
 from __future__ import annotations
@@ -49,12 +51,17 @@ class LossMeter:
 
     Args:
         center, scale: ``[Hkv, D]`` key constants of the layer.
+        gradient: ``[Hkv, G, W, Dv]`` sensitivity of the layer; None measures without it.
     """
 
-    def __init__(self, rows: LayerRows, center: Tensor, scale: Tensor) -> None:
-        self.rows = rows
+    def __init__(
+        self, rows: LayerRows, center: Tensor, scale: Tensor, gradient: Tensor | None = None
+    ) -> None:
+        self.rows, self.gradient = rows, gradient
         device = rows.key.device
         self.center, self.scale = center.to(device)[:, None], scale.to(device)[:, None]
+        if gradient is not None:
+            return
         weight = _split_output_weight(rows)
         self.gram = weight.mT @ weight
         added = torch.einsum("hwc,hdc->wd", rows.output.transpose(1, 2).flatten(2), weight)
@@ -109,7 +116,10 @@ class LossMeter:
 
     def _loss(self, output: Tensor) -> Tensor:
         """``[Hkv]`` from outputs ``[Hkv, G, W, Dv]``."""
-        delta = (output - self.rows.output).transpose(1, 2).flatten(2)  # [Hkv, W, G·Dv]
+        change = output - self.rows.output
+        if self.gradient is not None:
+            return (change * self.gradient).sum((1, 3)).abs().mean(-1)
+        delta = change.transpose(1, 2).flatten(2)  # [Hkv, W, G·Dv]
         energy = ((delta @ self.gram) * delta).sum(-1).clamp_min(0)
         return (energy / self.unit).mean(-1)
 

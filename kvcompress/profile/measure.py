@@ -13,6 +13,8 @@ from kvcompress.profile.collect import LayerRows, forward, watching_rows
 from kvcompress.profile.losses import LossMeter
 from kvcompress.profile.masks import KeepMasks
 from kvcompress.profile.recovery import head_recovery, kept_mass
+from kvcompress.profile.sensitivity import path_sensitivity
+from kvcompress.profile.store import PATH
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Keep
 
@@ -24,7 +26,8 @@ class Setup:
     Attributes:
         chain: FastGen's keep-sets.
         heads: candidates whose loss is wanted.
-        params: key constants that stored keys are coded with.
+        params: key constants that stored keys are coded with, and what the scorer was trained to.
+        gradients: whether losses are in nats, see `losses`.
     """
 
     shape: ModelShape
@@ -34,6 +37,7 @@ class Setup:
     chain: tuple[HeadPlan, ...]
     heads: tuple[HeadPlan, ...]
     params: KVParams
+    gradients: bool
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,13 @@ class PromptResult:
         recovery: ``[L, Hkv, len(chain)]``.
         loss: ``[L, Hkv, len(heads)]``.
         shares: ``[2]`` share of special and of punctuation tokens.
+        path_nats: see `Sensitivity`; zeros where there are no gradients.
     """
 
     recovery: Tensor
     loss: Tensor
     shares: Tensor
+    path_nats: Tensor
 
 
 def measure_prompt(model: Any, setup: Setup, ids: list[int]) -> PromptResult:
@@ -57,6 +63,7 @@ def measure_prompt(model: Any, setup: Setup, ids: list[int]) -> PromptResult:
     punct = torch.isin(tokens, _ids(setup.punct_ids, tokens))
     recovery: dict[int, Tensor] = {}
     loss: dict[int, Tensor] = {}
+    path = path_sensitivity(model, setup.shape, setup.keep, ids) if setup.gradients else None
 
     def observe(rows: LayerRows) -> None:
         masks = KeepMasks(rows, setup.keep, special, punct)
@@ -66,15 +73,19 @@ def measure_prompt(model: Any, setup: Setup, ids: list[int]) -> PromptResult:
         recovery[rows.layer] = torch.stack(reached, -1).cpu()
         center = setup.params.k_center[rows.layer]
         scale = setup.params.k_scale[rows.layer]
-        loss[rows.layer] = LossMeter(rows, center, scale).measure(setup.heads, masks).cpu()
+        gradient = path.gradients[rows.layer] if path else None
+        meter = LossMeter(rows, center, scale, gradient)
+        loss[rows.layer] = meter.measure(setup.heads, masks).cpu()
 
-    with watching_rows(model, setup.shape, setup.keep, observe):
+    trained = {i: setup.params.tensors_of(i) for i in range(setup.shape.layers)}
+    with watching_rows(model, setup.shape, setup.keep, observe, tensors=trained):
         forward(model, ids)
     order = range(setup.shape.layers)
     return PromptResult(
         torch.stack([recovery[i] for i in order]),
         torch.stack([loss[i] for i in order]),
         torch.stack([special.float().mean(), punct.float().mean()]).cpu(),
+        path.path_nats.cpu() if path else torch.zeros(len(PATH) + 1),
     )
 
 

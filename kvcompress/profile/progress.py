@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -113,8 +114,8 @@ def tensors_to_stats(tensors: dict[str, Tensor]) -> list[KeyStats]:
 
 
 def result_to_tensors(result: PromptResult) -> dict[str, Tensor]:
-    return {"recovery": result.recovery, "loss": result.loss, "shares": result.shares}
+    return {field.name: getattr(result, field.name) for field in fields(result)}
 
 
 def tensors_to_result(tensors: dict[str, Tensor]) -> PromptResult:
-    return PromptResult(tensors["recovery"], tensors["loss"], tensors["shares"])
+    return PromptResult(**tensors)

@@ -7,6 +7,7 @@ recovery and losses on all prompts, with the very constants that the bundle will
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from kvcompress.errors import CalibrationError
 from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Plan
+from kvcompress.profile import surrogate
 from kvcompress.profile.calibration import data_hash, load_prompts
 from kvcompress.profile.candidates import (
     candidates,
@@ -36,17 +38,19 @@ from kvcompress.profile.progress import (
 )
 from kvcompress.profile.recovery import l1_distance, over_prompts
 from kvcompress.profile.rows import held_out_rows
+from kvcompress.profile.sensitivity import why_no_gradients
 from kvcompress.profile.solve import solve
 from kvcompress.profile.source import check_vocabulary, weight_bytes, weights_hash
 from kvcompress.profile.store import (
     PARAMS_FILE,
     PLAN_FILE,
+    SCHEMA_VERSION,
     Profile,
     Provenance,
     Table,
     write_atomically,
 )
-from kvcompress.profile.tokens import punct_ids, special_ids
+from kvcompress.profile.tokens import opening_ids, punct_ids, repeat_ids, special_ids
 from kvcompress.quant.keystats import KeyStats, KVParams, derive
 from kvcompress.recipe import Recipe
 from kvcompress.runtime.families import shape_of
@@ -93,6 +97,7 @@ def run(
             "weights": provenance.weights_hash,
             "calibration data": provenance.data_hash,
             "tokenizer": tokenizer_hash(tokenizer),
+            "schema": SCHEMA_VERSION,
         },
     )
     done = place.finished()
@@ -102,9 +107,15 @@ def run(
     was_training = model.training
     model.eval()
     try:
-        steps = _Steps(progress, len(prompts))
+        steps = _Steps(progress, len(prompts), surrogate.needed(recipe.keep))
         rotations = find_rotations(model, shape, prompts[0][-1])
         params = _key_constants(model, shape, rotations, prompts, place, steps)
+        no_gradients = why_no_gradients(model, shape, recipe.keep, prompts[0])
+        student = None
+        if surrogate.needed(recipe.keep):
+            opening = len(opening_ids(tokenizer))
+            student = surrogate.train(model, shape, prompts, opening, place, steps.add)
+            params = replace(params, scorer={surrogate.KEPT: student.weights})
         setup = Setup(
             shape,
             recipe.keep,
@@ -113,11 +124,15 @@ def run(
             fastgen_chain(fastgen_policy(recipe)),
             candidates(recipe, shape.head_dim),
             params,
+            gradients=not no_gradients,
         )
         results = [_measured(model, setup, i, ids, place, steps) for i, ids in enumerate(prompts)]
     finally:
         model.train(was_training)
     profile = _profile(model, name, recipe, provenance, tokenizer, setup, rotations, results)
+    profile = profile.model_copy(update={"loss_note": no_gradients})
+    if student is not None:
+        profile = profile.model_copy(update={"surrogate_r2": student.table()})
     params.save(place.directory / f".{PARAMS_FILE}")
     (place.directory / f".{PARAMS_FILE}").replace(place.directory / PARAMS_FILE)
     profile.save(place.directory)
@@ -145,9 +160,9 @@ class _Steps:
 
     MEASURE: Final = 4
 
-    def __init__(self, progress: Progress | None, prompts: int) -> None:
+    def __init__(self, progress: Progress | None, prompts: int, trains: bool) -> None:
         self.progress = progress
-        self.total = min(prompts, KEY_PROMPTS) + prompts * self.MEASURE
+        self.total = min(prompts, KEY_PROMPTS) + prompts * (self.MEASURE + trains)
         self.done = 0
 
     def add(self, count: int) -> None:
@@ -209,6 +224,7 @@ def _profile(
         weight_bytes=weight_bytes(model),
         special_ids=setup.special_ids,
         punct_ids=setup.punct_ids,
+        repeat_ids=repeat_ids(tokenizer),
         special_share=float(shares[0]),
         punct_share=float(shares[1]),
         rotations=tuple(r.note for r in rotations),
@@ -217,7 +233,15 @@ def _profile(
         recovery_l1=_table(l1_distance(recovery)),
         candidates=setup.heads,
         losses=_table(lower_envelope(losses, setup.heads)),
+        loss_unit="nats" if setup.gradients else "residual",
+        path_nats=_path_nats(results) if setup.gradients else (),
     )
+
+
+def _path_nats(results: list[PromptResult]) -> tuple[float, ...]:
+    """Mean over prompts; a rise that noise has reversed is flat."""
+    mean = torch.stack([r.path_nats for r in results]).mean(0).clamp_min(0)
+    return tuple(float(f"{x:.6g}") for x in mean.cummax(0).values.tolist())
 
 
 def _table(values: Tensor) -> Table:

@@ -6,9 +6,11 @@ from typing import Any
 
 from kvcompress.accounting import FLAG_BYTES, head_plan_bytes, kv_bytes, prefill_bytes
 from kvcompress.errors import PlanError
+from kvcompress.evict.scorers import scorer
 from kvcompress.plan import HeadPlan, Plan, uniform
 from kvcompress.profile.budget import Choice, minimum_bytes, spend
 from kvcompress.profile.candidates import codes_nothing, fastgen_chain, keep_set
+from kvcompress.profile.predict import Heads, expected, summed_loss
 from kvcompress.profile.store import Profile
 from kvcompress.recipe import (
     BytesPolicy,
@@ -19,8 +21,6 @@ from kvcompress.recipe import (
     WeightScheme,
     parse_bytes,
 )
-
-Heads = tuple[tuple[HeadPlan, ...], ...]
 
 
 def solve(
@@ -47,6 +47,11 @@ def solve(
             f"the profile was measured with {profile.recipe.keep}, the plan asks for {keep}; "
             "profile again with these settings"
         )
+    if _reads_twice(keep) and not isinstance(policy, UniformPolicy):
+        raise PlanError(
+            f"the profile reads each prompt once and cannot rank by {keep.scorer}, which repeats it; "
+            "use a uniform policy, or the scorer surrogate"
+        )
     if isinstance(policy, UniformPolicy):
         heads: Heads = ((policy.head,) * profile.shape.kv_heads,) * profile.shape.layers
         target = f"uniform {policy.head.label} {policy.head.storage}"
@@ -55,8 +60,13 @@ def solve(
         target = f"FastGen recovery {policy.recovery:g} by {policy.reading}"
     else:
         return _spend_bytes(profile, policy, keep, weights or profile.recipe.weights)
-    measured = keep == profile.recipe.keep
+    measured = keep == profile.recipe.keep and not _reads_twice(keep)
     return _plan(profile, keep, heads, target, _loss(profile, heads) if measured else None)
+
+
+def _reads_twice(keep: Keep) -> bool:
+    """Whether the scorer's votes are those of a repetition, which the profile does not make."""
+    return "repeat" in scorer(keep.scorer).needs
 
 
 def _plan(
@@ -81,8 +91,10 @@ def _settings(profile: Profile, keep: Keep) -> dict[str, Any]:
         "per_request": keep.per_request,
         "positions": keep.positions,
         "turn_tokens": keep.turn_tokens,
+        "recall": keep.recall,
         "special_ids": profile.special_ids,
         "punct_ids": profile.punct_ids,
+        "repeat_ids": profile.repeat_ids if _reads_twice(keep) else (),
         "special_share": profile.special_share,
         "punct_share": profile.punct_share,
         "tokenizer_hash": profile.tokenizer_hash,
@@ -92,16 +104,8 @@ def _settings(profile: Profile, keep: Keep) -> dict[str, Any]:
 
 def _loss(profile: Profile, heads: Heads) -> float | None:
     """Predicted loss of a plan, None where it holds a head that the profile has not measured."""
-    place = {head: i for i, head in enumerate(profile.candidates)}
-    bare = next(i for i, head in enumerate(profile.candidates) if codes_nothing(head))
-    total = 0.0
-    for layer, row in enumerate(heads):
-        for number, head in enumerate(row):
-            column = bare if codes_nothing(head) else place.get(head)
-            if column is None:
-                return None
-            total += profile.losses[layer][number][column]
-    return total
+    loss = summed_loss(profile, heads)
+    return None if loss is None else expected(profile, loss)
 
 
 def _first_hits(profile: Profile, policy: FastGenPolicy) -> Heads:

@@ -22,6 +22,8 @@ from kvcompress.recipe import Recipe
 PROFILE_FILE: Final = "profile.json"
 PARAMS_FILE: Final = "kv_params.safetensors"
 PLAN_FILE: Final = "plan.json"
+SCHEMA_VERSION: Final = 2  # 1 had losses without gradients only
+PATH: Final = (0.125, 0.375, 0.625, 0.875)  # of `Profile.path_nats`: middles of four equal pieces
 
 Table = tuple[tuple[tuple[float, ...], ...], ...]  # [layer][KV head][candidate]
 
@@ -60,9 +62,16 @@ class Profile(StrictModel):
         recovery_l1: ‖A − Â‖₁ at the same prompts and rows.
         candidates: what the byte planner chooses from.
         losses: loss of each candidate, see `kvcompress.profile.losses`.
+        loss_unit: ``nats`` per predicted token, or ``residual``, a share of what a norm reads.
+        path_nats: KL per token at the points `PATH` of the way from the full cache to bare heads,
+            and at its end, see `sensitivity`; empty without gradients.
+        loss_note: why losses are not in nats, empty where they are.
+        repeat_ids: what asks the model to repeat a text, for scorers that need it.
+        surrogate_r2: ``[layer][KV head]`` R² of the trained surrogate on prompts that it was not
+            trained on; None for other scorers.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     model: str
     shape: ModelShape
     recipe: Recipe
@@ -71,6 +80,7 @@ class Profile(StrictModel):
     weight_bytes: dict[str, NonNegativeInt]
     special_ids: tuple[NonNegativeInt, ...]
     punct_ids: tuple[NonNegativeInt, ...]
+    repeat_ids: tuple[NonNegativeInt, ...] = ()
     special_share: Annotated[float, Field(ge=0.0, le=1.0)]
     punct_share: Annotated[float, Field(ge=0.0, le=1.0)]
     rotations: tuple[str, ...]
@@ -79,6 +89,10 @@ class Profile(StrictModel):
     recovery_l1: Table
     candidates: tuple[HeadPlan, ...]
     losses: Table
+    loss_unit: Literal["nats", "residual"] = "residual"
+    path_nats: tuple[float, ...] = ()
+    loss_note: str = ""
+    surrogate_r2: tuple[tuple[float, ...], ...] | None = None
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:
@@ -88,6 +102,8 @@ class Profile(StrictModel):
             sizes = {(len(layer), len(row)) for layer in table for row in layer}
             if len(table) != self.shape.layers or sizes != {(self.shape.kv_heads, len(columns))}:
                 raise ValueError(f"{name} does not cover every layer, KV head and candidate")
+        if self.path_nats and len(self.path_nats) != len(PATH) + 1:
+            raise ValueError(f"path_nats has {len(self.path_nats)} entries, not {len(PATH) + 1}")
         return self
 
     def save(self, directory: Path | str) -> None:

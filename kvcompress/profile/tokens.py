@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from typing import Any, Final
 
+REPEAT: Final = "\n\nRepeat the previous context exactly.\n"  # KVzip, section 3.2
 _PUNCTUATION: Final = frozenset(string.punctuation)
 
 
@@ -23,6 +24,11 @@ def punct_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(
         i for i, text in zip(ids, stripped, strict=True) if text and set(text) <= _PUNCTUATION
     )
+
+
+def repeat_ids(tokenizer: Any) -> tuple[int, ...]:
+    """What asks a model to repeat the text before it."""
+    return tuple(tokenizer(REPEAT, add_special_tokens=False)["input_ids"])
 
 
 def opening_ids(tokenizer: Any) -> list[int]:

@@ -34,6 +34,8 @@ class Chunk:
         flags: ``[B, P + T]`` uint8 class flags, or None.
         scaling, softcap: of the softmax.
         sinks: ``[Hq]`` learned logits that join every softmax without a value, or None.
+        norm: ``[B, T]`` norm of the attention module's input, where its queries vote on a prompt
+            that is read again and the scorer wants to know; else None.
     """
 
     query: Tensor
@@ -46,6 +48,7 @@ class Chunk:
     scaling: float
     softcap: float | None
     sinks: Tensor | None = None
+    norm: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -269,7 +272,8 @@ def voting_rows(state: LayerState, chunk: Chunk, position: Tensor, rows: slice) 
     if chunk.valid is not None:
         weight = weight * chunk.valid[:, chunk.held :][:, rows]
     shape = (chunk.query.shape[0], position.shape[0])
-    return Rows(weight.expand(shape), index.expand(shape), position)
+    norm = None if chunk.norm is None else chunk.norm[:, rows]
+    return Rows(weight.expand(shape), index.expand(shape), position, norm)
 
 
 def first_positions(state: LayerState, chunk: Chunk) -> Tensor:
@@ -284,7 +288,8 @@ def first_positions(state: LayerState, chunk: Chunk) -> Tensor:
 
 def _said(state: LayerState, probability: Tensor, voters: Rows, row: Tensor) -> Tensor:
     """Votes ``[S, C]`` of query rows, from attention ``[S, G·n, C]`` of the batch rows ``[S]``."""
-    own = Rows(voters.weight[row], voters.index[row], voters.position)
+    norm = None if voters.norm is None else voters.norm[row]
+    own = Rows(voters.weight[row], voters.index[row], voters.position, norm)
     heads = probability.unflatten(1, (-1, voters.position.shape[0]))
     return state.settings.scorer.collect(heads, own)
 

@@ -21,6 +21,7 @@ from kvcompress.runtime.latent import LatentLayer
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.protocol import Arrival
 from kvcompress.runtime.reader import Reader
+from kvcompress.runtime.recall import RecallLayer
 from kvcompress.runtime.relative import check_relative, frame_positions, row_starts
 from kvcompress.runtime.state import LayerSettings
 from kvcompress.runtime.token_digest import TokenDigest
@@ -72,6 +73,7 @@ class CompressedCache(Cache):
             if plan.model.kind(layer) in HOLDS_KV:
                 settings = LayerSettings(plan, params, layer)
                 kind = LatentLayer if settings.kind == "latent" else CompressedLayer
+                kind = RecallLayer if plan.recalls(layer) else kind
                 layers.append(kind(settings, spans, compress == "after_prefill"))
             elif config is None:
                 raise KVCompressError(
@@ -341,6 +343,11 @@ class CompressedCache(Cache):
     def nbytes(self) -> int:
         """Bytes of every tensor of the compressed layers, metadata included."""
         return sum(layer.nbytes() for layer in self.compressed_layers)
+
+    def host_nbytes(self) -> int:
+        """Bytes of host memory that a plan's recall tier holds beside them."""
+        tiers = (layer for layer in self.layers if isinstance(layer, RecallLayer))
+        return sum(layer.host_nbytes() for layer in tiers)
 
 
 def _spans(

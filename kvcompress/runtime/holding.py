@@ -105,6 +105,9 @@ class HoldingLayer(StoringLayer):
             number: torch.cat([s, s.new_zeros(*s.shape[:2], chunk.length)], 2)
             for number, s in held.scores.items()
         }
+        hidden = self.evidence.hidden
+        if "hidden" in self.settings.scorer.needs and hidden is not None:
+            chunk = replace(chunk, norm=hidden.float().norm(dim=-1))
         before = state.first_vote
         state.first_vote = 0
         out = attend(state, held.followed_by(chunk), votes, voting=True)

@@ -42,6 +42,13 @@ class LatentLayer(CompressedLayer):
                 "a plan with score_rows cannot hold the prompts of latent layers: which rows vote "
                 "is known only when their keys are gone; use compress='per_chunk'"
             )
+        found, rule = settings.scorer, settings.plan.per_request
+        if found.needs or not found.adds_up or rule is not None:
+            raise KVCompressError(
+                f"latent layers rank by weighted attention sums alone, the plan by {found.name!r}"
+                f"{' with a rule for each request' if rule is not None else ''}; use the scorer "
+                "raw, mean, lift, random or key_norm, and no per_request"
+            )
         super().__init__(settings, spans, hold_prompt)
 
     @property

@@ -81,8 +81,8 @@ def shard_plan(plan: Plan, rank: int, size: int) -> Plan:
         )
     if scorer(plan.scorer).across_heads or isinstance(plan.per_request, PooledBudget):
         raise UnsupportedModelError(
-            f"the scorer {plan.scorer!r} or the plan's pooled budgets compare all KV heads, which a "
-            "process of a tensor parallel model does not see; use another recipe"
+            f"the scorer {plan.scorer!r} or the plan's pooled budgets compare all KV heads, which "
+            "a process of a tensor parallel model does not see; use another recipe"
         )
     local = _share(shape.kv_heads, size, f"{shape.model_type}: kv_heads")
     block = slice(rank * local, (rank + 1) * local)

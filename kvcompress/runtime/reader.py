@@ -1,7 +1,7 @@
 """Having the model read a held prompt again, for scorers whose votes are those of a repetition.
 
-Source: KVzip (arXiv 2505.23416), section 3: what the model attends to when it repeats its context is
-what it needs to keep. The prompt is repeated in chunks, each behind the tokens that ask for it.
+Source: KVzip (arXiv 2505.23416), section 3: what the model attends to when it repeats its context
+is what it needs to keep. The prompt is repeated in chunks, each behind the tokens that ask for it.
 Differs from the paper: the softmax runs over the whole held prompt, the request and the chunk; the
 chunks are as long as the positions that the plan's constants cover allow, at most 2048 tokens.
 """

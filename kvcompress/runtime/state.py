@@ -56,15 +56,15 @@ class LayerSettings:
         self.whole_prompt = needs_whole_prompt(plan)
         if self.scorer.across_heads and len(set(self.heads)) > 1:
             raise PlanError(
-                f"layer {layer}: the scorer {plan.scorer!r} keeps the same tokens in every head, and "
-                "the plan's heads differ; give every head of a layer the same keep-set and storage"
+                f"layer {layer}: the scorer {plan.scorer!r} keeps the same tokens in every head, "
+                "and the plan's heads differ; give all of a layer the same keep-set and storage"
             )
         tensors = {} if params is None else params.tensors_of(layer)
         self._trained = {name: tensors[name] for name in self.scorer.trained if name in tensors}
         if len(self._trained) < len(self.scorer.trained):
             raise PlanError(
                 f"the scorer {plan.scorer!r} was not trained for this model: profile it with a "
-                f"recipe whose keep.scorer is {plan.scorer}, and use that profile's plan and constants"
+                f"recipe whose keep.scorer is {plan.scorer}, and use that profile's constants"
             )
         self.rotation: Rotation | None = None  # for relative positions; the model's forward sets it
         self._params = params

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvcompress.errors import KVCompressError
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
+from kvcompress.evict.scorers import scorer
 from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.cache import CompressedCache, Span
@@ -316,6 +317,9 @@ def _refuse_plan(plan: Plan) -> None:
         "layers that share keys": shared,
         "relative positions": plan.positions != "original",
         "turn quotas (turn_tokens)": plan.turn_tokens > 0,
+        "decisions per request (per_request)": plan.per_request is not None,
+        f"the scorer {plan.scorer!r}": not scorer(plan.scorer).adds_up,
+        "a recall tier": plan.recall is not None,
     }
     for reason, applies in reasons.items():
         if applies:

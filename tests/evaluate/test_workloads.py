@@ -227,12 +227,13 @@ def test_perplexity_and_kl_are_those_of_plain_forwards(tiny_llama, tiny_tokenize
 def test_bytes_are_those_of_the_accounting(tiny_llama, tiny_tokenizer, tiny_suites):
     shape = shape_of(tiny_llama.config, tiny_llama.dtype)
     plan = uniform(shape, HeadPlan(local=Budget(tokens=40)))
-    for name in ("hidden", "long_generation"):
+    for name in ("long_generation", "instructions"):
         suite = tiny_suites[name]
-        seen = len(suite.documents[0].prompt) + len(suite.documents[0].generated)
+        seen = [len(each.prompt) + len(each.generated) for each in suite.documents]
+        assert len(seen) == (2 if name == "instructions" else 1)
         found = run_workload(tiny_llama, tiny_tokenizer, suite, plan)
-        assert found.kv_bytes == kv_bytes(plan, seen, 1)
-        assert found.kv_bytes_bf16 == 2 * 2 * 2 * 16 * 2 * seen
+        assert found.kv_bytes == sum(kv_bytes(plan, each, 1) for each in seen) // len(seen)
+        assert found.kv_bytes_bf16 == 2 * 2 * 2 * 16 * 2 * round(sum(seen) / len(seen))
         assert found.kv_ratio == found.kv_bytes / found.kv_bytes_bf16
 
 
@@ -270,13 +271,24 @@ def test_a_prompt_ends_before_anything_is_asked(tiny_llama, tiny_tokenizer, tiny
 
 
 def test_relative_positions_serve_what_is_longer_than_trained(
-    tiny_llama, tiny_tokenizer, tiny_suites
+    tiny_llama, tiny_tokenizer, tiny_suites, monkeypatch
 ):
+    """And the prompt comes in parts that the model was trained on."""
+    lengths = []
+    forward = Session._forward
+    monkeypatch.setattr(
+        Session,
+        "_forward",
+        lambda self, ids, *rest, **more: (
+            lengths.append(ids.shape[1]) or forward(self, ids, *rest, **more)
+        ),
+    )
     shape = shape_of(tiny_llama.config, tiny_llama.dtype)
     plan = uniform(shape, HeadPlan(local=Budget(tokens=60)), positions="relative")
     found = run_workload(tiny_llama, tiny_tokenizer, tiny_suites["beyond"], plan)
     assert found.context_tokens == 512 and found.kl_nats[0] > 0
     assert attached(tiny_llama) is None
+    assert max(lengths) == 128 and lengths.count(128) >= 3 * 4  # three times, four parts
 
 
 def test_positions_that_the_model_lacks_are_named(tiny_tokenizer, tiny_suites):

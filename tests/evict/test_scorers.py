@@ -44,7 +44,8 @@ def test_registry(name):
     assert found.name == name
     assert first.shape == (2, 3, 5) and first.dtype == torch.float32
     assert torch.equal(first, found.initial(key, position, head))
-    assert (found.row_weight(torch.arange(4)) > 0).all() == found.uses_attention
+    votes = found.uses_attention or "repeat" in found.needs
+    assert (found.row_weight(torch.arange(4)) > 0).all() == votes
     larger = found.rank(torch.tensor([1.0, 2.0]), torch.tensor([3, 3]), 10)
     assert larger[1] > larger[0]
 

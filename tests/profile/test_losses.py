@@ -87,3 +87,20 @@ def test_output_projection_is_found_by_name_or_by_width():
     unnamed.first, unnamed.last = nn.Linear(32, 96), nn.Linear(32, 24)
     assert output_projection(unnamed, 32).shape == (24, 32)
     assert output_projection(nn.Identity(), 32) is None
+
+
+def test_loss_in_nats_written_out():
+    """mean over rows of |u · Δo|, from the outputs that the other loss is made of."""
+    rows = random_rows()
+    none = torch.zeros(rows.key.shape[1], dtype=torch.bool)
+    masks = KeepMasks(rows, Keep(), none, none)
+    gradient = torch.randn_like(rows.output)
+    heads = (HeadPlan(), HeadPlan(local=Budget(ratio=0.1), k_dtype="model", v_dtype="model"))
+    found = LossMeter(rows, torch.zeros(2, 8), torch.ones(2, 8), gradient).measure(heads, masks)
+    for column, head in enumerate(heads):
+        kept = masks.kept(head).unsqueeze(1)
+        logits = rows.query.double() @ rows.key.double().mT.unsqueeze(1)
+        logits = logits.masked_fill(~kept, -torch.inf)
+        out = torch.einsum("hgws,hsd->hgwd", logits.softmax(-1), rows.value.double())
+        expected = ((out - rows.output) * gradient).sum((1, 3)).abs().mean(-1)
+        torch.testing.assert_close(found[:, column].double(), expected, rtol=1e-4, atol=1e-6)

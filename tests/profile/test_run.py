@@ -158,7 +158,7 @@ def test_missing_and_damaged_profiles(tmp_path, finished):
     with pytest.raises(ProfileError, match="no profile there"):
         Profile.load(tmp_path)
     data = json.loads((finished[0] / "profile.json").read_text())
-    (tmp_path / "profile.json").write_text(json.dumps(data | {"schema_version": 2}))
+    (tmp_path / "profile.json").write_text(json.dumps(data | {"schema_version": 3}))
     with pytest.raises(ProfileError, match="schema_version"):
         Profile.load(tmp_path)
     (tmp_path / "profile.json").write_text(json.dumps(data | {"losses": data["losses"][:1]}))

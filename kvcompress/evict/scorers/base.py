@@ -31,11 +31,14 @@ class Rows:
             KV head; 0 where the row may not vote.
         index: ``[S, n]`` number of the row among its sequence's real tokens.
         position: ``[n]`` position, pads counted, as tokens carry it.
+        norm: ``[S, n]`` norm of the attention module's input, for a scorer that needs `hidden` and
+            collects votes; else None.
     """
 
     weight: Tensor
     index: Tensor
     position: Tensor
+    norm: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class Tokens:
         query: ``[B, Hg, G, T', D]`` the newest queries, unscaled; T' may be 0.
         scaling: of the softmax.
         budget: ``[B, Hg]`` tokens that each head's `frequent` budget grants; None on arrival.
+        candidate: ``[B, Hg, T]`` bool, tokens that the `frequent` budget may go to, those that the
+            head keeps anyway left out; None where that is not known.
         output_weight: ``[Hg, hidden, G · Dv]`` the heads' parts of W_O, for a scorer that needs it.
         hidden: ``[B, T, hidden]`` input of the attention module, for a scorer that needs it.
         rotation: the layer's rotary embedding, for a scorer that needs it; None where it has none.
@@ -66,6 +71,7 @@ class Tokens:
     query: Tensor
     scaling: float
     budget: Tensor | None = None
+    candidate: Tensor | None = None
     output_weight: Tensor | None = None
     hidden: Tensor | None = None
     rotation: Rotation | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress.evict.scorers.base import Scorer
+from kvcompress.evict.scorers.base import Scorer, Tokens
 
 
 class RandomScorer(Scorer):
@@ -23,4 +23,16 @@ class RandomScorer(Scorer):
         return ((state ^ (state >> 16)) & 0xFFFFFF).float() / 2**24
 
 
+class RandomGeneratedScorer(RandomScorer):
+    """Tokens of a prompt before generated ones, at random within both.
+
+    With a budget above the prompt's length the prompt stays and generated tokens go at random: the
+    baseline that "Random Attention" (2026) found hard to beat on long generations.
+    """
+
+    def finish(self, score: Tensor, tokens: Tokens) -> Tensor:
+        return score + 1.0
+
+
 RANDOM = RandomScorer("random")
+RANDOM_GENERATED = RandomGeneratedScorer("random_generated")

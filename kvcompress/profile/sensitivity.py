@@ -1,0 +1,159 @@
+"""What a change of a head's attention output does to the model's predictions.
+
+A prompt's held-out rows are predicted from two extremes: the full cache, and sinks and recent
+tokens alone in every head. Between them lies the path of outputs ``o + α (o_bare − o)``. The gradient of
+    KL(full ‖ α) = Σ over held-out rows of KL between the predictions
+with respect to every head's output, averaged over the path, is the sensitivity ``u``: a change δ of
+the output of head h costs about ``u_h · δ`` nats, and the change to `bare` in all heads together
+costs what the path integral says, KL(full ‖ bare).
+
+The gradient at the full cache alone does not do: where the model is sure of a token, predictions
+are flat, though dropping what made it sure costs everything; and of heads that find the same
+token each seems superfluous as long as the others are there.
+
+Source: the path integral of arXiv 1703.01365, equation 3 (integrated gradients), on head outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from kvcompress.plan import ModelShape
+from kvcompress.profile.collect import Softmax, attend, grouped
+from kvcompress.profile.hf import attention_through
+from kvcompress.profile.rows import held_out_rows
+from kvcompress.profile.store import PATH
+from kvcompress.recipe import Keep
+
+_TRIAL_TOKENS: Final = 128
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One prompt's.
+
+    Attributes:
+        gradients: per layer ``[Hkv, G, W, Dv]`` float32, in nats per unit of output.
+        path_nats: ``[len(PATH) + 1]`` KL per held-out row at each point of the path and at its end.
+    """
+
+    gradients: list[Tensor]
+    path_nats: Tensor
+
+
+def path_sensitivity(model: Any, shape: ModelShape, keep: Keep, ids: list[int]) -> Sensitivity:
+    """See the module docstring.
+
+    The rows before the held-out ones run once, without gradients, into transformers' own cache;
+    only the W held-out rows are run again for every point of the path, so that memory grows with W
+    and not with the prompt.
+
+    Raises:
+        RuntimeError: where the model has an operation without a derivative.
+    """
+    from transformers import DynamicCache
+
+    rows = held_out_rows(len(ids))
+    tokens = torch.tensor([ids], device=model.device)
+    path = _Path(shape, keep, len(ids))
+    with attention_through(model, path.attend):
+        prefix = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model.base_model(input_ids=tokens[:, :-rows], past_key_values=prefix, use_cache=True)
+        path.rows = rows
+
+        def predict(alpha: float) -> Tensor:
+            path.alpha = alpha
+            cache = copy.deepcopy(prefix)
+            out = model(input_ids=tokens[:, -rows:], past_key_values=cache, use_cache=True)
+            return out.logits[0].float().log_softmax(-1)
+
+        with torch.no_grad():
+            full = predict(0.0)
+        total: list[Tensor] = []
+        nats: list[Tensor] = []
+        for alpha in PATH:
+            with torch.enable_grad():
+                lost = _kl(full, predict(alpha))
+                found = torch.autograd.grad(lost, path.outputs(), allow_unused=True)
+            steps = [_zero_if_unused(g, o) for g, o in zip(found, path.outputs(), strict=True)]
+            total = [a + b for a, b in zip(total, steps, strict=True)] if total else steps
+            nats.append(lost.detach() / rows)
+        with torch.no_grad():
+            nats.append(_kl(full, predict(1.0)) / rows)
+    return Sensitivity([gradient / len(PATH) for gradient in total], torch.stack(nats))
+
+
+def _kl(full: Tensor, other: Tensor) -> Tensor:
+    """Sum over rows of KL(full ‖ other), from log-probabilities ``[W, vocabulary]``."""
+    return (full.exp() * (full - other)).sum()
+
+
+def _zero_if_unused(gradient: Tensor | None, output: Tensor) -> Tensor:
+    return torch.zeros_like(output) if gradient is None else gradient
+
+
+class _Path:
+    """Attention whose held-out rows lie at `alpha` between the full cache and bare heads.
+
+    Attributes:
+        rows: held-out rows in the chunk that runs; 0 while the rows before them run.
+    """
+
+    def __init__(self, shape: ModelShape, keep: Keep, length: int) -> None:
+        self.shape, self.keep, self.length = shape, keep, length
+        self.rows = 0
+        self.alpha = 0.0
+        self._outputs: dict[int, Tensor] = {}
+
+    def outputs(self) -> list[Tensor]:
+        """``[Hkv, G, W, Dv]`` of every layer in the last forward."""
+        return [self._outputs[layer] for layer in range(self.shape.layers)]
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, cap: float | None
+    ) -> Tensor:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        window = self.shape.sliding_windows[layer]
+        softmax = Softmax(scaling, cap, window)
+        query, key, value = grouped(q, k), k.float(), v.float()
+        if not self.rows:
+            return attend(query, key, value, softmax, None).flatten(0, 1)
+        logits = softmax.logits(query, key)
+        # the newest keys are there; an architecture's own window may have let the first ones go
+        first = self.length - key.shape[1]
+        position = torch.arange(first, self.length, device=key.device)
+        row = torch.arange(self.length - self.rows, self.length, device=key.device)[:, None]
+        visible = softmax.visible(key.shape[1] - self.rows, self.rows, key.shape[1], key.device)
+        sinks = 0 if window is not None else self.keep.sink_tokens
+        bare = visible & ((position < sinks) | (position > row - self.keep.recent_tokens))
+        out = _output(logits, visible, value)
+        if self.alpha:
+            out = torch.lerp(out, _output(logits, bare, value), self.alpha)
+        if torch.is_grad_enabled() and not out.requires_grad:
+            out.requires_grad_()
+        self._outputs[layer] = out
+        return out.flatten(0, 1)
+
+
+def _output(logits: Tensor, seen: Tensor, value: Tensor) -> Tensor:
+    """``[Hkv, G, W, Dv]`` attention output over the keys that are `seen`."""
+    probability = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    return (probability.flatten(1, 2) @ value).unflatten(1, probability.shape[1:3])
+
+
+def why_no_gradients(model: Any, shape: ModelShape, keep: Keep, ids: list[int]) -> str:
+    """Empty where `path_sensitivity` works for the model, else the reason in one line."""
+    try:
+        found = path_sensitivity(model, shape, keep, ids[:_TRIAL_TOKENS]).gradients
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"the model's backward pass failed ({lines[0][:200]})"
+    if not all(bool(gradient.isfinite().all()) for gradient in found):
+        return "the model's gradients are not finite"
+    return ""
