@@ -149,7 +149,8 @@ def _draw(axes: Axes, league: League, workload: str, labelled: bool) -> None:
                     xs, ys, color=_COLOURS[number % len(_COLOURS)], lw=1.0, alpha=0.85,
                     marker=_MARKS[number % len(_MARKS)], ms=3.5, label=name, zorder=3,
                 )  # fmt: skip
-    _axis(axes, league, 1.13 if labelled else 1.06)
+    most = max([*league.points, *(x for x, _, _ in codes)])
+    _axis(axes, league, most, 1.13 if labelled else 1.06)
     if labelled:
         _label_ends(axes, ends)
         _label_codes(axes, codes)
@@ -169,11 +170,11 @@ def _planned(axes: Axes, cells: Sequence[Cell], name: str, colour: str) -> None:
     )  # fmt: skip
 
 
-def _axis(axes: Axes, league: League, top: float) -> None:
+def _axis(axes: Axes, league: League, most: float, top: float) -> None:
     from matplotlib.ticker import NullLocator, PercentFormatter
 
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min(league.points) * 0.82, max(league.points) * 1.45)
+    axes.set_xlim(min(league.points) * 0.82, most * 1.2)
     axes.set_xticks(league.points, [point_name(point) for point in league.points])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(-0.03, top)
