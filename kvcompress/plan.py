@@ -11,14 +11,11 @@ or everything (`full`). Growing a budget or adding a part only ever adds tokens.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
@@ -26,173 +23,49 @@ from pydantic import (
 
 from kvcompress.errors import PlanError
 from kvcompress.evict.registry import known_scorer
+from kvcompress.head_plan import (
+    Budget,
+    HeadPlan,
+    KVDtype,
+    NonNegativeInt,
+    PositiveInt,
+    StrictModel,
+)
+from kvcompress.rules import (
+    DigestName,
+    FastGenChoice,
+    PerRequest,
+    PooledBudget,
+    Recall,
+    Threshold,
+)
+
+__all__ = [
+    "Budget",
+    "DigestName",
+    "FastGenChoice",
+    "HeadPlan",
+    "KVDtype",
+    "ModelShape",
+    "NonNegativeInt",
+    "PerRequest",
+    "Plan",
+    "PooledBudget",
+    "PositiveInt",
+    "Recall",
+    "StrictModel",
+    "Threshold",
+    "explain",
+    "uniform",
+]
 
 SCHEMA_VERSION: Final = 1
 
-KVDtype = Literal["model", "fp8", "int8", "int4"]
 # what a layer keeps: keys and values of all, of a window or of an aligned block of tokens; one MLA
 # latent; the keys and values of another layer; the recurrent state of linear attention; nothing
 LayerKind = Literal["full", "sliding", "chunked", "latent", "shared", "linear", "none"]
 HOLDS_KV: Final = frozenset({"full", "sliding", "chunked", "latent"})
 ScorerName = Annotated[str, AfterValidator(known_scorer)]
-DigestName = Literal["minmax", "mean"]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-
-
-class StrictModel(BaseModel):
-    """Frozen, refuses unknown keys and does not coerce."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Budget(StrictModel):
-    """A number of tokens, or a share of the prompt with bounds.
-
-    Exactly one of `tokens` and `ratio` is given.
-    """
-
-    tokens: NonNegativeInt | None = None
-    ratio: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    min_tokens: NonNegativeInt = 0
-    max_tokens: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _one_unit(self) -> Self:
-        if (self.tokens is None) == (self.ratio is None):
-            raise ValueError("give exactly one of tokens and ratio")
-        if self.tokens is not None and (self.min_tokens or self.max_tokens is not None):
-            raise ValueError("min_tokens and max_tokens bound a ratio, not a number of tokens")
-        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
-            raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
-        return self
-
-    def resolve(self, length_tokens: int) -> int:
-        """Tokens that this budget grants a row of `length_tokens` real tokens."""
-        if self.tokens is not None:
-            return self.tokens
-        assert self.ratio is not None
-        wanted = max(self.min_tokens, math.ceil(self.ratio * length_tokens))
-        return wanted if self.max_tokens is None else min(wanted, self.max_tokens)
-
-
-class HeadPlan(StrictModel):
-    """What one KV head keeps, beyond the plan's sinks and recent tokens, and how it stores it.
-
-    Attributes:
-        cap: most tokens that the head's parts may hold together, protected spans aside. Beyond it
-            `frequent` tokens go first, then the oldest punctuation, then the oldest local tokens,
-            then the oldest special tokens. None: class tokens always find room.
-    """
-
-    full: bool = False
-    special: bool = False
-    punct: bool = False
-    frequent: Budget | None = None
-    local: Budget | None = None
-    cap: PositiveInt | None = None
-    k_dtype: KVDtype = "int8"
-    v_dtype: KVDtype = "int8"
-
-    @model_validator(mode="after")
-    def _full_is_alone(self) -> Self:
-        if self.full and (self.special or self.punct or self.frequent or self.local or self.cap):
-            raise ValueError("a full head keeps everything: drop its other parts")
-        return self
-
-    @property
-    def label(self) -> str:
-        """Short name, for tables: ``full``, ``special+punct+frequent 30%``, ``sink``."""
-        if self.full:
-            return "full"
-        parts = [name for name in ("special", "punct") if getattr(self, name)]
-        for name in ("frequent", "local"):
-            budget: Budget | None = getattr(self, name)
-            if budget is not None:
-                size = f"{budget.ratio:.3g}" if budget.tokens is None else f"{budget.tokens}t"
-                parts.append(f"{name} {size}")
-        return "+".join(parts) or "sink+recent"
-
-    @property
-    def storage(self) -> str:
-        """``int8``, or ``k8v4``-like where keys and values differ."""
-        if self.k_dtype == self.v_dtype:
-            return self.k_dtype
-        short = {"model": "16", "fp8": "f8", "int8": "8", "int4": "4"}
-        return f"k{short[self.k_dtype]}v{short[self.v_dtype]}"
-
-
-class PooledBudget(StrictModel):
-    """Heads share their `frequent` budgets: the best tokens of all of them are kept.
-
-    Source: AdaKV (arXiv 2407.11550), algorithm 1, over a layer; KVzip (arXiv 2505.23416), section
-    3.3, over the model, for which the whole prompt is held until it ends.
-
-    Attributes:
-        floor: share of its own budget that every head keeps in any case.
-    """
-
-    kind: Literal["pooled"]
-    scope: Literal["layer", "model"] = "layer"
-    floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-
-
-class Threshold(StrictModel):
-    """A head keeps the tokens whose rank is at least `at_least`; its `frequent` budget is the cap.
-
-    Source: CORM (arXiv 2404.15949); KVzap (2026).
-    """
-
-    kind: Literal["threshold"]
-    at_least: float
-
-
-class FastGenChoice(StrictModel):
-    """At the end of each prompt every head takes the cheapest keep-set that recovers enough.
-
-    Source: FastGen (arXiv 2310.01801), algorithm 1; see `FastGenPolicy` for the fields.
-    """
-
-    kind: Literal["fastgen"]
-    recovery: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
-    reading: Literal["mass", "l1"] = "mass"
-
-
-PerRequest = Annotated[PooledBudget | Threshold | FastGenChoice, Field(discriminator="kind")]
-
-
-class Recall(StrictModel):
-    """Tokens that leave the device go to host memory, and their best blocks come back for a step.
-
-    A row keeps its sinks, its recent tokens and a window of coded tokens on the device. Older
-    coded tokens lie on the host in blocks; a digest of each block and KV head stays on the device.
-
-    Attributes:
-        resident: tokens of a row on the device, sinks and recent ones included; rounded down to
-            whole blocks of coded tokens, of which at least one stays.
-        recall_blocks: blocks that each query row brings back for each KV head.
-        block_tokens: tokens of a block, a multiple of 16.
-        digest: what ranks the blocks: ``minmax`` holds the smallest and the largest key of each
-            channel, ``mean`` the mean key; see `kvcompress.evict.digest`.
-    """
-
-    resident: Budget
-    recall_blocks: PositiveInt = 8
-    block_tokens: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
-    digest: DigestName = "minmax"
-
-    def window_blocks(self, length_tokens: int, exact_tokens: int) -> int:
-        """Blocks of coded tokens that stay on the device.
-
-        Args:
-            length_tokens: real tokens of the row when its last prompt ended.
-            exact_tokens: sinks and recent tokens.
-        """
-        return max(1, (self.resident.resolve(length_tokens) - exact_tokens) // self.block_tokens)
-
-    def host_blocks(self, coded_tokens: int, window_blocks: int) -> int:
-        """Blocks that lie on the host: as few as leave the others room in the window."""
-        return max(0, -(-coded_tokens // self.block_tokens) - window_blocks)
 
 
 class ModelShape(StrictModel):

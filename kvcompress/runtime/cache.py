@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvcompress.errors import KVCompressError, PositionRangeWarning
-from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
 from kvcompress.plan import HOLDS_KV, HeadPlan, Plan, PooledBudget
 from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.choose import pooled_over_layers
@@ -23,13 +22,13 @@ from kvcompress.runtime.protocol import Arrival
 from kvcompress.runtime.reader import Reader
 from kvcompress.runtime.recall import RecallLayer
 from kvcompress.runtime.relative import check_relative, frame_positions, row_starts
+from kvcompress.runtime.spans import ClassIds, Span, row_spans
 from kvcompress.runtime.state import LayerSettings
 from kvcompress.runtime.token_digest import TokenDigest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Span = tuple[int, int] | range
 Compress = Literal["per_chunk", "after_prefill"]
 
 
@@ -64,7 +63,7 @@ class CompressedCache(Cache):
             raise KVCompressError(f"compress={compress!r}: give per_chunk or after_prefill")
         self.plan = plan
         self.compress = compress
-        spans = _spans(protect)
+        spans = row_spans(protect)
         if plan.positions == "relative":
             _check_relative(plan, spans, compress)
         own = [] if config is None else DynamicCache(config=config).layers
@@ -87,7 +86,7 @@ class CompressedCache(Cache):
         self._config = None if plain else config
         self.params = params
         self.token_digest = TokenDigest()
-        self._class_ids = _ClassIds(plan)
+        self._class_ids = ClassIds(plan)
         self._warned: set[type[Warning]] = set()
         self._in_prompt = False
         self._reader = Reader(plan)
@@ -350,20 +349,6 @@ class CompressedCache(Cache):
         return sum(layer.host_nbytes() for layer in tiers)
 
 
-def _spans(
-    protect: Sequence[Span] | Sequence[Sequence[Span]],
-) -> tuple[range, ...] | list[tuple[range, ...]]:
-    """One tuple of disjoint ranges for every row, or a list of them."""
-    items: list[Any] = list(protect)
-    nested = items and all(
-        not isinstance(i, range) and not (len(i) == 2 and all(isinstance(n, int) for n in i))
-        for i in items
-    )
-    if nested:
-        return [_row_spans(row) for row in items]
-    return _row_spans(items)
-
-
 def _check_relative(
     plan: Plan, spans: tuple[range, ...] | list[tuple[range, ...]], compress: Compress
 ) -> None:
@@ -374,33 +359,3 @@ def _check_relative(
             "relative positions cannot hold a prompt, which may be longer than max_position; use "
             "compress='per_chunk'"
         )
-
-
-def _row_spans(items: Sequence[Span]) -> tuple[range, ...]:
-    spans = sorted(
-        (i if isinstance(i, range) else range(*i) for i in items), key=lambda span: span.start
-    )
-    for span in spans:
-        if span.start < 0 or span.stop <= span.start or span.step != 1:
-            raise KVCompressError(f"protect: ({span.start}, {span.stop}) is not a range of tokens")
-    for before, after in zip(spans, spans[1:], strict=False):
-        if after.start < before.stop:
-            raise KVCompressError(
-                f"protect: ({before.start}, {before.stop}) and ({after.start}, {after.stop}) "
-                "overlap; join them"
-            )
-    return tuple(spans)
-
-
-class _ClassIds:
-    """Token id to class flags."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._special = torch.tensor(plan.special_ids, dtype=torch.int64)
-        self._punct = torch.tensor(plan.punct_ids, dtype=torch.int64)
-
-    def flags(self, ids: Tensor) -> Tensor:
-        """``[B, T]`` uint8."""
-        special = torch.isin(ids, self._special.to(ids.device))
-        punct = torch.isin(ids, self._punct.to(ids.device))
-        return (special * SPECIAL_FLAG + punct * PUNCT_FLAG).to(torch.uint8)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvcompress.runtime.cache import CompressedCache, Span
+from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.hf import new_cache
+from kvcompress.runtime.spans import Span
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.cache import CompressedCache, Span
+from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.layer import CompressedLayer
+from kvcompress.runtime.spans import Span
 from kvcompress.runtime.state import LayerSettings
 from kvcompress.runtime.static_moves import freeze, thaw
 from kvcompress.runtime.static_state import Sizes, StaticState, static_cache_bytes
