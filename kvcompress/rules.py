@@ -66,8 +66,8 @@ class Recall(StrictModel):
     """
 
     resident: Budget
-    recall_blocks: PositiveInt = 8
-    block_tokens: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
+    recall_blocks: PositiveInt = 16
+    block_tokens: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 16
     digest: DigestName = "minmax"
 
     def window_blocks(self, length_tokens: int, exact_tokens: int) -> int:

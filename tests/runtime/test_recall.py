@@ -25,7 +25,7 @@ from kvcompress.runtime.static import StaticCompressedCache
 from tests.runtime import oracle, recall_oracle
 from tests.runtime.battery import BAR, FULL, difference, plain_subject, plan_for
 from tests.runtime.models import PAD, build, prompts
-from tests.runtime.ways import WAYS, Subject
+from tests.runtime.ways import WAYS, Subject, turns
 
 PADS = [7, 1, 0]
 CODED = HeadPlan(full=True, k_dtype="int8", v_dtype="int8")
@@ -87,8 +87,10 @@ def feed(model, cache, ids):
 
 
 # ---- V1: nothing is lost
-@pytest.mark.parametrize("way", sorted({*WAYS} - {"greedy", "sampling", "streamer", "early eos"}))
-def test_v1_every_way_of_calling_when_all_blocks_come_back(way):
+@pytest.mark.parametrize(
+    "way", ["beam 3", "chunks", "turns", "manual", "padded", "reset", "deepcopy", "two caches"]
+)
+def test_v1_ways_of_calling_when_all_blocks_come_back(way):
     ours, theirs = WAYS[way]
     model, _ = served()
     subject = Subject("llama", model, lambda: new_cache(model), CompressedCache)
@@ -99,9 +101,7 @@ def test_v1_every_way_of_calling_when_all_blocks_come_back(way):
 def test_v1_families(family):
     model, _ = served(family, tier=recall(99, digest="mean"))
     subject = Subject(family, model, lambda: new_cache(model), CompressedCache)
-    for way in ("greedy", "turns"):
-        ours, theirs = WAYS[way]
-        assert difference(ours(subject), theirs(plain_subject(family))) <= BAR
+    assert difference(turns(subject), turns(plain_subject(family))) <= BAR
 
 
 def test_only_layers_without_a_window_have_a_tier():
@@ -119,8 +119,9 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("digest", ["minmax", "mean"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("schedule", "digest"), [*((name, "minmax") for name in SCHEDULES), ("turns", "mean")]
+)
 def test_v2_hidden_blocks_equal_masked_ones(schedule, digest):
     lengths = SCHEDULES[schedule]
     ids = prompts(2, sum(lengths) + 1, [5, 0] if lengths[0] > 5 else None)
@@ -204,8 +205,7 @@ def test_a_copy_goes_its_own_way():
 
 
 # ---- V5: bytes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads", [(CODED,), MIXED, (FULL,)])
+@pytest.mark.parametrize(("heads", "dtype"), [((FULL,), torch.float32), (MIXED, torch.bfloat16)])
 def test_v5_bytes_equal_accounting(heads, dtype):
     model = build("llama", dtype=dtype)
     tier = recall(2, None, resident=Budget(ratio=0.3, min_tokens=20), digest="mean")
@@ -276,7 +276,7 @@ def test_v7_drafting_changes_no_token(family, heads):
     assert torch.equal(model.generate(**inputs, assistant_model=near, **options), plain)
 
 
-@pytest.mark.parametrize("prompt", [1, 3, 44, 72])
+@pytest.mark.parametrize("prompt", [1, 72])
 def test_v7_a_cropped_draft_leaves_the_state_as_it_was(prompt):
     model, _ = served("llama", *MIXED, tier=recall(1))
     ids, draft = prompts(1, prompt)["input_ids"], prompts(3, 40)["input_ids"][2:]
@@ -360,7 +360,7 @@ def test_v8_where_a_token_lies_does_not_depend_on_how_it_came(ratio):
     assert max(state.blocks.host) > min(state.blocks.host) > 0
 
 
-@pytest.mark.parametrize("size", [7, 31])
+@pytest.mark.parametrize("size", [31])
 def test_v8_a_held_prompt_equals_one_that_came_at_once(size):
     model, _ = served("llama", *MIXED, tier=recall(1))
     inputs = prompts(3, 80, PADS)
