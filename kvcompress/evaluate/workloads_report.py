@@ -18,7 +18,8 @@ class WorkloadOutcome(StrictModel):
         hits: per sample the share of its questions answered word for word.
         output_tokens: per sample the tokens generated for all its questions, stop included.
         kl_nats: per text window the mean KL(reference || this) per token, 0 for the reference;
-            None where the workload has no windows, as the next two.
+            None where the workload has no windows, as the next two. In `beyond` the reference is
+            itself lost, so a large value is no fault there: read the perplexity.
         perplexity: per text window.
         flips: per text window the share of tokens whose likeliest prediction is another one than
             the reference's.
