@@ -31,6 +31,7 @@ RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FLOOR: Final = 1e-8  # lower scores count as this: their order is of no use, and lines would bend
 KEPT: Final = "surrogate"
 _HELD_OUT_SHARE: Final = 4
+_STILL: Final = 1e-12  # of a channel's mean square
 
 
 @dataclass(slots=True)
@@ -60,10 +61,14 @@ class Moments:
         mean, target = self.square[-1, :-1] / count, self.cross[-1] / count
         covariance = self.square[:-1, :-1] / count - mean[:, None] * mean
         shared = self.cross[:-1] / count - mean[:, None] * target
-        variance = covariance.diagonal().clamp(min=0)
-        smallest = float(variance.mean()) * 1e-9 + torch.finfo(torch.float64).tiny
-        penalty = ridge * variance + smallest  # a channel that never moves gets weight 0
-        weight = torch.linalg.solve(covariance + penalty.diag(), shared)
+        variance = covariance.diagonal()
+        # what is left of a channel that never moves is rounding; it gets weight 0
+        moves = variance > _STILL * self.square.diagonal()[:-1] / count
+        scale = torch.where(moves, variance.clamp(min=0).sqrt(), torch.inf)
+        correlation = covariance / scale[:, None] / scale
+        penalty = torch.full_like(scale, ridge).diag()
+        standard = torch.linalg.solve(correlation + penalty, shared / scale[:, None])
+        weight = standard / scale[:, None]
         return torch.cat([weight, (target - mean @ weight)[None]]).mT.contiguous()
 
 

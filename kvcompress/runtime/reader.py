@@ -1,7 +1,8 @@
 """Having the model read a held prompt again, for scorers whose votes are those of a repetition.
 
 Source: KVzip (arXiv 2505.23416), section 3: what the model attends to when it repeats its context
-is what it needs to keep. The prompt is repeated in chunks, each behind the tokens that ask for it.
+is what it needs to keep. The prompt is repeated in chunks, each behind the tokens that ask for it
+and the last 8 of the chunk before.
 Differs from the paper: the softmax runs over the whole held prompt, the request and the chunk; the
 chunks are as long as the positions that the plan's constants cover allow, at most 2048 tokens.
 """
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS: Final = 2048
 FEWEST_TOKENS: Final = 32
+LEAD_TOKENS: Final = 8  # of the chunk before: they tell where in the prompt a chunk goes on
 
 
 class Reader:
@@ -73,12 +75,13 @@ class Reader:
         mask = torch.ones_like(ids) if self._mask is None else self._mask.to(ids.device).long()
         ask = torch.tensor(self.plan.repeat_ids, dtype=ids.dtype, device=ids.device)
         ask = ask.expand(ids.shape[0], -1)
-        room = self.plan.max_position - ids.shape[1] - ask.shape[1]
+        room = self.plan.max_position - ids.shape[1] - ask.shape[1] - LEAD_TOKENS
         size = min(MOST_TOKENS, max(FEWEST_TOKENS, room))
         self._switch(cache, True)
         try:
             for low in range(0, ids.shape[1], size):
-                self._chunk(model, cache, ids, mask, ask, slice(low, low + size))
+                part = slice(max(0, low - LEAD_TOKENS), low + size)
+                self._chunk(model, cache, ids, mask, ask, part)
         finally:
             self._switch(cache, False)
         self.wanted, self._ids = False, []

@@ -23,6 +23,7 @@ from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf import attach, detach, new_cache
+from kvcompress.runtime.reader import LEAD_TOKENS
 from tests.runtime.battery import EXACT
 from tests.runtime.models import build, prompts
 from tests.runtime.test_cache import feed, kept_numbers
@@ -250,7 +251,7 @@ def echo(monkeypatch):
 
 @pytest.mark.parametrize("room", [400, 32])
 def test_a_prompt_is_read_again_and_the_repetition_votes(echo, room):
-    model = served(scorer="echo", repeat_ids=(9, 8), max_position=40 + 2 + room)
+    model = served(scorer="echo", repeat_ids=(9, 8), max_position=42 + LEAD_TOKENS + room)
     ids = prompts(1, 40)["input_ids"]
     cache = new_cache(model)
     feed(model, cache, ids)
@@ -262,7 +263,7 @@ def test_a_prompt_is_read_again_and_the_repetition_votes(echo, room):
     assert int(cache.get_seq_length()) == 40
     best = [torch.zeros(2, 40) for _ in range(2)]
     for low in range(0, 40, min(room, 40)):
-        part = ids[:, low : low + room]
+        part = ids[:, max(0, low - LEAD_TOKENS) : low + room]
         text = torch.cat([ids, torch.tensor([[9, 8]]), part], 1)
         for layer, weights in enumerate(attention_of(text)):
             grouped = weights[0].unflatten(0, (2, -1))[:, :, 40:, :40]
