@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvcompress-setup
 
-.PHONY: demo test test-slow setup lint format types peak-memory under-eviction peers test-parity test-compat train-demo-model clean
+.PHONY: demo test test-slow setup lint format types peak-memory under-eviction league peers test-parity test-compat train-demo-model clean
 
 demo: setup
 	$(BIN)/kvcompress demo
@@ -64,6 +64,15 @@ peak-memory: setup
 # What chunked prefill and drafts change once tokens are evicted.
 under-eviction: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/under_eviction.py --json benchmarks/results/under_eviction.json
+
+# Every recipe at equal measured bytes on every workload, then the committed results and their page.
+# Most of an hour on two cores; stopped, it goes on where it was.
+JOBS ?= 2
+LEAGUE := benchmarks/results/league.json
+league: setup
+	OMP_NUM_THREADS=1 $(BIN)/kvcompress league kvcompress/demo/model -o runs/league --jobs $(JOBS)
+	cp runs/league/league.json $(LEAGUE)
+	$(BIN)/kvcompress league --render $(LEAGUE) --page docs/league.md
 
 # The same situations on kvpress, in an environment of its own, and on kvcompress: results and docs/peers.md.
 PEERS := benchmarks/peers

@@ -283,7 +283,7 @@ def recall_head_bytes(
     vectors = 2 if recall.digest == "minmax" else 1
     row = exact * (shape.head_dim + shape.v_dim) * shape.model_dtype_bytes
     row += blocks.allocated * recall_block_bytes(plan, head)
-    row += blocks.digests * vectors * shape.head_dim * shape.model_dtype_bytes
+    row += blocks.digests * vectors * vector_bytes("int8", shape.head_dim, shape.model_dtype_bytes)
     return len(seen_tokens) * row
 
 

@@ -55,6 +55,7 @@ __all__ = [
     "Recall",
     "StrictModel",
     "Threshold",
+    "WeightScheme",
     "explain",
     "uniform",
 ]
@@ -66,6 +67,7 @@ SCHEMA_VERSION: Final = 1
 LayerKind = Literal["full", "sliding", "chunked", "latent", "shared", "linear", "none"]
 HOLDS_KV: Final = frozenset({"full", "sliding", "chunked", "latent"})
 ScorerName = Annotated[str, AfterValidator(known_scorer)]
+WeightScheme = Literal["bf16", "int8", "nf4"]
 
 
 class ModelShape(StrictModel):
@@ -152,7 +154,10 @@ class Plan(StrictModel):
             other tokens compete with later turns.
         recall: a tier of host memory, in every layer without a window of its own; None: no tier.
         target: one line that says what the plan was solved for.
-        predicted_loss: sum over heads of the profile's loss, None for a plan written by hand.
+        predicted_loss: KL to the full cache, in nats per token, that the profile expects; of use
+            to compare plans of one profile. None where it cannot tell.
+        weights: format of the linear layers of each decoder layer; empty where all have the
+            format that the bundle names.
     """
 
     schema_version: Literal[1] = 1
@@ -176,6 +181,7 @@ class Plan(StrictModel):
     recall: Recall | None = None
     target: str = "by hand"
     predicted_loss: float | None = None
+    weights: tuple[WeightScheme, ...] = ()
 
     @model_validator(mode="after")
     def _covers_the_model(self) -> Self:
@@ -188,6 +194,10 @@ class Plan(StrictModel):
                     f"heads[{index}] has {len(layer)} heads, the model stores "
                     f"{shape.heads_of(index)} KV heads in that layer ({shape.kind(index)})"
                 )
+        if self.weights and len(self.weights) != shape.layers:
+            raise ValueError(f"weights has {len(self.weights)} entries for {shape.layers} layers")
+        if len({*self.weights} - {"bf16"}) > 1:
+            raise ValueError("weights mixes int8 and nf4: one bundle holds one of them beside bf16")
         return self
 
     @model_validator(mode="after")

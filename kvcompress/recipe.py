@@ -19,10 +19,10 @@ from kvcompress.plan import (
     Recall,
     ScorerName,
     StrictModel,
+    WeightScheme,
     explain,
 )
 
-WeightScheme = Literal["bf16", "int8", "nf4"]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 _UNITS: Final = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -106,6 +106,15 @@ class BytesPolicy(StrictModel):
         keep_ratio: target as a share of the bf16 KV bytes at `context` and `batch`; or
         memory: target for weights, KV cache and one layer of prefill together, like ``8GiB``.
         dtypes: (key, value) storage pairs that the planner may choose from.
+        keep_sets: ``full`` only chooses bits, ``local`` full heads and windows, which need no
+            scores, ``all`` also chosen tokens.
+        fewer_exact: whether every head may hold fewer sinks and recent tokens than `keep` says,
+            which are the dearest of small budgets.
+        budgets: ``ratio`` lets budgets grow with the prompt, ``tokens`` fixes them at what
+            `context` grants, so that shorter prompts have as much. Relative positions, which a
+            growing budget could outgrow, always have the latter.
+        weight_schemes: formats that a memory target may choose from for each decoder layer, where
+            `weights` is bf16. A plan has at most one of them beside bf16.
     """
 
     kind: Literal["bytes"]
@@ -118,6 +127,10 @@ class BytesPolicy(StrictModel):
         ("int8", "int4"),
         ("int4", "int4"),
     )
+    keep_sets: Literal["all", "full", "local"] = "all"
+    fewer_exact: bool = True
+    budgets: Literal["ratio", "tokens"] = "ratio"
+    weight_schemes: tuple[WeightScheme, ...] = ("bf16", "int8", "nf4")
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -127,6 +140,8 @@ class BytesPolicy(StrictModel):
             parse_bytes(self.memory)
         if not self.dtypes:
             raise ValueError("dtypes is empty: list at least one [key, value] pair")
+        if not self.weight_schemes:
+            raise ValueError("weight_schemes is empty: list at least one of bf16, int8 and nf4")
         return self
 
 

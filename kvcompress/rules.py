@@ -1,4 +1,4 @@
-"""What a plan decides only while it runs: for each request, and for tokens that leave the device."""
+"""What a plan decides while it runs: for each request, and for tokens that leave the device."""
 
 from __future__ import annotations
 

@@ -39,8 +39,11 @@ MAY_IMPORT = {
     | {"accounting", "profile.source", "profile.store", "quant", "runtime", "evaluate"},
     "evaluate": VALUES | {"accounting", "evict", "quant", "runtime", "bundle"},
     "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant"},
+    "league": VALUES
+    | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "evict"},
     "cli": VALUES
-    | {"accounting", "profile", "bundle", "runtime", "evaluate", "demo", "quant.keystats"},
+    | {"accounting", "profile", "bundle", "runtime", "evaluate", "demo", "league"}
+    | {"quant.keystats"},
     "__main__": {"cli"},
 }
 PUBLIC = {

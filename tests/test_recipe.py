@@ -160,6 +160,7 @@ def test_the_resolved_recipe_writes_every_default_out():
         "per_request": None,
         "positions": "original",
         "turn_tokens": 0,
+        "recall": None,
     }
     assert data["calibration"]["data"] == "builtin"
 

@@ -10,7 +10,17 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from kvcompress import __version__
-from kvcompress.cli import demo, export, generate, inspect, plan, probe, profile, verify
+from kvcompress.cli import (
+    demo,
+    export,
+    generate,
+    inspect,
+    league,
+    plan,
+    probe,
+    profile,
+    verify,
+)
 from kvcompress.cli import eval as evaluate
 from kvcompress.cli.common import quiet_libraries
 from kvcompress.errors import KVCompressError
@@ -25,11 +35,13 @@ COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "verify": verify.command,
     "eval": evaluate.command,
     "generate": generate.command,
+    "league": league.command,
 }
 USER_ERROR: Final = 2
 INTERRUPTED: Final = 130
 GO_ON: Final = {
     "profile": "finished prompts are kept: run the same command again to go on",
+    "league": "finished cells are kept: run the same command again to go on",
     "export": "nothing half-made is left: run the same command again",
 }
 

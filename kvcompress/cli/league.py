@@ -65,22 +65,25 @@ def command(
         kvcompress league --render runs/league/league.json --page docs/league.md
     """
     from kvcompress.league.result import LeagueError
-    from kvcompress.league.run import LEAGUE_FILE, Hall, Setup, failures, machine_words, run_league
+    from kvcompress.league.run import LEAGUE_FILE, Hall, failures, machine_words, run_league
+    from kvcompress.league.work import Setup
 
     if render is not None:
-        from kvcompress.league.result import League
+        from kvcompress.league.result import League as Data
 
-        _write(League.load(render), page or render.with_suffix(".md"), json_)
+        league = Data.load(render)
+        _write(league, page or render.with_suffix(".md"), json_, _notes(render))
         return
     if model is None:
         raise LeagueError("no model: give a model directory, or --render with a league.json")
     from kvcompress.league.entries import STORAGES, choose, make_entries, read_recipes
     from kvcompress.league.pages import check_plots
 
-    if storage not in STORAGES:
+    stored = next((each for each in STORAGES if each == storage), None)
+    if stored is None:
         raise LeagueError(f"--storage {storage}: choose one of {', '.join(STORAGES)}")
     check_plots()
-    entries, skipped = make_entries(read_recipes(recipes), storage)
+    entries, skipped = make_entries(read_recipes(recipes), stored)
     setup = Setup(
         model=model,
         device=device,
@@ -97,13 +100,14 @@ def command(
         choose(entries, _words(only)),
         skipped,
         _points(points),
-        storage,
+        stored,
         machine or machine_words(device),
         save=lambda league: league.save(out / LEAGUE_FILE),
     )
     screen = console()
     league = run_league(hall, jobs, note=screen.print, bar=progress)
-    _write(league, page or out / "league.md", json_, out / LEAGUE_FILE)
+    data = out / LEAGUE_FILE
+    _write(league, page or out / "league.md", json_, _notes(data), data)
     wrong = failures(league)
     for cell in wrong:
         screen.print(f"failed: {cell.entry} at {cell.point} on {cell.workload}: {cell.error}")
@@ -111,14 +115,21 @@ def command(
         raise typer.Exit(1)
 
 
-def _write(league: League, page: Path, json_: bool, data: Path | None = None) -> None:
+def _notes(data: Path) -> str:
+    """What somebody wrote beside a league.json for its page, in ``league.notes.md``."""
+    path = data.with_suffix(".notes.md")
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _write(league: League, page: Path, json_: bool, notes: str, data: Path | None = None) -> None:
     from kvcompress.league.pages import write_pages
     from kvcompress.league.verdicts import judge
 
     verdicts = judge(league)
     if data is not None:
         league.save(data, verdicts=verdicts.model_dump(mode="json"))
-    write_pages(league, verdicts, page)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_pages(league, verdicts, page, notes)
     console().print(f"page written to {page}")
     if json_:
         emit({"league": league, "verdicts": verdicts}, json_)

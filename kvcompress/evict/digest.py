@@ -27,17 +27,10 @@ def digest_of(keys: Tensor, kind: DigestName) -> Tensor:
     return torch.stack([keys.amin(-2), keys.amax(-2)], -2)
 
 
-def relevance(query: Tensor, digest: Tensor, kind: DigestName) -> Tensor:
-    """``[..., R, E]``: what each query row may gain from each block; larger is recalled first.
-
-    Args:
-        query: ``[..., R, D]`` float32.
-        digest: ``[..., E, vectors, D]``.
-    """
-    first = digest[..., 0, :].float().mT
-    if kind == "mean":
-        return query @ first
-    return query.clamp(max=0) @ first + query.clamp(min=0) @ digest[..., 1, :].float().mT
+def query_parts(query: Tensor, kind: DigestName) -> tuple[Tensor, ...]:
+    """Queries ``[..., D]``, one for each vector of a digest: what a block promises a query is the
+    sum over vectors of part · vector."""
+    return (query,) if kind == "mean" else (query.clamp(max=0), query.clamp(min=0))
 
 
 def best_blocks(score: Tensor, blocks: Tensor, most: int) -> Tensor:
@@ -45,7 +38,7 @@ def best_blocks(score: Tensor, blocks: Tensor, most: int) -> Tensor:
 
     Args:
         score: ``[B, Hkv, G, n, E]`` of every query head of a KV head; the group ranks a block by
-            the largest of its heads' scores.
+            their mean.
         blocks: ``[B]`` blocks that each row has; later ones are empty.
         most: blocks that a query row recalls.
 
@@ -54,6 +47,6 @@ def best_blocks(score: Tensor, blocks: Tensor, most: int) -> Tensor:
     """
     there = torch.arange(score.shape[-1], device=score.device) < blocks[:, None]
     there = there[:, None, None, :]
-    best = score.amax(2).masked_fill(~there, -torch.inf)
+    best = score.mean(2).masked_fill(~there, -torch.inf)
     chosen = best.topk(min(most, score.shape[-1]), -1).indices
     return torch.zeros_like(best, dtype=torch.bool).scatter_(-1, chosen, True) & there

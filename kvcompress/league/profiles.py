@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, final
 
 from kvcompress.errors import PlanError
+from kvcompress.evict.scorers import scorer
 from kvcompress.league.scale import keeps_all
 from kvcompress.plan import Plan
 from kvcompress.profile.candidates import codes_nothing
 from kvcompress.profile.run import run
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import PARAMS_FILE, Profile
-from kvcompress.recipe import BytesPolicy, FastGenPolicy, Recipe
+from kvcompress.recipe import BytesPolicy, Calibration, FastGenPolicy, Keep, Recipe
+from kvcompress.runtime.families import shape_of
 
 MEASURED: Final = (BytesPolicy, FastGenPolicy)  # policies that read what a profile measured
 
+DEFAULT_CALIBRATION: Final = Calibration()
 _NEVER: Final = 1e30  # loss of a head that is not to be chosen
 
 
@@ -28,7 +30,7 @@ class Profiles:
 
     Args:
         given: directory of a finished profile, used where its settings are the ones wanted.
-        note: told what is about to be profiled.
+        calibration: of the constants that every plan shares.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class Profiles:
         tokenizer: Any,
         folder: Path,
         given: Path | None = None,
-        note: Callable[[str], None] = lambda text: None,
+        calibration: Calibration = DEFAULT_CALIBRATION,
     ) -> None:
-        self.model, self.tokenizer, self.folder, self.note = model, tokenizer, folder, note
+        self.model, self.tokenizer, self.folder = model, tokenizer, folder
+        self.calibration = calibration
+        self.max_position = shape_of(model.config, model.dtype).max_position
         self._kept: dict[str, tuple[Profile, Path]] = {}
         if given is not None:
             profile = Profile.load(given)
@@ -47,21 +51,17 @@ class Profiles:
 
     def of(self, recipe: Recipe) -> tuple[Profile, Path]:
         """A profile that `recipe` can be solved from, and where it and its constants lie."""
-        wanted = measured_recipe(recipe)
+        wanted = within(measured_recipe(recipe), self.max_position)
         name = _name(wanted)
         if name not in self._kept:
             where = self.folder / name
-            keep = wanted.keep
-            self.note(
-                f"profile for {keep.scorer}, {keep.sink_tokens} sinks, {keep.recent_tokens} recent"
-            )
             self.folder.mkdir(parents=True, exist_ok=True)
             self._kept[name] = (run(self.model, self.tokenizer, wanted, where), where)
         return self._kept[name]
 
     def base(self) -> tuple[Profile, Path]:
         """The one by the default recipe: its key constants serve every plan."""
-        return self.of(Recipe())
+        return self.of(Recipe(calibration=self.calibration))
 
     def solve(self, recipe: Recipe) -> Plan:
         """The plan of `recipe`; only policies that read measurements have a profile of their own.
@@ -101,9 +101,22 @@ class Profiles:
             raise PlanError("every token in the fewest bits needs more bytes")
         return plan
 
-    def params_path(self) -> Path:
-        """The key constants of `base`."""
-        return self.base()[1] / PARAMS_FILE
+    def params_path(self, scorer_name: str) -> Path:
+        """The key constants, with what the profiler trains for the scorer, if it does."""
+        return self.of(constants_recipe(scorer_name, self.calibration))[1] / PARAMS_FILE
+
+
+def constants_recipe(scorer_name: str, calibration: Calibration) -> Recipe:
+    """The recipe whose profile has the constants that a plan with this scorer needs."""
+    keep = Keep(scorer=scorer_name) if scorer(scorer_name).trained else Keep()
+    return Recipe(calibration=calibration, keep=keep)
+
+
+def within(recipe: Recipe, max_position: int) -> Recipe:
+    """`recipe` with calibration prompts that the model has positions for."""
+    tokens = min(recipe.calibration.tokens, max_position)
+    calibration = recipe.calibration.model_copy(update={"tokens": tokens})
+    return recipe.model_copy(update={"calibration": calibration})
 
 
 def measured_recipe(recipe: Recipe) -> Recipe:

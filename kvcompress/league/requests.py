@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-from kvcompress.plan import Plan
+from kvcompress.plan import FastGenChoice, Plan, Threshold
 
 CAP_ROOM: Final = 2.0  # a threshold's hard cap, over the target: heads may differ that much
 _SLOPE: Final = 2.0
@@ -18,21 +18,18 @@ def request_dial(plan: Plan) -> Callable[[float], Plan] | None:
     FastGen's choice turns its recovery. A threshold moves by factors where it is positive, as for
     shares of attention, and by differences elsewhere, as for logarithms.
     """
-    rule: Any = getattr(plan, "per_request", None)
-    kind = getattr(rule, "kind", None)
-    if kind == "fastgen":
-        return lambda value: _with(plan, rule, "recovery", value)
-    if kind == "threshold":
-        return lambda value: _with(plan, rule, "at_least", _moved(rule.at_least, value))
+    rule = plan.per_request
+
+    def ruled(new: FastGenChoice | Threshold) -> Plan:
+        return plan.model_copy(update={"per_request": new})
+
+    if isinstance(rule, FastGenChoice):
+        return lambda value: ruled(rule.model_copy(update={"recovery": value}))
+    if isinstance(rule, Threshold):
+        return lambda value: ruled(
+            rule.model_copy(update={"at_least": _moved(rule.at_least, value)})
+        )
     return None
-
-
-def is_threshold(plan: Plan) -> bool:
-    return getattr(getattr(plan, "per_request", None), "kind", None) == "threshold"
-
-
-def _with(plan: Plan, rule: Any, name: str, value: float) -> Plan:
-    return plan.model_copy(update={"per_request": rule.model_copy(update={name: value})})
 
 
 def _moved(at_least: float, value: float) -> float:

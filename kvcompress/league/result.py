@@ -133,8 +133,8 @@ class League(StrictModel):
 
 
 def point_name(point: float | None) -> str:
-    """``1/8``, ``1/40``; ``own`` for None."""
+    """``1/8``, ``1/40``; ``its own bytes`` for None."""
     if point is None:
-        return "own"
+        return "its own bytes"
     whole = round(1 / point)
     return f"1/{whole}" if abs(1 / whole - point) < 1e-9 else f"{point:g}"

@@ -14,7 +14,7 @@ from typing import Final
 from kvcompress.league.cells import code_hash, versions
 from kvcompress.league.crew import Crew, Done
 from kvcompress.league.entries import Entry, Skipped, Storage
-from kvcompress.league.profiles import MEASURED, measured_recipe
+from kvcompress.league.profiles import MEASURED, constants_recipe, measured_recipe, within
 from kvcompress.league.result import Cell, Conditions, League, LeagueError, Row
 from kvcompress.league.tune import Placed, sized_recipe
 from kvcompress.league.work import (
@@ -61,7 +61,9 @@ class Hall:
                 setup.workloads.index(cell.workload),
             ),
         )
-        calibrations = [e.recipe.calibration for e in self.entries if e.recipe is not None]
+        limit = facts.shape.max_position
+        recipes = [within(e.recipe, limit) for e in self.entries if e.recipe is not None]
+        calibrations = [recipe.calibration for recipe in recipes]
         data = sorted({f"{c.data}, {c.prompts} prompts of {c.tokens} tokens" for c in calibrations})
         return League(
             conditions=Conditions(
@@ -207,8 +209,11 @@ def _count(hall: Hall) -> int:
 
 def _profiles(hall: Hall, facts: Facts) -> list[ProfileTask]:
     """One task for each profile that some plan is solved from; the one of the constants first."""
-    recipes = [Recipe()]
+    calibration = hall.setup.calibration
+    recipes = [Recipe(calibration=calibration)]
     for entry in hall.entries:
+        if entry.recipe is not None:
+            recipes.append(constants_recipe(entry.recipe.keep.scorer, calibration))
         if entry.recipe is None or not isinstance(entry.recipe.policy, MEASURED):
             continue
         recipes += [

@@ -99,7 +99,7 @@ def keeps_all(plan: Plan) -> bool:
 def depends_on_text(plan: Plan) -> bool:
     """Whether prompts of one length may take different bytes."""
     classes = any(head.special or head.punct for layer in plan.heads for head in layer)
-    return classes or getattr(plan, "per_request", None) is not None
+    return classes or plan.per_request is not None
 
 
 def _each_head(plan: Plan, change: Callable[[int, HeadPlan], HeadPlan]) -> Plan:

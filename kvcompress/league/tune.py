@@ -13,7 +13,7 @@ from typing import Final
 from kvcompress.accounting import kv_bytes
 from kvcompress.errors import PlanError
 from kvcompress.league.entries import Entry
-from kvcompress.league.requests import CAP_ROOM, is_threshold, request_dial
+from kvcompress.league.requests import CAP_ROOM, request_dial
 from kvcompress.league.scale import (
     depends_on_text,
     has_budgets,
@@ -22,7 +22,7 @@ from kvcompress.league.scale import (
     keeps_all,
     scaled,
 )
-from kvcompress.plan import ModelShape, Plan, StrictModel
+from kvcompress.plan import FastGenChoice, ModelShape, Plan, StrictModel, Threshold
 from kvcompress.recipe import BytesPolicy, FastGenPolicy, Policy, Recipe
 
 TOLERANCE: Final = 0.02  # of the target: what counts as equal bytes
@@ -86,11 +86,14 @@ def place(bench: Bench, entry: Entry, point: float, length_tokens: int) -> Place
         plan = _by_policy(bench, solve, sized, target_bytes, length_tokens)
         return _by_tokens(plan, target_bytes, length_tokens)
 
-    plan = accounted(target)
+    if isinstance(sized.keep.per_request, FastGenChoice):  # its recovery is the dial
+        plan = _by_policy(bench, solve, sized, target, length_tokens)
+    elif isinstance(sized.keep.per_request, Threshold):
+        plan = accounted(int(CAP_ROOM * target))
+    else:
+        plan = accounted(target)
     measured = depends_on_text(plan)
     held = kv_bytes(plan, length_tokens, 1)
-    if is_threshold(plan):
-        plan = accounted(int(CAP_ROOM * target))
     if measured:
         plan, held = _by_measuring(bench, plan, accounted, target, length_tokens)
     return Placed(

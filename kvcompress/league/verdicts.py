@@ -28,9 +28,14 @@ RETAINED: float = 0.97
 
 
 class Versus(StrictModel):
-    """An entry against one rival on the same samples; positive is better."""
+    """An entry against one rival on the same samples; positive is better.
+
+    Attributes:
+        rival_point: the rival's byte target, None where it is at its own bytes.
+    """
 
     rival: str
+    rival_point: float | None
     rival_score: float
     difference: float
     interval: Interval
@@ -49,7 +54,7 @@ class Standing(StrictModel):
         retained: score as a share of the full cache's; None where that answers nothing.
         label: against the best trivial baseline; None for one of these, and without one.
         place: on the Pareto front of all entries.
-        above: the entry that beats it there, empty on the front.
+        above: what beats it there, or ties with it in fewer bytes; None on the front.
         in_budget: measured bytes are within `TOLERANCE` of the target or below it.
     """
 
@@ -63,7 +68,7 @@ class Standing(StrictModel):
     label: Label | None
     versus_baseline: Versus | None
     place: Place
-    above: str = ""
+    above: Versus | None = None
     in_budget: bool = True
 
 
@@ -180,7 +185,11 @@ def versus(cell: Cell, rival: Cell, seed: int = 0) -> Versus:
     assert cell.outcome is not None and rival.outcome is not None
     difference, bounds = paired(cell.outcome.hits, rival.outcome.hits, seed)
     return Versus(
-        rival=rival.entry, rival_score=score(rival), difference=difference, interval=bounds
+        rival=rival.entry,
+        rival_point=rival.point,
+        rival_score=score(rival),
+        difference=difference,
+        interval=bounds,
     )
 
 
@@ -190,8 +199,8 @@ def label_of(against: Versus) -> Label:
     return "beats" if against.interval[0] > 0 else "unclear"
 
 
-def place_of(cell: Cell, others: Iterable[Cell]) -> tuple[Place, str]:
-    """Where `cell` lies in (bytes, score), and the entry that is above it.
+def place_of(cell: Cell, others: Iterable[Cell]) -> tuple[Place, Cell | None]:
+    """Where `cell` lies in (bytes, score), and the best of what is above it or ties with it.
 
     Bytes within `TOLERANCE` of each other count as equal.
     """
@@ -199,12 +208,12 @@ def place_of(cell: Cell, others: Iterable[Cell]) -> tuple[Place, str]:
     higher = [o for o in rivals if share(o) <= share(cell) * (1 + TOLERANCE)]
     top = best(higher)
     if top is not None and score(top) > score(cell):
-        return "dominated", top.entry
+        return "dominated", top
     smaller = [o for o in rivals if share(o) < share(cell) * (1 - TOLERANCE)]
     small = best(smaller)
     if small is not None and score(small) >= score(cell):
-        return "tied", small.entry
-    return "front", ""
+        return "tied", small
+    return "front", None
 
 
 def _standing(
@@ -238,6 +247,6 @@ def _standing(
         label=None if against is None else label_of(against),
         versus_baseline=against,
         place=place,
-        above=above,
+        above=None if above is None else versus(cell, above, seed),
         in_budget=fits(cell, point),
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from kvcompress.league.cells import CellStore, Measured, cell_key, code_hash, file_hash, suite_hash
 from kvcompress.league.entries import Entry
-from kvcompress.league.profiles import Profiles
+from kvcompress.league.profiles import Profiles, within
 from kvcompress.league.tune import Bench, Placed, place
 from kvcompress.plan import ModelShape, Plan
 from kvcompress.recipe import Calibration, Recipe
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from kvcompress.evaluate.workloads import WorkloadSuite
     from kvcompress.evaluate.workloads_report import WorkloadOutcome
+    from kvcompress.quant.keystats import KVParams
 
 WINDOW_TOKENS: Final = 32  # a run of so many tokens that two texts share is no accident
 _TUNING: Final = Calibration(prompts=3, seed=1)  # prompts whose bytes are measured while tuning
@@ -34,6 +35,7 @@ class Setup:
 
     Attributes:
         given: a finished profile to use where it fits.
+        calibration: of the profile that has the constants of every plan.
         fewer: further arguments of `make_workloads`, for documents of another make.
         any_code: accept cells that other code of this package measured.
     """
@@ -47,6 +49,7 @@ class Setup:
     seed: int
     given: Path | None = None
     any_code: bool = False
+    calibration: Calibration = Calibration()
     fewer: tuple[tuple[str, Any], ...] = ()
 
 
@@ -106,10 +109,11 @@ class Worker:
         self.setup = setup
         self.model, self.tokenizer = load_source(setup.model, setup.device)
         folder = setup.out / "profiles"
-        self.profiles = Profiles(self.model, self.tokenizer, folder, setup.given)
+        self.profiles = Profiles(self.model, self.tokenizer, folder, setup.given, setup.calibration)
         self.store = CellStore(setup.out / "cells", setup.any_code)
         self._suites: dict[str, tuple[WorkloadSuite, str]] = {}
         self._logits: dict[str, Tensor | None] = {}
+        self._params: dict[Path, tuple[KVParams, str]] = {}
         self._prompts: dict[int, list[list[int]]] = {}
 
     @cached_property
@@ -124,15 +128,14 @@ class Worker:
 
         return weights_hash(self.model)
 
-    @cached_property
-    def _params_hash(self) -> str:
-        return file_hash(self.profiles.params_path())
-
-    @cached_property
-    def _params(self) -> Any:
+    def params(self, plan: Plan) -> tuple[KVParams, str]:
+        """The constants that `plan` runs with, and the hash of their file."""
         from kvcompress.quant.keystats import KVParams
 
-        return KVParams.load(self.profiles.params_path())
+        path = self.profiles.params_path(plan.scorer)
+        if path not in self._params:
+            self._params[path] = (KVParams.load(path), file_hash(path))
+        return self._params[path]
 
     def suite(self, workload: str) -> tuple[WorkloadSuite, str]:
         """The workload's suite and its hash."""
@@ -164,12 +167,10 @@ class Worker:
         from kvcompress.profile.calibration import load_prompts
 
         suites = [self.suite(name)[0] for name in self.setup.workloads]
-        calibrations = {json.dumps(r.calibration.model_dump()): r for r in task.recipes}
-        prompts = [
-            prompt
-            for recipe in calibrations.values()
-            for prompt in load_prompts(recipe.calibration, self.tokenizer)
-        ]
+        limit = self.shape.max_position
+        used = [within(recipe, limit).calibration for recipe in task.recipes]
+        unique = {json.dumps(each.model_dump()): each for each in [*used, self.setup.calibration]}
+        prompts = [p for each in unique.values() for p in load_prompts(each, self.tokenizer)]
         return Facts(
             shape=self.shape,
             weights_hash=self.weights,
@@ -204,7 +205,7 @@ class Worker:
         """The outcome, from disk where it is there."""
         suite, suite_name = self.suite(task.workload)
         plan = None if task.placed is None else task.placed.plan
-        params_hash = "" if plan is None else self._params_hash
+        params_hash = "" if plan is None else self.params(plan)[1]
         json_ = None if plan is None else _nameless(plan).to_json()
         key = cell_key(json_, params_hash, suite_name, self.weights)
         found = self.store.load(key)
@@ -226,7 +227,7 @@ class Worker:
             self._logits[suite.workload] = logits
         reference = self._logits[suite.workload]
         return run_workload(
-            self.model, self.tokenizer, suite, plan, self._params, reference=reference
+            self.model, self.tokenizer, suite, plan, self.params(plan)[0], reference=reference
         )
 
     def _row_bytes(self, plan: Plan, length_tokens: int) -> int:
@@ -242,9 +243,10 @@ class Worker:
             wanted = _TUNING.model_copy(update={"tokens": length_tokens})
             self._prompts[length_tokens] = load_prompts(wanted, self.tokenizer)
         rows = self._prompts[length_tokens]
+        params, _ = self.params(plan)
         limit = self.shape.max_position
         chunk = None if length_tokens <= limit else max(1, limit // 2)
-        with warnings.catch_warnings(), serving(self.model, plan, self._params) as new_cache:
+        with warnings.catch_warnings(), serving(self.model, plan, params) as new_cache:
             warnings.simplefilter("ignore", PositionRangeWarning)
             session = Session(self.model, new_cache(), rows[0][0])
             session.prefill(rows, chunk)

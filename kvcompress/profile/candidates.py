@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcompress.evict import chain
 from kvcompress.plan import Budget, HeadPlan, KVDtype
-from kvcompress.recipe import FastGenPolicy, Recipe, UniformPolicy
+from kvcompress.recipe import FastGenPolicy, Keep, Recipe, UniformPolicy
 
 STORAGE: Final[tuple[tuple[KVDtype, KVDtype], ...]] = (
     ("model", "model"),
@@ -18,9 +18,14 @@ STORAGE: Final[tuple[tuple[KVDtype, KVDtype], ...]] = (
     ("int4", "int4"),
     ("fp8", "fp8"),
 )
-LOCAL_RATIOS: Final = (0.5, 0.25, 0.125, 0.0625, 0.03)
-FREQUENT_RATIOS: Final = (0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625, 0.03)
+LOCAL_RATIOS: Final = (0.5, 0.25, 0.125, 0.0625, 0.03, 0.015)
+FREQUENT_RATIOS: Final = (0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625, 0.03, 0.015)
+ALONE_RATIOS: Final = (0.25, 0.125, 0.0625, 0.03, 0.015)  # `frequent` without `local`
+CLASS_RATIOS: Final = (0.5, 0.25, 0.125, 0.0625, 0.03)  # beside special tokens and punctuation
 LOCAL_SHARE: Final = 0.25  # of a frequent budget, beside it
+# fewer sinks and recent tokens than a recipe asks for: in small budgets, uncoded tokens cost most
+FEWER_EXACT: Final = ((4, 4), (1, 2))
+_SMALL_STORAGE: Final = STORAGE[1:4]
 _BELOW: Final = {"int4": {"int4"}, "int8": {"int4", "int8"}, "fp8": {"int4", "fp8"}}
 
 
@@ -38,26 +43,57 @@ def fastgen_policy(recipe: Recipe) -> FastGenPolicy:
 
 def candidates(recipe: Recipe, head_dim: int) -> tuple[HeadPlan, ...]:
     """Everything that the profile measures for each head, without repeats."""
-    keep_sets = [HeadPlan(full=True)]
-    keep_sets += [HeadPlan(local=Budget(ratio=ratio)) for ratio in LOCAL_RATIOS]
-    for classes in (False, True):
-        keep_sets += [
-            HeadPlan(
-                special=classes,
-                punct=classes,
-                frequent=Budget(ratio=ratio),
-                local=Budget(ratio=ratio * LOCAL_SHARE),
-            )
-            for ratio in FREQUENT_RATIOS
-        ]
+    keep_sets = _plain_sets(FREQUENT_RATIOS)
+    keep_sets += [_frequent(ratio, classes=True) for ratio in CLASS_RATIOS]
     keep_sets += fastgen_chain(fastgen_policy(recipe))
     found = [HeadPlan()]
     for keep_set in keep_sets:
         found += [with_storage(keep_set, *pair) for pair in STORAGE]
     if isinstance(recipe.policy, UniformPolicy):
         found.append(recipe.policy.head)
-    even = head_dim % 2 == 0  # int4 packs two channels into a byte
-    return tuple(dict.fromkeys(h for h in found if even or "int4" not in (h.k_dtype, h.v_dtype)))
+    return _that_fit(found, head_dim)
+
+
+def small_candidates(head_dim: int) -> tuple[HeadPlan, ...]:
+    """What is measured with `FEWER_EXACT` tokens: coded keep-sets without classes."""
+    sets = _plain_sets(FREQUENT_RATIOS[2:])
+    found = [with_storage(keep_set, *pair) for keep_set in sets for pair in _SMALL_STORAGE]
+    return _that_fit([HeadPlan(), *found], head_dim)
+
+
+def fewer_exact(keep: Keep) -> tuple[Keep, ...]:
+    """Settings with fewer sinks and recent tokens than `keep`, the most tokens first."""
+    found = []
+    for sinks, recent in FEWER_EXACT:
+        smaller = {
+            "sink_tokens": min(sinks, keep.sink_tokens),
+            "recent_tokens": min(recent, keep.recent_tokens),
+        }
+        found.append(keep.model_copy(update=smaller))
+    return tuple(other for other in dict.fromkeys(found) if other != keep)
+
+
+def _plain_sets(frequent_ratios: tuple[float, ...]) -> list[HeadPlan]:
+    """Keep-sets without classes."""
+    sets = [HeadPlan(full=True)]
+    sets += [HeadPlan(local=Budget(ratio=ratio)) for ratio in LOCAL_RATIOS]
+    sets += [HeadPlan(frequent=Budget(ratio=ratio)) for ratio in ALONE_RATIOS]
+    return sets + [_frequent(ratio, classes=False) for ratio in frequent_ratios]
+
+
+def _frequent(ratio: float, classes: bool) -> HeadPlan:
+    return HeadPlan(
+        special=classes,
+        punct=classes,
+        frequent=Budget(ratio=ratio),
+        local=Budget(ratio=ratio * LOCAL_SHARE),
+    )
+
+
+def _that_fit(heads: list[HeadPlan], head_dim: int) -> tuple[HeadPlan, ...]:
+    """Without repeats; int4 packs two channels into a byte."""
+    even = head_dim % 2 == 0
+    return tuple(dict.fromkeys(h for h in heads if even or "int4" not in (h.k_dtype, h.v_dtype)))
 
 
 def with_storage(head: HeadPlan, k_dtype: KVDtype, v_dtype: KVDtype) -> HeadPlan:

@@ -14,7 +14,6 @@ from kvcompress.profile.losses import LossMeter
 from kvcompress.profile.masks import KeepMasks
 from kvcompress.profile.recovery import head_recovery, kept_mass
 from kvcompress.profile.sensitivity import path_sensitivity
-from kvcompress.profile.store import PATH
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Keep
 
@@ -26,6 +25,7 @@ class Setup:
     Attributes:
         chain: FastGen's keep-sets.
         heads: candidates whose loss is wanted.
+        fewer: the same for further settings with fewer sinks and recent tokens.
         params: key constants that stored keys are coded with, and what the scorer was trained to.
         gradients: whether losses are in nats, see `losses`.
     """
@@ -36,6 +36,7 @@ class Setup:
     punct_ids: tuple[int, ...]
     chain: tuple[HeadPlan, ...]
     heads: tuple[HeadPlan, ...]
+    fewer: tuple[tuple[Keep, tuple[HeadPlan, ...]], ...]
     params: KVParams
     gradients: bool
 
@@ -46,9 +47,9 @@ class PromptResult:
 
     Attributes:
         recovery: ``[L, Hkv, len(chain)]``.
-        loss: ``[L, Hkv, len(heads)]``.
+        loss: ``[L, Hkv, C]`` of `Setup.heads`, then of every entry of `Setup.fewer`.
         shares: ``[2]`` share of special and of punctuation tokens.
-        path_nats: see `Sensitivity`; zeros where there are no gradients.
+        path_nats: see `Sensitivity`.
     """
 
     recovery: Tensor
@@ -63,7 +64,7 @@ def measure_prompt(model: Any, setup: Setup, ids: list[int]) -> PromptResult:
     punct = torch.isin(tokens, _ids(setup.punct_ids, tokens))
     recovery: dict[int, Tensor] = {}
     loss: dict[int, Tensor] = {}
-    path = path_sensitivity(model, setup.shape, setup.keep, ids) if setup.gradients else None
+    path = path_sensitivity(model, setup.shape, setup.keep, ids, setup.gradients)
 
     def observe(rows: LayerRows) -> None:
         masks = KeepMasks(rows, setup.keep, special, punct)
@@ -73,9 +74,12 @@ def measure_prompt(model: Any, setup: Setup, ids: list[int]) -> PromptResult:
         recovery[rows.layer] = torch.stack(reached, -1).cpu()
         center = setup.params.k_center[rows.layer]
         scale = setup.params.k_scale[rows.layer]
-        gradient = path.gradients[rows.layer] if path else None
+        gradient = path.gradients[rows.layer] if path.gradients else None
         meter = LossMeter(rows, center, scale, gradient)
-        loss[rows.layer] = meter.measure(setup.heads, masks).cpu()
+        found = [meter.measure(setup.heads, masks)]
+        for keep, heads in setup.fewer:
+            found.append(meter.measure(heads, KeepMasks(rows, keep, special, punct)))
+        loss[rows.layer] = torch.cat(found, -1).cpu()
 
     trained = {i: setup.params.tensors_of(i) for i in range(setup.shape.layers)}
     with watching_rows(model, setup.shape, setup.keep, observe, tensors=trained):
@@ -85,7 +89,7 @@ def measure_prompt(model: Any, setup: Setup, ids: list[int]) -> PromptResult:
         torch.stack([recovery[i] for i in order]),
         torch.stack([loss[i] for i in order]),
         torch.stack([special.float().mean(), punct.float().mean()]).cpu(),
-        path.path_nats.cpu() if path else torch.zeros(len(PATH) + 1),
+        path.path_nats.cpu(),
     )
 
 

@@ -6,21 +6,21 @@ import numpy as np
 
 from kvcompress.plan import HeadPlan
 from kvcompress.profile.candidates import codes_nothing
-from kvcompress.profile.store import PATH, Profile
+from kvcompress.profile.store import PATH, ExactSetting, Profile
 
 Heads = tuple[tuple[HeadPlan, ...], ...]
 
 
-def summed_loss(profile: Profile, heads: Heads) -> float | None:
+def summed_loss(setting: ExactSetting, heads: Heads) -> float | None:
     """Sum of the heads' losses, None where a head was not measured."""
-    place = {head: i for i, head in enumerate(profile.candidates)}
+    place = {head: i for i, head in enumerate(setting.candidates)}
     total = 0.0
     for layer, row in enumerate(heads):
         for number, head in enumerate(row):
-            column = _bare(profile) if codes_nothing(head) else place.get(head)
+            column = bare_column(setting) if codes_nothing(head) else place.get(head)
             if column is None:
                 return None
-            total += profile.losses[layer][number][column]
+            total += setting.losses[layer][number][column]
     return total
 
 
@@ -28,20 +28,39 @@ def expected(profile: Profile, loss: float) -> float:
     """A sum of losses as the KL in nats per token that it stands for.
 
     Heads' losses are slopes of a path along which KL rises, slowly at first: the share of the whole
-    path that a plan's losses make up is where on the path it stands. Larger losses never give a
-    smaller figure. Losses without gradients stay as they are.
+    path that a plan's losses make up is where on the path it stands. Beyond its end KL goes on in
+    proportion. Larger losses never give a smaller figure. A profile without a path has the sum.
     """
-    if not profile.path_nats:
+    whole = _whole_path(profile)
+    if not whole:
         return loss
-    column = _bare(profile)
-    whole = sum(row[column] for layer in profile.losses for row in layer)
-    share = loss / whole if whole else 0.0
+    share = loss / whole
     nats = (0.0, *profile.path_nats)
-    end = nats[-1]
-    if share > 1:  # worse than bare heads: beyond the path, its last value goes on in proportion
-        return end * share
+    if share > 1:
+        return nats[-1] * share
     return float(np.interp(share, (0.0, *PATH, 1.0), nats))
 
 
-def _bare(profile: Profile) -> int:
-    return next(i for i, head in enumerate(profile.candidates) if codes_nothing(head))
+def summed_nats(profile: Profile, nats: float) -> float:
+    """The inverse of `expected`: the sum of losses that `nats` of KL stand for."""
+    whole = _whole_path(profile)
+    if not whole:
+        return nats
+    path = (0.0, *profile.path_nats)
+    if nats > path[-1]:
+        return whole * nats / path[-1]
+    return whole * float(np.interp(nats, path, (0.0, *PATH, 1.0)))
+
+
+def bare_column(setting: ExactSetting) -> int:
+    """Column of the head that holds sinks and recent tokens alone."""
+    return next(i for i, head in enumerate(setting.candidates) if codes_nothing(head))
+
+
+def _whole_path(profile: Profile) -> float:
+    """Summed loss of bare heads everywhere; 0 where there is no path to lay it on."""
+    if not profile.path_nats or profile.path_nats[-1] <= 0:
+        return 0.0
+    own = profile.settings[0]
+    column = bare_column(own)
+    return sum(row[column] for layer in own.losses for row in layer)

@@ -25,7 +25,9 @@ from kvcompress.profile.candidates import (
     candidates,
     fastgen_chain,
     fastgen_policy,
+    fewer_exact,
     lower_envelope,
+    small_candidates,
 )
 from kvcompress.profile.keys import LayerRotation, find_rotations, key_moments
 from kvcompress.profile.measure import PromptResult, Setup, measure_prompt
@@ -45,6 +47,7 @@ from kvcompress.profile.store import (
     PARAMS_FILE,
     PLAN_FILE,
     SCHEMA_VERSION,
+    ExactSetting,
     Profile,
     Provenance,
     Table,
@@ -123,6 +126,7 @@ def run(
             punct_ids(tokenizer),
             fastgen_chain(fastgen_policy(recipe)),
             candidates(recipe, shape.head_dim),
+            tuple((k, small_candidates(shape.head_dim)) for k in fewer_exact(recipe.keep)),
             params,
             gradients=not no_gradients,
         )
@@ -232,9 +236,24 @@ def _profile(
         recovery=_table(recovery),
         recovery_l1=_table(l1_distance(recovery)),
         candidates=setup.heads,
-        losses=_table(lower_envelope(losses, setup.heads)),
+        losses=_table(lower_envelope(losses[..., : len(setup.heads)], setup.heads)),
+        fewer=_fewer(setup, losses[..., len(setup.heads) :]),
         loss_unit="nats" if setup.gradients else "residual",
-        path_nats=_path_nats(results) if setup.gradients else (),
+        path_nats=_path_nats(results),
+    )
+
+
+def _fewer(setup: Setup, losses: Tensor) -> tuple[ExactSetting, ...]:
+    """Tables of the settings with fewer exact tokens, from their columns side by side."""
+    parts = losses.split([len(heads) for _, heads in setup.fewer], dim=-1)
+    return tuple(
+        ExactSetting(
+            sink_tokens=keep.sink_tokens,
+            recent_tokens=keep.recent_tokens,
+            candidates=heads,
+            losses=_table(lower_envelope(part, heads)),
+        )
+        for (keep, heads), part in zip(setup.fewer, parts, strict=True)
     )
 
 

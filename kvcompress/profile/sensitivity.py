@@ -1,7 +1,8 @@
 """What a change of a head's attention output does to the model's predictions.
 
 A prompt's held-out rows are predicted from two extremes: the full cache, and sinks and recent
-tokens alone in every head. Between them lies the path of outputs ``o + α (o_bare − o)``. The gradient of
+tokens alone in every head. Between them lies the path of outputs ``o + α (o_bare − o)``. The
+gradient of
     KL(full ‖ α) = Σ over held-out rows of KL between the predictions
 with respect to every head's output, averaged over the path, is the sensitivity ``u``: a change δ of
 the output of head h costs about ``u_h · δ`` nats, and the change to `bare` in all heads together
@@ -38,16 +39,22 @@ class Sensitivity:
     """One prompt's.
 
     Attributes:
-        gradients: per layer ``[Hkv, G, W, Dv]`` float32, in nats per unit of output.
+        gradients: per layer ``[Hkv, G, W, Dv]`` float32, in nats per unit of output; None where
+            only the path was wanted.
         path_nats: ``[len(PATH) + 1]`` KL per held-out row at each point of the path and at its end.
     """
 
-    gradients: list[Tensor]
+    gradients: list[Tensor] | None
     path_nats: Tensor
 
 
-def path_sensitivity(model: Any, shape: ModelShape, keep: Keep, ids: list[int]) -> Sensitivity:
+def path_sensitivity(
+    model: Any, shape: ModelShape, keep: Keep, ids: list[int], gradients: bool = True
+) -> Sensitivity:
     """See the module docstring.
+
+    Args:
+        gradients: without them only the path is walked, for models that have none.
 
     The rows before the held-out ones run once, without gradients, into transformers' own cache;
     only the W held-out rows are run again for every point of the path, so that memory grows with W
@@ -78,15 +85,16 @@ def path_sensitivity(model: Any, shape: ModelShape, keep: Keep, ids: list[int]) 
         total: list[Tensor] = []
         nats: list[Tensor] = []
         for alpha in PATH:
-            with torch.enable_grad():
+            with torch.set_grad_enabled(gradients):
                 lost = _kl(full, predict(alpha))
-                found = torch.autograd.grad(lost, path.outputs(), allow_unused=True)
-            steps = [_zero_if_unused(g, o) for g, o in zip(found, path.outputs(), strict=True)]
-            total = [a + b for a, b in zip(total, steps, strict=True)] if total else steps
+            if gradients:
+                steps = _gradients(lost, path.outputs())
+                total = [a + b for a, b in zip(total, steps, strict=True)] if total else steps
             nats.append(lost.detach() / rows)
         with torch.no_grad():
             nats.append(_kl(full, predict(1.0)) / rows)
-    return Sensitivity([gradient / len(PATH) for gradient in total], torch.stack(nats))
+    mean = [gradient / len(PATH) for gradient in total]
+    return Sensitivity(mean if gradients else None, torch.stack(nats))
 
 
 def _kl(full: Tensor, other: Tensor) -> Tensor:
@@ -94,8 +102,10 @@ def _kl(full: Tensor, other: Tensor) -> Tensor:
     return (full.exp() * (full - other)).sum()
 
 
-def _zero_if_unused(gradient: Tensor | None, output: Tensor) -> Tensor:
-    return torch.zeros_like(output) if gradient is None else gradient
+def _gradients(lost: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    """Of `lost` with respect to each of `outputs`, zero where it does not depend on it."""
+    found = torch.autograd.grad(lost, outputs, allow_unused=True, materialize_grads=True)
+    return list(found)
 
 
 class _Path:
@@ -151,6 +161,7 @@ def why_no_gradients(model: Any, shape: ModelShape, keep: Keep, ids: list[int]) 
     """Empty where `path_sensitivity` works for the model, else the reason in one line."""
     try:
         found = path_sensitivity(model, shape, keep, ids[:_TRIAL_TOKENS]).gradients
+        assert found is not None
     except RuntimeError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"the model's backward pass failed ({lines[0][:200]})"

@@ -15,7 +15,15 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from kvcompress.errors import ProfileError
-from kvcompress.plan import HeadPlan, ModelShape, NonNegativeInt, PositiveInt, StrictModel, explain
+from kvcompress.plan import (
+    HeadPlan,
+    ModelShape,
+    NonNegativeInt,
+    PositiveInt,
+    StrictModel,
+    WeightScheme,
+    explain,
+)
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Recipe
 
@@ -49,6 +57,30 @@ class Provenance(StrictModel):
     versions: dict[str, str]
 
 
+class ExactSetting(StrictModel):
+    """What was measured with so many sinks and recent tokens in every head.
+
+    Attributes:
+        losses: loss of each candidate in each head, see `kvcompress.profile.losses`.
+    """
+
+    sink_tokens: NonNegativeInt
+    recent_tokens: PositiveInt
+    candidates: tuple[HeadPlan, ...]
+    losses: Table
+
+
+class LayerWeights(StrictModel):
+    """The linear layers of one decoder layer, in each format.
+
+    Attributes:
+        nats: KL per token to the model as it is, when this decoder layer alone is in the format.
+    """
+
+    size_bytes: dict[WeightScheme, NonNegativeInt]
+    nats: dict[WeightScheme, float]
+
+
 class Profile(StrictModel):
     """See the module docstring.
 
@@ -64,7 +96,9 @@ class Profile(StrictModel):
         losses: loss of each candidate, see `kvcompress.profile.losses`.
         loss_unit: ``nats`` per predicted token, or ``residual``, a share of what a norm reads.
         path_nats: KL per token at the points `PATH` of the way from the full cache to bare heads,
-            and at its end, see `sensitivity`; empty without gradients.
+            and at its end, see `sensitivity`.
+        fewer: candidates and losses with fewer sinks and recent tokens than the recipe's.
+        weight_layers: per decoder layer; empty where the model came quantized.
         loss_note: why losses are not in nats, empty where they are.
         repeat_ids: what asks the model to repeat a text, for scorers that need it.
         surrogate_r2: ``[layer][KV head]`` R² of the trained surrogate on prompts that it was not
@@ -91,20 +125,36 @@ class Profile(StrictModel):
     losses: Table
     loss_unit: Literal["nats", "residual"] = "residual"
     path_nats: tuple[float, ...] = ()
+    fewer: tuple[ExactSetting, ...] = ()
+    weight_layers: tuple[LayerWeights, ...] = ()
     loss_note: str = ""
     surrogate_r2: tuple[tuple[float, ...], ...] | None = None
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:
-        widths = {"recovery": self.chain, "recovery_l1": self.chain, "losses": self.candidates}
-        for name, columns in widths.items():
-            table: Table = getattr(self, name)
+        tables: list[tuple[str, Table, tuple[HeadPlan, ...]]] = [
+            ("recovery", self.recovery, self.chain),
+            ("recovery_l1", self.recovery_l1, self.chain),
+            *(("losses", setting.losses, setting.candidates) for setting in self.settings),
+        ]
+        for name, table, columns in tables:
             sizes = {(len(layer), len(row)) for layer in table for row in layer}
             if len(table) != self.shape.layers or sizes != {(self.shape.kv_heads, len(columns))}:
                 raise ValueError(f"{name} does not cover every layer, KV head and candidate")
         if self.path_nats and len(self.path_nats) != len(PATH) + 1:
             raise ValueError(f"path_nats has {len(self.path_nats)} entries, not {len(PATH) + 1}")
         return self
+
+    @property
+    def settings(self) -> tuple[ExactSetting, ...]:
+        """The recipe's own sinks and recent tokens first, then the fewer ones."""
+        own = ExactSetting(
+            sink_tokens=self.recipe.keep.sink_tokens,
+            recent_tokens=self.recipe.keep.recent_tokens,
+            candidates=self.candidates,
+            losses=self.losses,
+        )
+        return (own, *self.fewer)
 
     def save(self, directory: Path | str) -> None:
         """Write profile.json; it appears whole or not at all."""

@@ -15,12 +15,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kvcompress.evict.digest import best_blocks, relevance
+from kvcompress.evict.digest import best_blocks, query_parts
 from kvcompress.kernels.decode_combine.reference import Combiner
-from kvcompress.kernels.decode_split.reference import decode_split
+from kvcompress.kernels.decode_split.reference import decode_split, key_logits
 from kvcompress.quant.codec import Codes
 from kvcompress.runtime.attend import QUERY_BLOCK, Chunk
-from kvcompress.runtime.recall_group import Coded, RecallGroup
+from kvcompress.runtime.recall_group import DIGEST_DTYPE, Coded, RecallGroup
 from kvcompress.runtime.recall_state import RecallState
 
 RECALL_ROWS: Final = 16  # query rows that share one copy of the blocks that they chose
@@ -137,8 +137,12 @@ class _Rows:
         """``[B, Hg, n, E]``: the blocks that each query row recalls."""
         recall = self.state.recall
         host = torch.tensor(self.state.blocks.host, device=self.device)
-        digest = group.digest[:, :, : max(self.state.blocks.host)]
-        score = relevance(query, digest, recall.digest).unflatten(2, (-1, self.n))
+        most = max(self.state.blocks.host)
+        total = query.new_zeros(self.batch * len(group.index), query.shape[2], most)
+        for vector, part in enumerate(query_parts(query.flatten(0, 1), recall.digest)):
+            digest = (t[:, :, vector, :most].flatten(0, 1) for t in group.digest_tensors())
+            total += key_logits(part, None, Codes(*digest), DIGEST_DTYPE)
+        score = total.unflatten(0, (self.batch, -1)).unflatten(2, (-1, self.n))
         chosen = best_blocks(score, host, recall.recall_blocks)
         if self.chunk.valid is not None:
             queries = self.chunk.valid[:, self.chunk.held :][:, self.rows]

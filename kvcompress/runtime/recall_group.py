@@ -23,6 +23,7 @@ from kvcompress.runtime.recall_host import BlockLayout, HostPool
 from kvcompress.runtime.state import LayerSettings
 from kvcompress.runtime.store import StorageKind
 
+DIGEST_DTYPE: Final = "int8"
 _WIDENED_TOKENS: Final = 4096  # of one row, widened to float32 at a time
 
 
@@ -73,7 +74,7 @@ class RecallGroup:
     Attributes:
         index: ``[Hg]`` KV head numbers.
         window: codes ``[B, Hg, allocated blocks · block tokens, …]``.
-        digest: ``[B, Hg, E, vectors, D]`` in the model's dtype, of centred and scaled keys.
+        digest: codes ``[B, Hg, vectors, E, …]`` of 8 bits, of centred and scaled keys.
         table: per row the pool's slot of each block on the host.
     """
 
@@ -82,7 +83,7 @@ class RecallGroup:
     index: Tensor
     kind: StorageKind
     window: Coded
-    digest: Tensor
+    digest: Codes
     pool: HostPool
     table: list[list[int]]
 
@@ -103,7 +104,8 @@ class RecallGroup:
                 _no_codes(kind.v_dtype, value, len(own), value_groups(kind.v_dtype, value_dim)),
             )
             layout = BlockLayout.of(kind, recall.block_tokens, dim, value_dim, key.dtype)
-            digest = key.new_zeros(batch, len(own), 0, VECTORS[recall.digest], dim)
+            empty = key.new_zeros(batch, len(own), VECTORS[recall.digest], 0, dim)
+            digest = encode(empty, DIGEST_DTYPE)
             pool = HostPool(layout, len(own), pinned=key.device.type == "cuda")
             index = torch.tensor(own, device=key.device)
             groups.append(
@@ -116,7 +118,11 @@ class RecallGroup:
 
     def tensors(self) -> list[Tensor]:
         """On the device; `index` is the plan's."""
-        return [*self.window.tensors(), self.digest]
+        return [*self.window.tensors(), *self.digest_tensors()]
+
+    def digest_tensors(self) -> list[Tensor]:
+        assert self.digest.scale is not None and self.digest.minimum is not None
+        return [self.digest.data, self.digest.scale, self.digest.minimum]
 
     def encode(self, key: Tensor, value: Tensor) -> Coded:
         """Codes of the group's heads ``[Hg, t, …]``, from tokens of all heads ``[Hkv, t, D]``."""
@@ -136,16 +142,20 @@ class RecallGroup:
         """Move tokens ``[Hg, blocks · size, …]`` of row b to the host; their digests stay."""
         size = self.recall.block_tokens
         blocks = line.of([t.unflatten(1, (-1, size)).transpose(0, 1) for t in line.tensors()])
-        first = len(self.table[b])
+        first, step = len(self.table[b]), max(1, _WIDENED_TOKENS // size)
         self.table[b] += self.pool.put(self.pool.layout.pack(*blocks))
-        stop = len(self.table[b])
-        self.make_room(max(stop, self.digest.shape[2]))
-        step = max(1, _WIDENED_TOKENS // size)
-        for low in range(0, stop - first, step):
+        self.make_room(max(len(self.table[b]), self.digest.data.shape[3]))
+        for low in range(0, len(self.table[b]) - first, step):
             keys = blocks.at(slice(low, low + step)).keys
-            wide = decode(keys, self.kind.k_dtype, self.digest.shape[-1])
-            digest = digest_of(wide, self.recall.digest).transpose(0, 1).to(self.digest.dtype)
-            self.digest[b, :, first + low : first + low + digest.shape[1]] = digest
+            wide = decode(keys, self.kind.k_dtype, self.digest.data.shape[-1])
+            found = digest_of(wide, self.recall.digest).permute(1, 2, 0, 3)  # [Hg, vectors, n, D]
+            here = slice(first + low, first + low + found.shape[2])
+            new = encode(found, DIGEST_DTYPE)
+            for target, source in zip(
+                self.digest_tensors(), (new.data, new.scale, new.minimum), strict=True
+            ):
+                assert source is not None
+                target[b, :, :, here] = source
 
     def bring_back(self, b: int, first: int) -> Coded:
         """Take the blocks of row b from `first` on back to the device, ``[Hg, tokens, …]``."""
@@ -153,25 +163,28 @@ class RecallGroup:
         heads = self.pool.heads
         wanted = torch.tensor(slots).repeat_interleave(heads)
         every = torch.arange(heads).repeat(len(slots))
-        packed = self.pool.get(wanted, every, self.digest.device).unflatten(0, (-1, heads))
+        packed = self.pool.get(wanted, every, self.index.device).unflatten(0, (-1, heads))
         self.pool.release(slots)
         found = Coded(*self.pool.layout.unpack(packed.transpose(0, 1)))
         return found.of([t.flatten(1, 2) for t in found.tensors()])
 
     def make_room(self, blocks: int) -> None:
         """Digests of exactly so many blocks per row."""
-        if self.digest.shape[2] == blocks:
+        if self.digest.data.shape[3] == blocks:
             return
-        old = self.digest
-        self.digest = old.new_zeros(*old.shape[:2], blocks, *old.shape[3:])
-        both = min(blocks, old.shape[2])
-        self.digest[:, :, :both] = old[:, :, :both]
+        fitted = []
+        for old in self.digest_tensors():
+            new = old.new_zeros(*old.shape[:3], blocks, old.shape[4])
+            both = min(blocks, old.shape[3])
+            new[:, :, :, :both] = old[:, :, :, :both]
+            fitted.append(new)
+        self.digest = Codes(*fitted)
 
     def select_rows(self, index: Tensor, slots: int, digests: int) -> None:
         """Rows `index` ``[B]``, with so many window slots and digests each."""
         tensors = [t[index, :, :slots].contiguous() for t in self.window.tensors()]
         self.window = self.window.of(tensors)
-        self.digest = self.digest[index]
+        self.digest = Codes(*(t[index] for t in self.digest_tensors()))
         self.make_room(digests)
         before, self.table = self.table, [list(self.table[row]) for row in index.tolist()]
         for line in self.table:
@@ -189,7 +202,7 @@ class RecallGroup:
         return RecallGroup(
             *(self.settings, self.recall, self.index, self.kind),
             self.window.of([t.clone() for t in self.window.tensors()]),
-            self.digest.clone(),
+            Codes(*(t.clone() for t in self.digest_tensors())),
             self.pool,
             [list(line) for line in self.table],
         )

@@ -109,7 +109,8 @@ def serving_rotations(model: Any, plan: Plan) -> tuple[Rotation | None, ...]:
         PlanError: as `check_relative`.
         UnsupportedModelError: where positions cannot be renumbered, with the layer and the reason.
     """
-    check_relative(plan)
+    if plan.positions == "relative":
+        check_relative(plan)
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     was_training = model.training
     model.eval()

@@ -288,7 +288,7 @@ def test_relative_positions_serve_what_is_longer_than_trained(
     found = run_workload(tiny_llama, tiny_tokenizer, tiny_suites["beyond"], plan)
     assert found.context_tokens == 512 and found.kl_nats[0] > 0
     assert attached(tiny_llama) is None
-    assert max(lengths) == 128 and lengths.count(128) >= 3 * 4  # three times, four parts
+    assert max(lengths) == 128 and lengths.count(128) >= 9  # three times, three whole parts and a rest
 
 
 def test_positions_that_the_model_lacks_are_named(tiny_tokenizer, tiny_suites):

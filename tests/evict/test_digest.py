@@ -5,11 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcompress.evict.digest import VECTORS, best_blocks, digest_of, relevance
+from kvcompress.evict.digest import VECTORS, best_blocks, digest_of, query_parts
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relevance(query: torch.Tensor, digest: torch.Tensor, kind) -> torch.Tensor:
+    """``[..., R, E]`` of queries ``[..., R, D]`` and digests ``[..., E, vectors, D]``."""
+    parts = enumerate(query_parts(query, kind))
+    return sum(part @ digest[..., vector, :].mT for vector, part in parts)
 
 
 @pytest.mark.parametrize("kind", VECTORS)
@@ -51,7 +57,7 @@ def test_the_best_blocks_of_each_row_and_never_an_empty_one():
     )
     got = best_blocks(score, torch.tensor([4, 2]), 2)
     assert got.int().tolist() == [
-        [[[0, 1, 0, 1], [1, 0, 1, 0]]],  # by the larger of the two heads' scores
+        [[[0, 1, 0, 1], [1, 0, 1, 0]]],  # by the mean of the two heads' scores
         [[[1, 1, 0, 0], [1, 1, 0, 0]]],
     ]
     one = best_blocks(score, torch.tensor([4, 2]), 1)

@@ -7,11 +7,18 @@ from hypothesis import strategies as st
 from kvcompress.accounting import head_bytes, kv_bytes, prefill_bytes
 from kvcompress.errors import PlanError
 from kvcompress.plan import Budget, HeadPlan, ModelShape
-from kvcompress.profile.candidates import candidates, codes_nothing, fastgen_chain, fastgen_policy
+from kvcompress.profile.candidates import (
+    candidates,
+    codes_nothing,
+    fastgen_chain,
+    fastgen_policy,
+    small_candidates,
+)
 from kvcompress.profile.options import policy_from_options
 from kvcompress.profile.solve import solve
-from kvcompress.profile.store import Profile, Provenance
+from kvcompress.profile.store import ExactSetting, Profile, Provenance
 from kvcompress.recipe import BytesPolicy, FastGenPolicy, Keep, Recipe, UniformPolicy
+from kvcompress.runtime.relative import check_relative
 
 LAYERS, HEADS = 2, 2
 SHAPE = ModelShape(
@@ -228,3 +235,94 @@ def test_options_replace_what_they_name():
 def test_unusable_options_are_refused(given, message):
     with pytest.raises(PlanError, match=message):
         options(FastGenPolicy(kind="fastgen"), **given)
+
+
+def with_fewer_exact(profile=PROFILE):
+    """A setting that predicts less, so that it is chosen wherever bytes are scarce."""
+    heads = small_candidates(64)
+    setting = ExactSetting(
+        sink_tokens=1,
+        recent_tokens=2,
+        candidates=heads,
+        losses=tuple(
+            tuple(tuple(need * hurt(h) * (1 if h.full else 0.9) for h in heads) for need in layer)
+            for layer in NEEDS
+        ),
+    )
+    return profile.model_copy(update={"fewer": (setting,)})
+
+
+FEWER = with_fewer_exact()
+
+
+def test_fewer_exact_tokens_are_chosen_where_they_predict_less():
+    small = solve(FEWER, bytes_policy(keep_ratio=1 / 16))
+    assert (small.sink_tokens, small.recent_tokens) == (1, 2)
+    assert kv_bytes(small, 1024, 1) <= SHAPE.bf16_kv_bytes(1024, 1) / 16
+    own = solve(FEWER, bytes_policy(keep_ratio=1 / 16, fewer_exact=False))
+    assert (own.sink_tokens, own.recent_tokens) == (4, 16)
+    assert small.predicted_loss < own.predicted_loss
+    with pytest.raises(PlanError, match="bytes are .* too few"):
+        solve(FEWER, bytes_policy(keep_ratio=1 / 64, fewer_exact=False))
+    assert solve(FEWER, bytes_policy(keep_ratio=1 / 64)).recent_tokens == 2
+
+
+@given(st.integers(15, 1000), st.integers(15, 1000))
+def test_more_bytes_never_predict_worse_over_all_settings(first, second):
+    low, high = sorted((first / 1000, second / 1000))
+    plans = [solve(FEWER, bytes_policy(keep_ratio=ratio)) for ratio in (low, high)]
+    assert plans[1].predicted_loss <= plans[0].predicted_loss
+
+
+PARTS = (
+    {"dtypes": (("model", "model"),)},
+    {"dtypes": (("int8", "int8"),)},
+    {"keep_sets": "full"},
+    {"keep_sets": "local"},
+    {"fewer_exact": False},
+)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+@pytest.mark.parametrize("ratio", [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 40])
+def test_joint_is_never_worse_than_a_part_of_it(ratio, part):
+    dtypes = (("model", "model"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"))
+    joint = solve(FEWER, bytes_policy(keep_ratio=ratio, dtypes=dtypes))
+    try:
+        alone = solve(FEWER, bytes_policy(keep_ratio=ratio, **({"dtypes": dtypes} | part)))
+    except PlanError:
+        return  # the part alone cannot be that small
+    assert joint.predicted_loss <= alone.predicted_loss
+
+
+def test_parts_keep_to_their_keep_sets():
+    full = solve(PROFILE, bytes_policy(keep_ratio=0.5, keep_sets="full"))
+    assert all(h.full for row in full.heads for h in row)
+    local = solve(PROFILE, bytes_policy(keep_ratio=0.2, keep_sets="local"))
+    assert not any(h.frequent or h.punct for row in local.heads for h in row)
+
+
+def test_relative_positions_bound_every_head_and_serve_longer_contexts():
+    keep = Keep(positions="relative")
+    profile = profile_of(Recipe(keep=keep))
+    plan = solve(profile, bytes_policy(keep_ratio=0.1, context=8192), keep)
+    assert plan.positions == "relative"
+    most = [b.tokens for row in plan.heads for h in row for b in (h.frequent, h.local) if b]
+    assert most and all(tokens is not None and tokens <= 1024 for tokens in most)
+    check_relative(plan)
+    assert kv_bytes(plan, 8192, 1) == kv_bytes(plan, 100_000, 1)
+    assert kv_bytes(plan, 8192, 1) <= 0.1 * SHAPE.bf16_kv_bytes(8192, 1)
+    with pytest.raises(PlanError, match="or a recipe with keep.positions: relative"):
+        solve(PROFILE, bytes_policy(keep_ratio=0.1, context=8192))
+
+
+def test_budgets_in_tokens_do_not_follow_the_prompt():
+    small = bytes_policy(keep_ratio=0.3, keep_sets="local")
+    ratio = solve(PROFILE, small)
+    tokens = solve(PROFILE, small.model_copy(update={"budgets": "tokens"}))
+    windows = [h.local for row in ratio.heads for h in row if h.local]
+    fixed = [h.local for row in tokens.heads for h in row if h.local]
+    assert windows and [b.resolve(1024) for b in windows] == [b.tokens for b in fixed]
+    assert kv_bytes(ratio, 1024, 1) == kv_bytes(tokens, 1024, 1)
+    assert kv_bytes(ratio, 512, 1) < kv_bytes(tokens, 512, 1)
+    assert ratio.predicted_loss == tokens.predicted_loss

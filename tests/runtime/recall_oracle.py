@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from kvcompress.plan import Plan
+from kvcompress.quant.codec import roundtrip
 from tests.runtime.oracle import feed
 
 NAME = "kvcompress_recall_oracle"
@@ -85,24 +86,28 @@ class RecallOracle:
         room = max(1, (budget - sinks - self.plan.recent_tokens) // size)
         away, window_blocks = blocks[: max(0, len(blocks) - room)], blocks[-room:]
         keys = self.all_kv[layer][0][b, h]
-        scores = {j: self._score(q, keys[block]) for j, block in enumerate(away)}
-        best = sorted(scores, key=scores.__getitem__, reverse=True)[: self.recall.recall_blocks]
+        scores = self._scores(q, [keys[block] for block in away])
+        best = sorted(range(len(away)), key=scores.__getitem__, reverse=True)[
+            : self.recall.recall_blocks
+        ]
         self.chosen[layer, b, h, now] = set(best)
         seen = exact + sum(window_blocks, []) + chunk + sum((away[j] for j in best), [])
         self.hidden += len(everything) - len(seen)
         return sorted(seen)
 
-    def _score(self, queries: Tensor, keys: Tensor) -> float:
-        """The best that any query of the group may hope for in a block."""
-        best = -float("inf")
-        for q in queries.tolist():
-            if self.recall.digest == "mean":
-                score = sum(x * y for x, y in zip(q, keys.mean(0).tolist(), strict=True))
-            else:
-                low, high = keys.amin(0).tolist(), keys.amax(0).tolist()
-                score = sum(max(x * a, x * z) for x, a, z in zip(q, low, high, strict=True))
-            best = max(best, score)
-        return best
+    def _scores(self, queries: Tensor, blocks: list[Tensor]) -> list[float]:
+        """What each block promises the queries of the group, all together."""
+        return [sum(self._promise(q, keys) for q in queries.tolist()) for keys in blocks]
+
+    def _promise(self, q: list[float], keys: Tensor) -> float:
+        if self.recall.digest == "mean":
+            return sum(x * y for x, y in zip(q, _as_stored(keys.mean(0)), strict=True))
+        low, high = _as_stored(keys.amin(0)), _as_stored(keys.amax(0))
+        return sum(x * (z if x > 0 else a) for x, a, z in zip(q, low, high, strict=True))
+
+
+def _as_stored(vector: Tensor) -> list[float]:
+    return roundtrip(vector, "int8").tolist()
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def everything_in(state: RecallState) -> list:
             number = torch.arange(len(line) * size, max(0, seen - exact))
             slots = number % (state.blocks.window[b] * size)
             found += [t[b][:, slots].tolist() for t in group.window.tensors()]
-            found.append(group.digest[b, :, : len(line)].tolist())
+            found += [t[b, :, :, : len(line)].tolist() for t in group.digest_tensors()]
     return found
 
 

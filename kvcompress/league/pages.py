@@ -1,0 +1,188 @@
+"""The league as a page with its pictures; made from the data alone, no model needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from kvcompress.evaluate.workloads import WORKLOADS
+from kvcompress.league.plots import check_plots, draw_all
+from kvcompress.league.result import Cell, League, point_name
+from kvcompress.league.tables import LEGEND, kl_table, score_table
+from kvcompress.league.tune import TOLERANCE
+from kvcompress.league.verdicts import Verdicts, share
+from kvcompress.league.words import verdict_lines
+from kvcompress.profile.store import write_atomically
+
+__all__ = ["check_plots", "write_pages"]
+
+_RULES: Final = """\
+## Rules
+
+- **Equal bytes.** Bytes are those of all tensors of the cache when the first question comes,
+  metadata included. Every entry gets the largest size that fits the target; a plan whose bytes
+  depend on the text is sized on three calibration prompts.
+- **One rule for all.** Sinks and recent tokens stay in 16 bits and may take a third of the target;
+  where a recipe wants more, sinks shrink to a quarter of what is allowed and recent tokens to the
+  rest. Budgets of all heads shrink or grow by one factor; FastGen's recovery and the planner's
+  byte target are turned first. Ratios are taken at the length at which bytes are counted.
+- **Storage.** {storage}
+- **Tokens-only, bits-only.** The planner of the entry, choosing tokens alone with all of them in
+  int8, which holds 1.8 times the tokens of 16 bits; or choosing bits alone, every token kept.
+- **Baseline.** An entry that is not above the best of sink-recent, random and key-norm at its
+  point is labelled so, ours included.
+- **Best rival.** The one with the highest mean on the very samples that are compared; this
+  favours the rival. Intervals are 95 % bootstrap over samples; differences are paired.
+"""
+_STORAGE: Final = {
+    "recipe": "Every recipe keeps the storage that it names; where it names none, 16 bits.",
+    "int8": "Recipes that leave kept tokens in 16 bits store them in int8 here, which gives them "
+    "1.8 times the tokens at equal bytes and makes them stronger. Recipes that name a code keep "
+    "it. Every entry has the same key constants.",
+    "int4": "Recipes that leave kept tokens in 16 bits store them in int4 here. Recipes that name "
+    "a code keep it. Every entry has the same key constants.",
+}
+
+
+def write_pages(league: League, verdicts: Verdicts, page: Path, notes: str = "") -> None:
+    """Write `page`, and its pictures into a folder of its name beside it.
+
+    Args:
+        notes: Markdown that stands behind the verdicts: what numbers cannot say of themselves.
+
+    Raises:
+        KVCompressError: where matplotlib is not installed.
+    """
+    pictures = page.with_suffix("")
+    draw_all(league, pictures, {name: title(name) for name in league.workloads})
+    write_atomically(page, render(league, verdicts, pictures.name, notes))
+
+
+def title(workload: str) -> str:
+    """``D1 hidden: question unknown while ...``."""
+    known = WORKLOADS.get(workload)
+    return workload if known is None else f"{known.axis} {workload}: {known.summary}"
+
+
+def render(league: League, verdicts: Verdicts, pictures: str, notes: str = "") -> str:
+    """The page as Markdown; `pictures` is the folder of its images."""
+    lines = [
+        "# League",
+        "",
+        "Every recipe at equal measured bytes on every workload, on "
+        f"`{league.conditions.model}`. This page is made by `kvcompress league --render`; no "
+        "number on it is typed by hand.",
+        "",
+        f"![Score against bytes, all workloads]({pictures}/overview.png)",
+        "",
+        "Score: questions answered word for word. Red band: 95 % interval of the planned entry.",
+        LEGEND,
+        "",
+        "## Verdicts",
+        "",
+        *verdict_lines(verdicts),
+    ]
+    if notes:
+        lines += [notes.strip(), ""]
+    for workload in league.workloads:
+        lines += [f"## {title(workload)}", "", *score_table(league, verdicts, workload)]
+        lines += [f"![{workload}]({pictures}/{workload}.png)", ""]
+    lines += _text(league)
+    lines += [_RULES.format(storage=_STORAGE[league.conditions.storage])]
+    lines += [*_bytes(league), *_conditions(league), *_entries(league)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _text(league: League) -> list[str]:
+    """KL to the full cache, on the workloads that the model is made for."""
+    lines = []
+    for workload in league.workloads:
+        known = WORKLOADS.get(workload)
+        measured = any(
+            cell.outcome is not None and cell.outcome.kl_nats is not None
+            for cell in league.cells
+            if cell.workload == workload
+        )
+        if measured and not (known is not None and known.beyond):
+            lines += [f"## KL to the full cache, {workload}", ""]
+            lines += ["Mean nats per token on held-out text behind a compressed prefix.", ""]
+            lines += kl_table(league, workload)
+    return lines
+
+
+def _bytes(league: League) -> list[str]:
+    """How equal the bytes are."""
+    cells = [c for c in league.cells if c.outcome is not None and c.point is not None]
+    if not cells:
+        return []
+    ratios = {id(cell): share(cell) / cell.point for cell in cells if cell.point is not None}
+    over = [cell for cell in cells if ratios[id(cell)] > 1 + TOLERANCE]
+    under = [cell for cell in cells if ratios[id(cell)] < 1 - TOLERANCE]
+    lines = [
+        "## Bytes",
+        "",
+        f"Of {len(cells)} cells at a target, {len(cells) - len(over) - len(under)} measured within "
+        f"{TOLERANCE:.0%} of it, {len(under)} below and {len(over)} above. An entry below found no "
+        "larger plan that fits, or its prompts took fewer bytes than those it was sized on.",
+        "",
+    ]
+    return [*lines, *_listed("above", over, ratios), *_listed("below", under, ratios)]
+
+
+def _listed(word: str, cells: Sequence[Cell], ratios: dict[int, float]) -> list[str]:
+    if not cells:
+        return []
+    worst: dict[tuple[str, float | None], float] = {}
+    for cell in cells:
+        key, ratio = (cell.entry, cell.point), ratios[id(cell)]
+        known = worst.get(key, 1.0)
+        worst[key] = ratio if abs(ratio - 1) > abs(known - 1) else known
+    parts = [
+        f"{name} at {point_name(point)} ({ratio:.2f})" for (name, point), ratio in worst.items()
+    ]
+    return [f"Furthest {word}, as a share of the target: {', '.join(parts)}.", ""]
+
+
+def _conditions(league: League) -> list[str]:
+    told = league.conditions
+    lengths = ", ".join(f"{name} {tokens}" for name, tokens in told.lengths.items())
+    shared = (
+        f"calibration and evaluation share no run of {told.window_tokens} tokens"
+        if told.shared_windows == 0
+        else f"calibration and evaluation share {told.shared_windows} runs of "
+        f"{told.window_tokens} tokens"
+    )
+    lines = [
+        "## Conditions",
+        "",
+        f"- {told.date}; {told.machine}; device {told.device}, dtype {told.dtype}; "
+        + ", ".join(f"{name} {number}" for name, number in told.versions.items()),
+        f"- model `{told.model}`, weights {told.weights_hash[:16]}",
+        f"- {told.samples} samples per workload, seed {told.seed}; tokens at which bytes are "
+        f"counted: {lengths}",
+        f"- calibration: {told.calibration}; {shared}",
+        f"- {told.seconds / 60:.0f} minutes of one process for all cells",
+    ]
+    if told.other_code:
+        lines.append(f"- {told.other_code} cells were measured by an earlier state of the code")
+    return [*lines, ""]
+
+
+def _entries(league: League) -> list[str]:
+    """Who took part, and what did not run."""
+    lines = ["## Entries", "", "| entry | role | what it is |", "|---|---|---|"]
+    for row in league.rows:
+        same = f"; same as {', '.join(row.same_as)}" if row.same_as else ""
+        lines.append(f"| {row.name} | {row.role} | {row.description}{same} |")
+    missing = [f"- {row.name}: {row.reason}" for row in league.skipped]
+    failed: dict[tuple[str, str], list[str]] = {}
+    for cell in league.cells:
+        if cell.error:
+            what = "no plan so small" if cell.unreachable else "failed"
+            where = failed.setdefault((cell.entry, f"{what}: {cell.error}"), [])
+            where.append(f"{cell.workload} at {point_name(cell.point)}")
+    for (entry, error), where in failed.items():
+        shown = where if len(where) <= 3 else [*where[:3], f"{len(where) - 3} more"]
+        missing.append(f"- {entry} ({', '.join(shown)}): {error}")
+    return [*lines, "", "## Not run", "", *missing, ""] if missing else [*lines, ""]

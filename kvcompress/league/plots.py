@@ -1,0 +1,221 @@
+"""Pictures of the league: score against bytes, one for each workload and all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kvcompress.errors import KVCompressError
+from kvcompress.evaluate.workloads_report import interval
+from kvcompress.league.result import Cell, League, point_name
+from kvcompress.league.verdicts import score, share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_INK: Final = "#222222"
+_GREY: Final = "#9a9a9a"
+_OURS: Final = ("#c1121f", "#6f0a13", "#f0717a")
+_PART: Final = "#e9a1a6"
+_CODES: Final = "#4a4a4a"
+_COLOURS: Final = (
+    "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#bcbd22", "#e377c2",
+    "#3a5a40", "#5e60ce", "#b5838d", "#0a9396", "#ca6702", "#6d597a",
+)  # fmt: skip
+_MARKS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
+_BASE_DASHES: Final = {"sink-recent": (4, 2), "random": (1, 1.5), "key-norm": (6, 2, 1, 2)}
+
+
+def check_plots() -> None:
+    """Say early that pictures cannot be made.
+
+    Raises:
+        KVCompressError: naming the extra to install.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise KVCompressError(
+            "the league draws with matplotlib, which is not installed: "
+            "pip install 'kvcompress[plots]'"
+        ) from None
+
+
+def draw_all(league: League, folder: Path, titles: dict[str, str]) -> list[Path]:
+    """``NAME.png`` and ``NAME.svg`` for each workload, and ``overview`` with all of them.
+
+    Args:
+        titles: per workload, above its picture.
+    """
+    check_plots()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    settings: Any = {"svg.hashsalt": "kvcompress", "font.size": 9, "axes.spines.top": False}
+    made = []
+    folder.mkdir(parents=True, exist_ok=True)
+    settings |= {"axes.spines.right": False, "svg.fonttype": "none"}
+    with matplotlib.rc_context(settings):
+        for workload in league.workloads:
+            made += _save(_single(league, workload, titles[workload]), folder / workload)
+        made += _save(_overview(league, titles), folder / "overview")
+    return made
+
+
+def _save(figure: Any, path: Path) -> list[Path]:
+    """PNG and SVG without a date, so that the same league gives the same files."""
+    import matplotlib.pyplot as plt
+
+    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
+    figure.savefig(png, dpi=130, metadata={"Software": None})
+    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return [png, svg]
+
+
+def _single(league: League, workload: str, title: str) -> Any:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9.6, 5.6), layout="constrained")
+    _draw(axes, league, workload, labelled=True)
+    axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.set_xlabel("KV bytes held, as a share of the 16-bit cache")
+    axes.set_ylabel("answers word for word")
+    figure.legend(
+        *_key(axes), loc="outside right upper", frameon=False, fontsize=8, handlelength=2.4
+    )
+    return figure
+
+
+def _overview(league: League, titles: dict[str, str]) -> Any:
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(league.workloads))
+    rows = -(-len(league.workloads) // columns)
+    size = (4.1 * columns + 2.2, 3.2 * rows + 0.3)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    flat = list(grid.flat)
+    for axes, workload in zip(flat, league.workloads, strict=False):
+        _draw(axes, league, workload, labelled=False)
+        axes.set_title(titles[workload].split(":")[0], loc="left", fontsize=10, color=_INK)
+    for axes in flat[len(league.workloads) :]:
+        axes.set_visible(False)
+    figure.supxlabel("KV bytes held, as a share of the 16-bit cache", fontsize=9)
+    figure.supylabel("answers word for word", fontsize=9)
+    handles, names = _key(flat[0])
+    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def _draw(axes: Axes, league: League, workload: str, labelled: bool) -> None:
+    """One workload; published methods in colour, baselines grey, planned ones on top."""
+    roles = {row.name: row.role for row in league.rows}
+    lines: dict[str, list[Cell]] = {}
+    for cell in league.cells:
+        if cell.workload == workload and cell.outcome is not None:
+            lines.setdefault(cell.entry, []).append(cell)
+    published = [row.name for row in league.rows if row.role == "published"]
+    ends: list[tuple[float, float, str, str]] = []
+    codes: list[tuple[float, float, str]] = []
+    for name, cells in lines.items():
+        points = sorted((share(cell), score(cell)) for cell in cells)
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        match roles[name]:
+            case "reference":
+                axes.axhline(ys[0], color=_INK, lw=0.9, ls=(0, (1, 2)), zorder=1)
+                axes.annotate(
+                    "full cache", (0, ys[0]), xycoords=("axes fraction", "data"),
+                    xytext=(2, 2), textcoords="offset points", fontsize=7.5, color=_INK,
+                )  # fmt: skip
+            case "quantization":
+                axes.plot(
+                    xs, ys, ls="", marker="d", ms=5, color=_CODES, zorder=4,
+                    label=None if codes else "every token, in codes",
+                )  # fmt: skip
+                codes.append((xs[0], ys[0], name))
+            case "baseline":
+                dashes = (0, _BASE_DASHES.get(name, (3, 1)))
+                axes.plot(xs, ys, color=_GREY, lw=1.4, ls=dashes, label=name, zorder=2)
+            case "part":
+                axes.plot(xs, ys, color=_PART, lw=1.2, marker=".", label=name, zorder=3)
+            case "planned":
+                colour = _OURS[len(ends) % len(_OURS)]
+                _planned(axes, cells, name, colour)
+                ends.append((xs[0], ys[0], name, colour))
+            case _:
+                number = published.index(name)
+                axes.plot(
+                    xs, ys, color=_COLOURS[number % len(_COLOURS)], lw=1.0, alpha=0.85,
+                    marker=_MARKS[number % len(_MARKS)], ms=3.5, label=name, zorder=3,
+                )  # fmt: skip
+    most = max([*league.points, *(x for x, _, _ in codes)])
+    _axis(axes, league, most, 1.13 if labelled else 1.06)
+    if labelled:
+        _label_ends(axes, ends)
+        _label_codes(axes, codes)
+
+
+def _planned(axes: Axes, cells: Sequence[Cell], name: str, colour: str) -> None:
+    """The line, with the 95 % interval of each point as a band."""
+    ordered = sorted(cells, key=share)
+    bounds = [interval(cell.outcome.hits)[1] for cell in ordered if cell.outcome is not None]
+    xs = [share(cell) for cell in ordered]
+    axes.fill_between(
+        xs, [low for low, _ in bounds], [high for _, high in bounds], color=colour, alpha=0.10, lw=0
+    )
+    axes.plot(
+        xs, [score(cell) for cell in ordered], color=colour, lw=2.4, marker="o", ms=5, label=name,
+        zorder=5,
+    )  # fmt: skip
+
+
+def _axis(axes: Axes, league: League, most: float, top: float) -> None:
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(league.points) * 0.82, most * 1.2)
+    axes.set_xticks(league.points, [point_name(point) for point in league.points])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(-0.03, top)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(axis="y", color="#e6e6e6", lw=0.7, zorder=0)
+    axes.set_axisbelow(True)
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names under the left ends of lines, one below another where lines begin together."""
+    taken: list[float] = []
+    for x, y, name, colour in sorted(ends, key=lambda end: -end[1]):
+        place = y - 0.02
+        while any(abs(place - at) < 0.045 for at in taken):
+            place -= 0.045
+        taken.append(place)
+        axes.annotate(
+            name, (x, y), xytext=(x * 1.03, place), fontsize=8.5, color=colour, va="top", zorder=6
+        )
+
+
+def _label_codes(axes: Axes, codes: Sequence[tuple[float, float, str]]) -> None:
+    """Names in a band above 100 %, each joined to its point, neighbours on two levels."""
+    level = 0
+    before = 0.0
+    for x, y, name in sorted(codes):
+        level = (level + 1) % 3 if x / max(before, 1e-9) < 1.35 else 0
+        before = x
+        axes.annotate(
+            name, (x, y), xytext=(x, 1.03 + 0.033 * level), fontsize=7.5, color=_CODES,
+            ha="center", va="bottom",
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": _GREY, "shrinkA": 0},
+        )  # fmt: skip
+
+
+def _key(axes: Axes) -> tuple[list[Any], list[str]]:
+    """Planned first, then what the picture draws on top of grey lines."""
+    found: tuple[list[Any], list[str]] = axes.get_legend_handles_labels()
+    handles, names = found
+    first = dict.fromkeys(_OURS, 0) | {_PART: 2, _GREY: 3, _CODES: 4}
+    order = sorted(
+        range(len(names)), key=lambda i: (first.get(handles[i].get_color(), 1), names[i])
+    )
+    return [handles[i] for i in order], [names[i] for i in order]

@@ -1,0 +1,232 @@
+"""A whole league on a tiny model: cells, resuming, failures, and the program."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvcompress.cli import app
+from kvcompress.league import crew, work
+from kvcompress.league.cells import CellStore, Measured, cell_key, code_hash, suite_hash
+from kvcompress.league.crew import Crew
+from kvcompress.league.entries import make_entries, read_recipes
+from kvcompress.league.result import League, LeagueError
+from kvcompress.league.run import Hall, failures, run_league
+from kvcompress.league.work import FactsTask, Setup, shared_windows
+from kvcompress.recipe import Calibration
+from tests.league.conftest import outcome
+
+SMALL = (
+    ("windows", 2),
+    ("continuation_tokens", 8),
+    ("notes", 2),
+    ("max_words", 1),
+)
+
+
+@contextmanager
+def no_bar(label, total):
+    yield lambda done: None
+
+
+@pytest.fixture
+def setup(tiny_model_dir: Path, tmp_path: Path) -> Setup:
+    return Setup(
+        model=str(tiny_model_dir),
+        device="cpu",
+        out=tmp_path / "out",
+        workloads=("hidden",),
+        samples=2,
+        context_tokens=150,
+        seed=0,
+        calibration=Calibration(prompts=2, tokens=96),
+        fewer=SMALL,
+    )
+
+
+def hall(setup: Setup, recipes: Path) -> Hall:
+    entries, skipped = make_entries(read_recipes(recipes))
+    return Hall(setup, entries, skipped, (0.5,), "int8", "a machine")
+
+
+@pytest.fixture
+def count_runs(monkeypatch):
+    """The plans that are really measured, None for the reference."""
+    from kvcompress.evaluate import workloads_run
+
+    runs: list[str | None] = []
+    real = workloads_run.run_workload
+
+    def counted(model, tokenizer, suite, plan=None, *rest, **named):
+        runs.append(None if plan is None else plan.target)
+        return real(model, tokenizer, suite, plan, *rest, **named)
+
+    monkeypatch.setattr(workloads_run, "run_workload", counted)
+    return runs
+
+
+def test_a_league_runs_goes_on_and_is_not_run_twice(setup, recipes, count_runs, monkeypatch):
+    told: list[League] = []
+    first = hall(setup, recipes)
+    first.save = told.append
+    real, calls = work.Worker.measure, []
+
+    def stops_at_the_second(self, task):
+        calls.append(task)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, task)
+
+    monkeypatch.setattr(work.Worker, "measure", stops_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run_league(first, 1, bar=no_bar)
+    assert [len(league.cells) for league in told] == [1]  # the reference was told at once
+    assert count_runs == [None]
+
+    monkeypatch.setattr(work.Worker, "measure", real)
+    league = run_league(hall(setup, recipes), 1, bar=no_bar)
+    assert count_runs == [None, "sink-recent at 0.5 of the bf16 KV bytes", *count_runs[2:]]
+    assert len(count_runs) == 3
+    assert [(c.entry, c.point) for c in league.cells] == [
+        ("full cache", None),
+        ("sink-recent", 0.5),
+        ("h2o", 0.5),
+    ]
+    assert failures(league) == []
+    for cell in league.cells[1:]:
+        assert cell.outcome is not None and cell.outcome.kv_bytes == cell.predicted_bytes
+        assert cell.outcome.kv_ratio == pytest.approx(0.5, rel=0.03)
+        assert len(cell.outcome.hits) == 2
+    assert run_league(hall(setup, recipes), 1, bar=no_bar).cells == league.cells
+    assert len(count_runs) == 3
+    assert league.conditions.lengths == {"hidden": 150}
+    assert league.conditions.shared_windows == 0
+
+
+def test_a_cell_that_fails_is_told_and_the_others_go_on(setup, recipes, monkeypatch):
+    real = work.Worker._run
+
+    def fails(self, suite, plan):
+        if plan is not None and plan.target.startswith("sink-recent"):
+            raise RuntimeError("boom\nand more")
+        return real(self, suite, plan)
+
+    monkeypatch.setattr(work.Worker, "_run", fails)
+    league = run_league(hall(setup, recipes), 1, bar=no_bar)
+    (wrong,) = failures(league)
+    assert (wrong.entry, wrong.error) == ("sink-recent", "RuntimeError: boom and more")
+    assert [c.outcome is None for c in league.cells] == [False, True, False]
+
+
+def test_what_no_plan_reaches_is_no_failure(setup, recipes):
+    few = replace(hall(setup, recipes), points=(0.01,))
+    league = run_league(few, 1, bar=no_bar)
+    assert [c.unreachable for c in league.cells] == [False, True, True]
+    assert "without any budget" in league.cells[1].error and failures(league) == []
+
+
+def test_cells_depend_on_plan_text_model_and_code(tmp_path, monkeypatch):
+    keys = [cell_key("plan", "p", "s", "w"), cell_key("other", "p", "s", "w")]
+    keys += [
+        cell_key("plan", *rest) for rest in (("q", "s", "w"), ("p", "t", "w"), ("p", "s", "v"))
+    ]
+    assert len(set(keys)) == 5
+    assert cell_key(None, "p", "s", "w") == cell_key(None, "q", "s", "w")  # no plan, no constants
+    store = CellStore(tmp_path)
+    store.save(Measured(key="k", code="another", seconds=1.0, outcome=outcome([1.0], 0.5)))
+    assert store.load("k") is None and store.load("missing") is None
+    kept = CellStore(tmp_path, any_code=True).load("k")
+    assert kept is not None and kept.outcome.hits == (1.0,)
+    store.save(kept.model_copy(update={"code": code_hash()}))
+    assert store.load("k") is not None
+    (tmp_path / "k.json").write_text("{", encoding="utf-8")
+    assert store.load("k") is None
+
+
+def test_a_suite_is_hashed_with_its_text_and_windows(setup):
+    worker = work.Worker(setup)
+    suite, name = worker.suite("hidden")
+    assert suite_hash(suite) == name
+    assert suite.windows is not None
+    other = suite.windows.clone()
+    other[1, 3] += 1
+    assert suite_hash(replace(suite, windows=other)) != name
+    assert suite_hash(replace(suite, documents=suite.documents * 2)) != name
+    shown = list(suite.documents[0].prompt)
+    assert shared_windows([shown[10:42]], [suite]) == 1
+    assert shared_windows([shown[10:41]], [suite]) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_and_one_agree(setup):
+    with Crew(setup, 2) as two:
+        (apart,) = list(two.run([FactsTask(())]))
+    with Crew(setup, 1) as one:
+        (here,) = list(one.run([FactsTask(())]))
+    assert apart == here and here.error == ""
+    assert crew._WORKER == []
+
+
+# ---- the program
+def program(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        app.main(["league", *map(str, arguments)])
+    out, err = capfd.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def test_pages_are_rendered_without_a_model(league, tmp_path, capfd):
+    data = tmp_path / "league.json"
+    league.save(data)
+    data.with_suffix(".notes.md").write_text("The reason is plain.", encoding="utf-8")
+    page = tmp_path / "docs" / "league.md"
+    code, out, err = program(capfd, "--render", data, "--page", page, "--json")
+    assert code == 0 and "page written to" in err
+    assert json.loads(out)["verdicts"]["points"][0]["planned"] == "ours"
+    assert "The reason is plain." in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no model: give a model directory, or --render with a league.json"),
+        (["m", "--storage", "int2"], "--storage int2: choose one of int8, int4, recipe"),
+        (["m", "--workloads", "hiden"], "--workloads hiden: choose from hidden, second_turn"),
+        (["m", "--points", "1/8,2"], "--points 1/8,2: give shares above 0 and up to 1, like 1/2"),
+        (["m", "--points", "1/0"], "--points 1/0: give shares above 0"),
+        (["m", "--recipes", "nowhere"], "nowhere: no *.yaml in it; give a folder of recipes"),
+    ],
+)
+def test_wrong_options_are_one_line(arguments, message, capfd):
+    code, out, err = program(capfd, *arguments)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert message in err
+
+
+def test_a_missing_model_is_one_line(tmp_path, recipes, capfd):
+    code, _, err = program(capfd, tmp_path / "none", "--recipes", recipes, "-o", tmp_path / "o")
+    assert code == 2 and "no such directory; give a model directory" in err
+
+
+def test_a_broken_process_says_what_to_do(setup, monkeypatch):
+    class Gone:
+        def submit(self, *arguments):
+            from concurrent.futures import Future
+            from concurrent.futures.process import BrokenProcessPool
+
+            future: Future[object] = Future()
+            future.set_exception(BrokenProcessPool("gone"))
+            return future
+
+        def shutdown(self, **named):
+            pass
+
+    broken = Crew(setup, 2)
+    broken._pool = Gone()  # type: ignore[assignment]
+    with pytest.raises(LeagueError, match="run the same command again with fewer --jobs"):
+        list(broken.run([FactsTask(())]))
