@@ -90,6 +90,7 @@ def requests(
     for ids in prompts:
         cache = kvcompress.new_cache(model)
         model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.finish_prompt(model)
         sizes.append(cache.nbytes() / profile.shape.bf16_kv_bytes(len(ids), 1))
         chosen = [layer[0] for layer in cache.chosen_heads()]
         places.append([[names.index(head.label) for head in layer] for layer in chosen])
@@ -118,6 +119,7 @@ def cost(model: Any, profile: Profile, params: Any, ids: list[int]) -> dict[str,
             cache = kvcompress.new_cache(model)
             started = time.process_time()
             model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.finish_prompt(model)
             times[name].append(1000 * (time.process_time() - started))
             kvcompress.detach(model)
     medians = {name: round(statistics.median(found), 1) for name, found in times.items()}
@@ -172,7 +174,7 @@ def draw(cells: dict[str, Any]) -> None:
 def table(cells: dict[str, Any]) -> str:
     """Markdown: one row per target and kind."""
     lines = [
-        "| T by mass | T by L1 | decided | bytes of bf16 (least to most) | heads in each keep-set | "
+        "| T by mass | T by L1 | decided | bytes of bf16 (least to most) | heads per keep-set | "
         "hidden | visible | nats per answer token | KL on text |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
