@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvcompress-setup
 
-.PHONY: demo test test-slow setup lint format types peak-memory under-eviction league peers test-parity test-compat train-demo-model clean
+.PHONY: demo test test-slow setup lint format types peak-memory under-eviction league peers heavy-hitters fastgen test-parity test-compat train-demo-model clean
 
 demo: setup
 	$(BIN)/kvcompress demo
@@ -85,6 +85,10 @@ peers: setup .venv-kvpress/.setup
 	.venv-kvpress/bin/python $(PEERS)/run_kvpress.py
 	$(BIN)/python $(PEERS)/run_kvcompress.py
 	$(BIN)/python $(PEERS)/report.py
+
+# Side by side on the shipped model, half an hour each on one core: docs/heavy-hitters.md, docs/fastgen.md.
+heavy-hitters fastgen: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(subst -,_,$@).py
 
 # Hours on a CPU, minutes on a GPU; goes on from its last checkpoint when run again.
 MINUTES ?= 100

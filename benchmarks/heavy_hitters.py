@@ -38,7 +38,7 @@ from kvcompress.recipe import Calibration, Keep
 from kvcompress.runtime.families import shape_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "heavy_hitters.json"
-RATIOS = (2, 4, 8, 16)
+RATIOS = (4, 8, 16)
 WAYS: tuple[tuple[str, int | None], ...] = (
     ("raw", None), ("mean", None), ("lift", None), ("lift", 64), ("lift", 32),
     ("random", None), ("newest", None),
@@ -176,13 +176,13 @@ def table(cells: dict[str, Any]) -> str:
     """Markdown: one row per byte ratio and way."""
     lines = [
         "| bytes | ranked by | hidden | visible | hidden − lift | visible − lift | "
-        "nats per answer token | − lift | KL on text | held-out recovery |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "nats per answer token | nats − lift | KL on text | KL − lift | held-out recovery |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     full = cells["full cache"]
     lines.append(
         f"| 1 | full cache | {_share(full, 'hidden')} | {_share(full, 'visible')} | | | "
-        f"{summary(full, 'answer_nats')[0]:.2f} | | 0 | 1 |"
+        f"{summary(full, 'answer_nats')[0]:.2f} | | 0 | | 1 |"
     )
     for number, share in enumerate(RATIOS):
         base = cells[f"1/{share} lift"]
@@ -195,8 +195,26 @@ def table(cells: dict[str, Any]) -> str:
                 f"{_share(cell, 'visible')} | {_gap(cell, base, 'hidden', 100)} | "
                 f"{_gap(cell, base, 'visible', 100)} | {summary(cell, 'answer_nats')[0]:.2f} | "
                 f"{_gap(cell, base, 'answer_nats')} | {summary(cell, 'kl_nats')[0]:.3f} | "
-                f"{reached:.3f} |"
+                f"{_gap(cell, base, 'kl_nats', digits=3)} | {reached:.3f} |"
             )
+    return "\n".join(lines)
+
+
+def depth_table(cells: dict[str, Any]) -> str:
+    """Markdown: recall by the fifth of the document in which the note stood, first to last."""
+    lines = [
+        "| bytes | ranked by | hidden, first fifth to last | visible, first fifth to last |",
+        "|---|---|---|---|",
+    ]
+    for share in RATIOS[:2]:
+        for scorer, rows in WAYS:
+            cell = cells[f"1/{share} {label(scorer, rows)}"]
+            fifths = (
+                " / ".join(f"{100 * value:.0f}" for value in cell[f"{name}_by_depth"])
+                for name in ("hidden", "visible")
+            )
+            shown = " | ".join(f"{text} %" for text in fifths)
+            lines.append(f"| {cell['kv_ratio']:.3f} | {label(scorer, rows)} | {shown} |")
     return "\n".join(lines)
 
 
@@ -205,11 +223,13 @@ def _share(cell: dict[str, Any], name: str) -> str:
     return f"{100 * mean:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def _gap(ours: dict[str, Any], theirs: dict[str, Any], name: str, unit: float = 1.0) -> str:
+def _gap(
+    ours: dict[str, Any], theirs: dict[str, Any], name: str, unit: float = 1.0, digits: int = 2
+) -> str:
     if ours is theirs:
         return ""
     mean, (low, high) = difference(ours, theirs, name)
-    digits = 0 if unit == 100 else 2
+    digits = 0 if unit == 100 else digits
     return f"{unit * mean:+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]"
 
 
@@ -226,7 +246,7 @@ def main() -> None:
     done.get("recovery", lambda: recovery(model, tokenizer, shape))
     full = full_cache(model, tokenizer, suite)
     done.get("full cache", lambda: quality(model, tokenizer, suite, None, None, full))
-    for share in sorted(RATIOS, key=lambda share: share == 2):
+    for share in RATIOS:
         for scorer, rows in ways(share):
             plan = plan_for(shape, share, scorer, rows)
             done.get(
@@ -234,7 +254,7 @@ def main() -> None:
                 lambda plan=plan: quality(model, tokenizer, suite, plan, None, full),
             )
     draw(done.content)
-    print(table(done.content["cells"]))
+    print(table(done.content["cells"]), depth_table(done.content["cells"]), sep="\n\n")
 
 
 if __name__ == "__main__":

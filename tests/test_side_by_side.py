@@ -1,0 +1,82 @@
+"""The side-by-side pages say what their results say, and the results hold together."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """Imports scripts that lie outside the package, and forgets them again."""
+    sys.path.insert(0, str(BENCHMARKS))
+    before = set(sys.modules)
+    yield importlib.import_module
+    sys.path.remove(str(BENCHMARKS))
+    for name in set(sys.modules) - before:
+        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def cells_of(name: str) -> dict:
+    text = (BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8")
+    return json.loads(text)["cells"]
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_the_heavy_hitter_page_shows_the_results(benchmark):
+    script, cells = benchmark("heavy_hitters"), cells_of("heavy_hitters")
+    assert script.table(cells) in page("heavy-hitters")
+    assert script.depth_table(cells) in page("heavy-hitters")
+
+
+def test_the_fastgen_page_shows_the_results(benchmark):
+    assert benchmark("fastgen").table(cells_of("fastgen")) in page("fastgen")
+
+
+def test_heavy_hitters_were_compared_at_equal_bytes(benchmark):
+    script, cells = benchmark("heavy_hitters"), cells_of("heavy_hitters")
+    for share in script.RATIOS:
+        own = [cells[f"1/{share} {script.label(*way)}"] for way in script.ways(share)]
+        sizes = [cell["kv_bytes"] for cell in own]
+        assert all(cell["kv_bytes"] == cell["kv_bytes_accounted"] for cell in own)
+        assert max(cell["kv_ratio"] for cell in own) <= 1 / share
+        assert min(sizes) > 0.99 * max(sizes)
+        assert {len(cell["hidden"]) for cell in own} == {96}
+
+
+def test_the_closed_form_of_uniform_attention(benchmark):
+    """Sums of 1 / q over the rows that see a token, straight from the definition."""
+    lines = benchmark("heavy_hitters").uniform_attention(80)
+    raw = [sum(1 / (q + 1) for q in range(i, 80)) for i in range(0, 80, 2)]
+    assert lines["raw"] == pytest.approx(raw, abs=1e-5)
+    mean = [value / (80 - 2 * place) for place, value in enumerate(raw)]
+    assert lines["mean"] == pytest.approx(mean, abs=1e-5)
+    assert lines["lift"] == [1.0] * 40
+
+
+def test_both_readings_of_the_recovery_chose_the_same():
+    assert all(cells_of("fastgen")["readings agree"].values())
+
+
+def test_a_higher_target_never_kept_less():
+    """Of every prompt and head, static and per request."""
+    cells = cells_of("fastgen")
+    for kind in ("static", "per request"):
+        names = sorted(name for name in cells if name.startswith(f"requests: {kind} "))
+        flat = [
+            [place for prompt in cells[name]["places"] for layer in prompt for place in layer]
+            for name in names
+        ]
+        for low, high in zip(flat, flat[1:], strict=False):
+            assert all(a <= b for a, b in zip(low, high, strict=True))
