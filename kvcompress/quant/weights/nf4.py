@@ -78,10 +78,10 @@ def linear_bytes(out_features: int, in_features: int) -> int:
 def roundtrip(weight: Tensor) -> Tensor:
     """The nearest level of each block's range; the blocks' scales are not rounded here."""
     levels = torch.tensor(_LEVELS, device=weight.device)
-    blocks = weight.reshape(-1, _BLOCK)
+    blocks = weight.contiguous().reshape(-1, _BLOCK)
     scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-12)
     middles = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(blocks / scale, middles)
+    codes = torch.bucketize((blocks / scale).contiguous(), middles)
     return (levels[codes] * scale).reshape(weight.shape)
 
 
