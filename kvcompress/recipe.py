@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from kvcompress.errors import RecipeError
 from kvcompress.plan import (
+    Budget,
     HeadPlan,
     KVDtype,
     NonNegativeInt,
@@ -99,6 +100,65 @@ class FastGenPolicy(StrictModel):
     v_dtype: KVDtype = "int8"
 
 
+class LayersPolicy(StrictModel):
+    """A `frequent` budget per layer, the same for all heads of a layer.
+
+    Attributes:
+        shape: ``pyramid`` gives early layers more (arXiv 2406.02069), ``funnel`` late ones
+            (arXiv 2305.17118), ``calibrated`` whichever of them the profile predicts less loss of.
+        tokens, ratio: budget of the mean head, exactly one of them.
+        beta: the smallest layer's budget is 1/beta of the mean.
+        local: window of every head, beyond the recent tokens.
+    """
+
+    kind: Literal["layers"]
+    shape: Literal["flat", "pyramid", "funnel", "calibrated"] = "pyramid"
+    tokens: PositiveInt | None = None
+    ratio: Share | None = None
+    beta: Annotated[float, Field(ge=1.0)] = 20.0
+    local: Budget | None = None
+    k_dtype: KVDtype = "model"
+    v_dtype: KVDtype = "model"
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.tokens is None) == (self.ratio is None):
+            raise ValueError("give exactly one of tokens and ratio")
+        return self
+
+
+class StaticCurvePolicy(StrictModel):
+    """A share of the tokens for each head, fixed by the profile's losses; one storage for all.
+
+    Attributes:
+        ratio: tokens that the mean head keeps, window included.
+        scope: budgets are pooled over a ``layer`` or over the ``model``.
+        floor: least share of the mean that a head gets.
+    """
+
+    kind: Literal["static_curve"]
+    ratio: Share
+    scope: Literal["layer", "model"] = "model"
+    floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    k_dtype: KVDtype = "model"
+    v_dtype: KVDtype = "model"
+
+
+class DuoPolicy(StrictModel):
+    """Full heads and streaming heads (arXiv 2410.10819), told apart by what they lose.
+
+    Attributes:
+        full_share: share of the heads that stay full.
+        local: window of the streaming heads, beyond sinks and recent tokens.
+    """
+
+    kind: Literal["duo"]
+    full_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    local: Budget | None = None
+    k_dtype: KVDtype = "model"
+    v_dtype: KVDtype = "model"
+
+
 class BytesPolicy(StrictModel):
     """Spend a byte target on keep-set, budget and bits of each head where it buys most.
 
@@ -145,7 +205,10 @@ class BytesPolicy(StrictModel):
         return self
 
 
-Policy = Annotated[UniformPolicy | FastGenPolicy | BytesPolicy, Field(discriminator="kind")]
+Policy = Annotated[
+    UniformPolicy | FastGenPolicy | LayersPolicy | StaticCurvePolicy | DuoPolicy | BytesPolicy,
+    Field(discriminator="kind"),
+]
 
 
 class Recipe(StrictModel):

@@ -74,7 +74,8 @@ class WeightsEntry(StrictModel):
     Attributes:
         size_bytes: of all weight files together.
         kept: linear layers that stay in 16 bits although the format would round them, because
-            their sizes do not fit its kernels; the output head is never rounded nor listed.
+            their sizes do not fit its kernels or the plan spends the bytes; the output head is
+            never rounded nor listed.
     """
 
     format: WeightScheme

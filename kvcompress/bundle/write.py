@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import kvcompress
-from kvcompress.bundle import files, manifest, source
+from kvcompress.bundle import files, manifest, mixed, source
 from kvcompress.bundle.card import model_card, size
 from kvcompress.bundle.manifest import BaseModelEntry, Manifest, WeightsEntry
 from kvcompress.bundle.read import is_bundle
@@ -32,7 +32,6 @@ from kvcompress.profile.store import PARAMS_FILE, PLAN_FILE, Profile
 from kvcompress.quant.weights import FORMATS
 from kvcompress.quant.weights.base import (
     WeightFormat,
-    misfits,
     output_heads,
     quiet_bitsandbytes,
     weights_bytes,
@@ -54,7 +53,10 @@ class ExportReport:
 
     Attributes:
         digest: sha256 of the manifest.
-        kept: linear layers left in 16 bits because their sizes do not fit the format.
+        kept: linear layers left in 16 bits because their sizes do not fit the format, or because
+            the plan says so.
+        planned_bytes: bytes of the weights that the plan counted; None where it leaves them open.
+        tensor_bytes: the same, measured: all tensors of the weight files, labels of formats aside.
         reload_error: ‖a − b‖ / ‖b‖ between logits of the reloaded and of the saved weights.
         lossless_error: the same between a compressed cache that keeps everything and a plain one.
     """
@@ -66,6 +68,8 @@ class ExportReport:
     base_weights_bytes: int
     bundle_bytes: int
     kept: tuple[str, ...]
+    planned_bytes: int | None
+    tensor_bytes: int
     reload_error: float
     lossless_error: float
 
@@ -139,6 +143,10 @@ def export(
         base_weights_bytes=_bf16_bytes(job.source),
         bundle_bytes=sum(entries.sizes_bytes.values()),
         kept=job.kept,
+        planned_bytes=job.profile.planned_weight_bytes(job.plan.weights)
+        if job.plan.weights
+        else None,
+        tensor_bytes=mixed.tensor_bytes(target),
         reload_error=checked["reload_error"],
         lossless_error=checked["lossless_error"],
     )
@@ -167,12 +175,13 @@ def _prepare(
         raise ProfileError(f"{profile}: has no {PLAN_FILE}; run kvcompress plan, or give --plan")
     plan = plan or Plan.load(profile / PLAN_FILE)
     recipe = recipe or stored.recipe
-    recipe = recipe.model_copy(update={"weights": weights or recipe.weights})
+    scheme = mixed.scheme_of(profile, stored, plan, weights) or recipe.weights
+    recipe = recipe.model_copy(update={"weights": scheme})
     found = source.find(model or stored.model)
     _check_fit(profile, found, plan)
     stored.load_params(profile)
     weight_format = FORMATS[recipe.weights]
-    kept = misfits(found.skeleton, weight_format)
+    kept = mixed.kept_layers(found.skeleton, weight_format, stored, plan)
     params = profile / PARAMS_FILE
     return _Job(found, stored, params, plan, recipe, weight_format, kept, measured)
 

@@ -54,6 +54,7 @@ from kvcompress.profile.store import (
     write_atomically,
 )
 from kvcompress.profile.tokens import opening_ids, punct_ids, repeat_ids, special_ids
+from kvcompress.profile.weights import measure_weights
 from kvcompress.quant.keystats import KeyStats, KVParams, derive
 from kvcompress.recipe import Recipe
 from kvcompress.runtime.families import shape_of
@@ -131,12 +132,14 @@ def run(
             gradients=not no_gradients,
         )
         results = [_measured(model, setup, i, ids, place, steps) for i, ids in enumerate(prompts)]
+        layers = measure_weights(model, shape.layers, prompts)
     finally:
         model.train(was_training)
     profile = _profile(model, name, recipe, provenance, tokenizer, setup, rotations, results)
-    profile = profile.model_copy(update={"loss_note": no_gradients})
+    found = {"loss_note": no_gradients, "weight_layers": layers}
     if student is not None:
-        profile = profile.model_copy(update={"surrogate_r2": student.table()})
+        found["surrogate_r2"] = student.table()
+    profile = profile.model_copy(update=found)
     params.save(place.directory / f".{PARAMS_FILE}")
     (place.directory / f".{PARAMS_FILE}").replace(place.directory / PARAMS_FILE)
     profile.save(place.directory)

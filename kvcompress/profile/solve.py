@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from kvcompress.errors import PlanError
 from kvcompress.plan import HeadPlan, Plan, WeightScheme
+from kvcompress.profile.allocate import duo_heads, layers_heads, static_curve_heads
 from kvcompress.profile.assemble import assemble, reads_twice
 from kvcompress.profile.candidates import fastgen_chain, keep_set
 from kvcompress.profile.predict import Heads, expected, summed_loss
 from kvcompress.profile.spending import spend_bytes
 from kvcompress.profile.store import Profile
 from kvcompress.recipe import (
+    DuoPolicy,
     FastGenPolicy,
     Keep,
+    LayersPolicy,
     Policy,
+    StaticCurvePolicy,
     UniformPolicy,
 )
 
@@ -37,7 +41,7 @@ def solve(
     """
     policy = profile.recipe.policy if policy is None else policy
     keep = profile.recipe.keep if keep is None else keep
-    if keep != profile.recipe.keep and not isinstance(policy, UniformPolicy):
+    if keep != profile.recipe.keep and not _needs_no_profile(policy):
         raise PlanError(
             f"the profile was measured with {profile.recipe.keep}, the plan asks for {keep}; "
             "profile again with these settings"
@@ -53,10 +57,23 @@ def solve(
     elif isinstance(policy, FastGenPolicy):
         heads = _first_hits(profile, policy)
         target = f"FastGen recovery {policy.recovery:g} by {policy.reading}"
+    elif isinstance(policy, LayersPolicy):
+        heads, target = layers_heads(profile, policy)
+    elif isinstance(policy, StaticCurvePolicy):
+        heads = static_curve_heads(profile, policy)
+        target = f"{policy.ratio:g} of the tokens, by a curve per head over each {policy.scope}"
+    elif isinstance(policy, DuoPolicy):
+        heads = duo_heads(profile, policy)
+        target = f"{policy.full_share:g} of the heads full, the others streaming"
     else:
         return spend_bytes(profile, policy, keep, weights)
     measured = keep == profile.recipe.keep and not reads_twice(keep)
     return assemble(profile, keep, heads, target, _loss(profile, heads) if measured else None)
+
+
+def _needs_no_profile(policy: Policy) -> bool:
+    shaped = isinstance(policy, LayersPolicy) and policy.shape != "calibrated"
+    return shaped or isinstance(policy, UniformPolicy)
 
 
 def _loss(profile: Profile, heads: Heads) -> float | None:

@@ -138,24 +138,15 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def weight_bytes(model: Any) -> dict[str, int]:
-    """Bytes of the weights in each scheme: linear layers of the decoder in it, the rest in bf16."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
+    """Bytes of the weights in each scheme: linear layers that fit it in it, the rest in bf16."""
+    from kvcompress.quant.weights import FORMATS
+    from kvcompress.quant.weights.base import linear_layers, output_heads
 
-    head = model.get_output_embeddings()
-    linear = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    ]
-    total = sum(p.numel() for p in model.parameters())
-    inside = sum(w.numel() for w in linear)
-    rows = sum(w.shape[0] for w in linear)
-    blocks = sum(-(-w.numel() // 64) for w in linear)
-    rest = 2 * (total - inside)
+    heads = set(output_heads(model))
+    sizes = [size for name, size in linear_layers(model).items() if name not in heads]
+    rest = 2 * (sum(p.numel() for p in model.parameters()) - sum(o * i for o, i in sizes))
     return {
-        "bf16": 2 * total,
-        "int8": rest + inside + 4 * rows,
-        # a byte for the scale of each block of 64, itself scaled by a float32 per 256 blocks
-        "nf4": rest + -(-inside // 2) + blocks + 4 * -(-blocks // 256),
+        name: rest
+        + sum((f if f.fits(*size) else FORMATS["bf16"]).linear_bytes(*size) for size in sizes)
+        for name, f in FORMATS.items()
     }

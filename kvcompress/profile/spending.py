@@ -69,7 +69,7 @@ def spend_bytes(
             least = offer
         if offer.least_bytes > target:
             continue
-        taken = spend(offer.choices, target - offer.fixed_bytes - offer.shared_bytes)
+        taken = _spend(offer, target - offer.fixed_bytes - offer.shared_bytes)
         loss = float(sum(choice.loss for choice in taken))
         if best is None or (loss, number) < best[:2]:
             best = (loss, number, offer, taken)
@@ -89,6 +89,28 @@ def spend_bytes(
     return assemble(
         profile, offer.keep, tuple(rows), wish, expected(profile, loss), weights=formats
     )
+
+
+def _spend(offer: _Offer, room_bytes: int) -> list[Choice]:
+    """The best of spending on everything and of spending on a part of it.
+
+    Greedy steps are near the best and not always at it: trying each storage alone and full heads
+    alone makes sure that a plan over tokens and bits is never worse than one over either.
+    """
+    pairs = {(h.k_dtype, h.v_dtype) for h in offer.heads.values() if not codes_nothing(h)}
+    parts = [set(offer.heads), {c for c, h in offer.heads.items() if h.full}]
+    for pair in sorted(pairs):
+        stored = {c for c, h in offer.heads.items() if (h.k_dtype, h.v_dtype) == pair}
+        parts.append(stored | {c for c, h in offer.heads.items() if codes_nothing(h)})
+    found = []
+    for part in parts:
+        heads = [
+            [c for c in head if c.column in part] for head in offer.choices[: offer.head_count]
+        ]
+        choices = [*heads, *offer.choices[offer.head_count :]]
+        if all(choices) and minimum_bytes(choices) <= room_bytes:
+            found.append(spend(choices, room_bytes))
+    return min(found, key=lambda taken: sum(choice.loss for choice in taken))
 
 
 def _check_context(profile: Profile, policy: BytesPolicy, keep: Keep) -> None:
@@ -135,15 +157,16 @@ def _mixed_formats(
     """Sets of formats that the layers of one bundle may have; empty where nothing is chosen.
 
     transformers loads one bitsandbytes format per model: 16 bits mix with int8 or with nf4, int8
-    and nf4 with each other do not.
+    and nf4 with each other do not. Each format alone is offered too: greedy steps as large as a
+    layer can miss it.
     """
     fixed = weights or (None if profile.recipe.weights == "bf16" else profile.recipe.weights)
     if policy.memory is None or fixed is not None or not profile.weight_layers:
         return []
     allowed = policy.weight_schemes
-    plain: tuple[WeightScheme, ...] = ("bf16",) if "bf16" in allowed else ()
-    rounded = [scheme for scheme in ("int8", "nf4") if scheme in allowed]
-    return [(*plain, scheme) for scheme in rounded] or [plain]
+    mixed: list[tuple[WeightScheme, ...]] = [("bf16", "int8"), ("bf16", "nf4")]
+    alone: list[tuple[WeightScheme, ...]] = [("bf16",), ("int8",), ("nf4",)]
+    return [schemes for schemes in (*mixed, *alone) if {*schemes} <= {*allowed}]
 
 
 def _weight_choices(profile: Profile, schemes: tuple[WeightScheme, ...]) -> list[list[Choice]]:

@@ -74,9 +74,11 @@ class LayerWeights(StrictModel):
     """The linear layers of one decoder layer, in each format.
 
     Attributes:
+        modules: their full names.
         nats: KL per token to the model as it is, when this decoder layer alone is in the format.
     """
 
+    modules: tuple[str, ...]
     size_bytes: dict[WeightScheme, NonNegativeInt]
     nats: dict[WeightScheme, float]
 
@@ -155,6 +157,12 @@ class Profile(StrictModel):
             losses=self.losses,
         )
         return (own, *self.fewer)
+
+    def planned_weight_bytes(self, weights: tuple[WeightScheme, ...]) -> int:
+        """Bytes of all weights with these formats of the decoder layers, one for each."""
+        pairs = list(zip(self.weight_layers, weights, strict=True))
+        rest = self.weight_bytes["bf16"] - sum(layer.size_bytes["bf16"] for layer, _ in pairs)
+        return rest + sum(layer.size_bytes[scheme] for layer, scheme in pairs)
 
     def save(self, directory: Path | str) -> None:
         """Write profile.json; it appears whole or not at all."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from torch import nn
+from torch import Tensor, nn
 
 from kvcompress.recipe import WeightScheme
 
@@ -26,6 +26,9 @@ class WeightFormat:
             names of the modules that stay as they are.
         fits: whether a linear layer with (out_features, in_features) can run in this format on
             every device.
+        linear_bytes: bytes of the weight of a linear layer with (out_features, in_features),
+            scales and tables included, labels of the format aside.
+        roundtrip: what a float32 weight ``[out, in]`` reads as once stored.
         matches: whether the `quantization_config` of a config.json says this format.
     """
 
@@ -35,6 +38,8 @@ class WeightFormat:
     load_kwargs: Callable[[Sequence[str]], dict[str, Any]]
     fits: Callable[[int, int], bool]
     matches: Callable[[dict[str, Any] | None], bool]
+    linear_bytes: Callable[[int, int], int]
+    roundtrip: Callable[[Tensor], Tensor]
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from kvcompress.quant.weights.base import WeightFormat
 
@@ -23,4 +24,12 @@ def matches(quantization_config: dict[str, Any] | None) -> bool:
     return quantization_config is None
 
 
-FORMAT: Final = WeightFormat("bf16", 16.0, (), load_kwargs, fits, matches)
+def linear_bytes(out_features: int, in_features: int) -> int:
+    return 2 * out_features * in_features
+
+
+def roundtrip(weight: Tensor) -> Tensor:
+    return weight.to(torch.bfloat16).float()
+
+
+FORMAT: Final = WeightFormat("bf16", 16.0, (), load_kwargs, fits, matches, linear_bytes, roundtrip)

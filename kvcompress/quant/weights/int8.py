@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from kvcompress.quant.weights.base import BITSANDBYTES, WeightFormat
 
@@ -30,4 +31,17 @@ def matches(quantization_config: dict[str, Any] | None) -> bool:
     return config.get("quant_method") == "bitsandbytes" and config.get("load_in_8bit") is True
 
 
-FORMAT: Final = WeightFormat("int8", 8.0, BITSANDBYTES, load_kwargs, fits, matches)
+def linear_bytes(out_features: int, in_features: int) -> int:
+    """Codes and a float32 scale for each row."""
+    return out_features * in_features + 4 * out_features
+
+
+def roundtrip(weight: Tensor) -> Tensor:
+    """Symmetric codes of each row."""
+    scale = weight.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    return (weight / scale).round() * scale
+
+
+FORMAT: Final = WeightFormat(
+    "int8", 8.0, BITSANDBYTES, load_kwargs, fits, matches, linear_bytes, roundtrip
+)
