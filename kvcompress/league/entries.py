@@ -19,7 +19,7 @@ Storage = Literal["int8", "int4", "recipe"]
 STORAGES: Final[tuple[Storage, ...]] = get_args(Storage)
 
 REFERENCE: Final = "full cache"
-BASELINES: Final = frozenset({"sink-recent", "random", "key-norm"})
+BASELINES: Final = frozenset({"sink-recent", "random", "random-keep-prompt", "key-norm"})
 TOKENS_ONLY: Final = "tokens-only"
 BITS_ONLY: Final = "bits-only"
 # for the planner that chooses tokens alone: int8 buys it 1.8 times the tokens of 16 bits

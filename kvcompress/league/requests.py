@@ -10,6 +10,7 @@ from kvcompress.plan import FastGenChoice, Plan, Threshold
 
 CAP_ROOM: Final = 2.0  # a threshold's hard cap, over the target: heads may differ that much
 _SLOPE: Final = 2.0
+_UNITS: Final = 8.0  # differences are steps of one, or of this part of a larger threshold
 
 
 def request_dial(plan: Plan) -> Callable[[float], Plan] | None:
@@ -34,4 +35,6 @@ def request_dial(plan: Plan) -> Callable[[float], Plan] | None:
 
 def _moved(at_least: float, value: float) -> float:
     step = _SLOPE * math.log(value / (1 - value))
-    return at_least * math.exp(-step) if at_least > 0 else at_least - step
+    if at_least > 0:
+        return at_least * math.exp(-step)
+    return at_least - step * max(1.0, -at_least / _UNITS)

@@ -48,6 +48,7 @@ class Hall:
     machine: str
     save: Callable[[League], None] = lambda league: None
     cells: list[Cell] = field(default_factory=list)
+    placed: dict[tuple[str, float, int], Done] = field(default_factory=dict)
     other_code: int = 0
 
     def league(self, facts: Facts) -> League:
@@ -125,13 +126,14 @@ def run_league(
                     raise LeagueError(f"profile: {done.error}")
                 finished(count)
         with bar("cells", _count(hall)) as finished:
-            for role, group in groupby(hall.entries, key=lambda entry: entry.role):
-                before = len(hall.cells)
-                _tier(hall, crew, list(group), facts, finished)
-                hall.save(hall.league(facts))
-                new = hall.cells[before:]
-                failed = sum(bool(cell.error and not cell.unreachable) for cell in new)
-                note(f"{role}: {len(new)} cells, {failed} failed")
+            for workloads in _passes(hall, facts):
+                for role, group in groupby(hall.entries, key=lambda entry: entry.role):
+                    before = len(hall.cells)
+                    _tier(hall, crew, list(group), workloads, facts, finished)
+                    hall.save(hall.league(facts))
+                    new = hall.cells[before:]
+                    failed = sum(bool(cell.error and not cell.unreachable) for cell in new)
+                    note(f"{', '.join(workloads)}: {role}: {len(new)} cells, {failed} failed")
     return hall.league(facts)
 
 
@@ -140,29 +142,27 @@ def failures(league: League) -> list[Cell]:
     return [cell for cell in league.cells if cell.error and not cell.unreachable]
 
 
+def _passes(hall: Hall, facts: Facts) -> list[list[str]]:
+    """Workloads that run together; what decodes token by token takes longest and comes last."""
+    quick = [name for name in hall.setup.workloads if name not in facts.decoded]
+    slow = [name for name in hall.setup.workloads if name in facts.decoded]
+    return [names for names in (quick, slow) if names]
+
+
 def _tier(
     hall: Hall,
     crew: Crew,
     entries: Sequence[Entry],
+    workloads: Sequence[str],
     facts: Facts,
     finished: Callable[[int], None],
 ) -> None:
     """All cells of entries of one role."""
-    lengths = sorted(set(facts.lengths.values()))
-    reference = entries[0].recipe is None
-    wanted = [
-        PlaceTask(entry, point, length)
-        for entry in entries
-        if entry.recipe is not None
-        for point in (hall.points[:1] if entry.role == "quantization" else hall.points)
-        for length in lengths
-    ]
     tasks: list[tuple[Entry, float | None, CellTask]] = []
-    if reference:
-        tasks = [(entries[0], None, CellTask(name, None)) for name in hall.setup.workloads]
-    for done in crew.run(wanted):
-        task = wanted[done.number]
-        at = [name for name in hall.setup.workloads if facts.lengths[name] == task.length_tokens]
+    if entries[0].recipe is None:
+        tasks = [(entries[0], None, CellTask(name, None)) for name in workloads]
+    for task, done in _placed(hall, crew, entries, sorted({facts.lengths[w] for w in workloads})):
+        at = [name for name in workloads if facts.lengths[name] == task.length_tokens]
         if done.error:
             hall.cells += [_failed(task.entry, task.point, name, done) for name in at]
             finished(len(hall.cells))
@@ -174,6 +174,27 @@ def _tier(
         entry, point, cell_task = tasks[done.number]
         hall.cells.append(_cell(hall, entry, point, cell_task, done))
         finished(len(hall.cells))
+
+
+def _placed(
+    hall: Hall, crew: Crew, entries: Sequence[Entry], lengths: Sequence[int]
+) -> list[tuple[PlaceTask, Done]]:
+    """The plans of entries of one role at every point, each found once."""
+    wanted = [
+        PlaceTask(entry, point, length)
+        for entry in entries
+        if entry.recipe is not None
+        for point in (hall.points[:1] if entry.role == "quantization" else hall.points)
+        for length in lengths
+    ]
+    new = [task for task in wanted if _place_of(task) not in hall.placed]
+    for done in crew.run(new):
+        hall.placed[_place_of(new[done.number])] = done
+    return [(task, hall.placed[_place_of(task)]) for task in wanted]
+
+
+def _place_of(task: PlaceTask) -> tuple[str, float, int]:
+    return task.entry.name, task.point, task.length_tokens
 
 
 def _cell(hall: Hall, entry: Entry, point: float | None, task: CellTask, done: Done) -> Cell:

@@ -62,13 +62,18 @@ class FactsTask:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What only a process with the model knows; see `result.Conditions`."""
+    """What only a process with the model knows; see `result.Conditions`.
+
+    Attributes:
+        decoded: workloads that decode token by token before they ask, which takes longest.
+    """
 
     shape: ModelShape
     weights_hash: str
     device: str
     dtype: str
     lengths: dict[str, int]
+    decoded: tuple[str, ...]
     shared_windows: int
 
 
@@ -177,6 +182,7 @@ class Worker:
             device=self.model.device.type,
             dtype=str(self.model.dtype).removeprefix("torch."),
             lengths={suite.workload: suite.context_tokens for suite in suites},
+            decoded=tuple(s.workload for s in suites if any(d.generated for d in s.documents)),
             shared_windows=shared_windows(prompts, suites),
         )
 
