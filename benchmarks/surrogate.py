@@ -2,9 +2,10 @@
 
     python benchmarks/surrogate.py --json benchmarks/results/surrogate.json
 
-On the shipped model: recall with the question hidden, 960 tokens of context, int8 codes, at 1/4, 1/8
-and 1/16 of the bf16 bytes. `equal`: every head has the same budget; `pooled`: the best tokens of all
-heads and layers. The surrogate is trained by the profiler on 16 built-in prompts of 1024 tokens.
+On the shipped model: recall with the question hidden, 960 tokens of context, int8 codes, at 1/4,
+1/8 and 1/16 of the bf16 bytes. `equal`: every head has the same budget; `pooled`: the best tokens
+of all heads and layers. The surrogate is trained by the profiler on 16 built-in prompts of 1024
+tokens.
 """
 
 from __future__ import annotations

@@ -39,8 +39,7 @@ MAY_IMPORT = {
     | {"accounting", "profile.source", "profile.store", "quant", "runtime", "evaluate"},
     "evaluate": VALUES | {"accounting", "evict", "quant", "runtime", "bundle"},
     "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant"},
-    "league": VALUES
-    | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "evict"},
+    "league": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "evict"},
     "cli": VALUES
     | {"accounting", "profile", "bundle", "runtime", "evaluate", "demo", "league"}
     | {"quant.keystats"},

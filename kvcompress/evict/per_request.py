@@ -53,8 +53,9 @@ def pooled_budgets(rank: Tensor, budget: Tensor, floor: float) -> list[list[int]
     pool = pool.gather(1, unsafe.argsort(dim=-1, stable=True))
     granted = torch.arange(heads * count, device=rank.device) < total.unsqueeze(-1)
     counts = torch.zeros(batch, heads, dtype=torch.int64, device=rank.device)
-    counts = counts.scatter_add_(1, pool // count, granted.long()).tolist()
-    return [_with_rest(own, line) for own, line in zip(budget.tolist(), counts, strict=True)]
+    counts.scatter_add_(1, pool // count, granted.long())
+    rows = zip(budget.tolist(), counts.tolist(), strict=True)
+    return [_with_rest(own, line) for own, line in rows]
 
 
 def _with_rest(budget: list[int], granted: list[int]) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvcompress.errors import KVCompressError, PositionRangeWarning
+from kvcompress.evict.scorers import scorer
 from kvcompress.plan import HOLDS_KV, HeadPlan, Plan, PooledBudget
 from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.choose import pooled_over_layers
@@ -90,6 +91,7 @@ class CompressedCache(Cache):
         self._warned: set[type[Warning]] = set()
         self._in_prompt = False
         self._reader = Reader(plan)
+        self.needs_rotations = "rotation" in scorer(plan.scorer).needs
         # an assistant's cache: `generate` may take back one token more than the assistant drafted
         self.assists = False
 

@@ -268,7 +268,7 @@ def _note_forward(
         )
         if cache.plan.positions == "relative":
             kwargs["position_ids"] = _relative_positions(model, cache, shown, kwargs)
-        elif "rotation" in scorer(cache.plan.scorer).needs:
+        elif cache.needs_rotations:
             _set_rotations(model, cache)
     return args, kwargs
 
