@@ -53,6 +53,12 @@ def cache_bytes(cache: Cache) -> int:
     return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
+def host_bytes(cache: Cache) -> int:
+    """Bytes of host memory that a recall tier of `cache` holds beside them."""
+    own = getattr(cache, "host_nbytes", None)
+    return int(own()) if callable(own) else 0
+
+
 def model_shape(model: PreTrainedModel) -> ModelShape:
     from kvcompress.runtime.families import shape_of
 

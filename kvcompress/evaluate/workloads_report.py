@@ -26,6 +26,7 @@ class WorkloadOutcome(StrictModel):
         kv_bytes: measured over the cache's tensors when the first question comes, so after what
             was generated in `long_generation` and after the prompt elsewhere; mean over rows. The
             reference also holds the few pads of shorter rows.
+        host_bytes: of host memory that a recall tier holds beside them, mean over rows.
         kv_bytes_bf16: an uncompressed 16-bit cache of the same rows.
     """
 
@@ -41,6 +42,7 @@ class WorkloadOutcome(StrictModel):
     flips: tuple[float, ...] | None = None
     kv_bytes: int
     kv_bytes_bf16: int
+    host_bytes: int = 0
 
     @property
     def score(self) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvcompress.errors import KVCompressError, PositionRangeWarning, UnsupportedModelError
 from kvcompress.evaluate.answers import Grader
 from kvcompress.evaluate.quality import document_batches
-from kvcompress.evaluate.serving import cache_bytes, model_shape, serving
+from kvcompress.evaluate.serving import cache_bytes, host_bytes, model_shape, serving
 from kvcompress.evaluate.session import Dialogue, Session, converse
 from kvcompress.evaluate.text import text_losses, window_logits
 from kvcompress.evaluate.workloads import Question, WorkloadSuite
@@ -74,6 +74,7 @@ def run_workload(
         flips=flips,
         kv_bytes=round(fmean(runner.held_bytes.values())),
         kv_bytes_bf16=model_shape(model).bf16_kv_bytes(round(seen), 1),
+        host_bytes=round(fmean(runner.host_bytes.values())),
     )
 
 
@@ -148,7 +149,7 @@ class _Runner:
     Attributes:
         right: per sample, for each question whether it was answered right.
         output_tokens: per sample.
-        held_bytes: per document, of its row of the cache when the first question comes.
+        held_bytes, host_bytes: per document, of its row of the cache when the first question comes.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class _Runner:
         self.right: list[list[float]] = [[] for _ in suite.samples]
         self.output_tokens = [0] * len(suite.samples)
         self.held_bytes: dict[int, float] = {}
+        self.host_bytes: dict[int, float] = {}
 
     def session(self) -> Session:
         return Session(self.model, self.new_cache(), self.grader.pad_id)
@@ -204,6 +206,7 @@ class _Runner:
                 logits = session.feed(token)[:, -1]
         held = cache_bytes(session.cache) / len(documents)
         self.held_bytes |= dict.fromkeys(documents, held)
+        self.host_bytes |= dict.fromkeys(documents, host_bytes(session.cache) / len(documents))
         return session, logits
 
     def _answer(

@@ -12,9 +12,10 @@ from kvcompress.plan import HeadPlan, KVDtype, StrictModel
 from kvcompress.recipe import BytesPolicy, FastGenPolicy, Recipe, UniformPolicy
 
 # reference: transformers' own 16-bit cache. quantization: every token kept, in fewer bits.
+# recall: every token kept, most of them in host memory; shown beside the others, not ranked.
 # baseline: sinks and recent tokens, random, key norm. published: one eviction system. planned:
 # tokens and bits together under a byte target. part: the same planner with one of the two alone.
-Role = Literal["reference", "quantization", "baseline", "published", "planned", "part"]
+Role = Literal["reference", "quantization", "baseline", "published", "planned", "part", "recall"]
 Storage = Literal["int8", "int4", "recipe"]
 STORAGES: Final[tuple[Storage, ...]] = get_args(Storage)
 
@@ -30,6 +31,7 @@ _ORDER: Final[tuple[Role, ...]] = (
     "baseline",
     "quantization",
     "part",
+    "recall",
     "published",
 )
 
@@ -94,7 +96,9 @@ def make_entries(
     places: dict[str, int] = {}
     for recipe in sorted(recipes, key=lambda each: each.weights != "bf16"):
         role = role_of(recipe)
-        wanted = recipe if role in ("quantization", "planned") else stored_in(recipe, storage)
+        wanted = (
+            recipe if role in ("quantization", "planned", "recall") else stored_in(recipe, storage)
+        )
         key = _what_counts(wanted)
         if key in places:
             first = entries[places[key]]
@@ -119,6 +123,8 @@ def role_of(recipe: Recipe) -> Role:
         return "planned"
     if recipe.name in BASELINES:
         return "baseline"
+    if recipe.keep.recall is not None:
+        return "recall"
     if isinstance(policy, UniformPolicy) and policy.head.full:
         return "quantization"
     return "published"

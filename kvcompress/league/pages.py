@@ -30,6 +30,8 @@ _RULES: Final = """\
 - **Storage.** {storage}
 - **Tokens-only, bits-only.** The planner of the entry, choosing tokens alone with all of them in
   int8, which holds 1.8 times the tokens of 16 bits; or choosing bits alone, every token kept.
+- **Recall tier.** It keeps every token, most of them in host memory. The tables show both parts;
+  it is not ranked, because no byte point is that of both.
 - **Baseline.** An entry that is not above the best trivial baseline (role `baseline` below)
   at its point is labelled so, ours included.
 - **Best rival.** The one with the highest mean on the very samples that are compared; this

@@ -13,12 +13,10 @@ from kvcompress.league.scale import keeps_all
 from kvcompress.plan import Plan
 from kvcompress.profile.candidates import codes_nothing
 from kvcompress.profile.run import run
-from kvcompress.profile.solve import solve
+from kvcompress.profile.solve import reads_profile, solve
 from kvcompress.profile.store import PARAMS_FILE, Profile
-from kvcompress.recipe import BytesPolicy, Calibration, FastGenPolicy, Keep, Recipe
+from kvcompress.recipe import Calibration, FastGenPolicy, Keep, Recipe
 from kvcompress.runtime.families import shape_of
-
-MEASURED: Final = (BytesPolicy, FastGenPolicy)  # policies that read what a profile measured
 
 DEFAULT_CALIBRATION: Final = Calibration()
 _NEVER: Final = 1e30  # loss of a head that is not to be chosen
@@ -69,7 +67,7 @@ class Profiles:
         Raises:
             PlanError: if nothing meets the recipe's target.
         """
-        if isinstance(recipe.policy, MEASURED):
+        if reads_profile(recipe.policy):
             profile, _ = self.of(recipe)
         else:
             base, _ = self.base()

@@ -14,9 +14,9 @@ from typing import Final
 from kvcompress.league.cells import code_hash, versions
 from kvcompress.league.crew import Crew, Done
 from kvcompress.league.entries import Entry, Skipped, Storage
-from kvcompress.league.profiles import MEASURED, constants_recipe, measured_recipe, within
+from kvcompress.league.profiles import constants_recipe, measured_recipe, within
 from kvcompress.league.result import Cell, Conditions, League, LeagueError, Row
-from kvcompress.league.tune import Placed, sized_recipe
+from kvcompress.league.tune import OWN_BYTES, Placed, sized_recipe
 from kvcompress.league.work import (
     WINDOW_TOKENS,
     CellTask,
@@ -26,6 +26,7 @@ from kvcompress.league.work import (
     ProfileTask,
     Setup,
 )
+from kvcompress.profile.solve import reads_profile
 from kvcompress.recipe import Recipe
 
 LEAGUE_FILE: Final = "league.json"
@@ -184,7 +185,7 @@ def _placed(
         PlaceTask(entry, point, length)
         for entry in entries
         if entry.recipe is not None
-        for point in (hall.points[:1] if entry.role == "quantization" else hall.points)
+        for point in (hall.points[:1] if entry.role in OWN_BYTES else hall.points)
         for length in lengths
     ]
     new = [task for task in wanted if _place_of(task) not in hall.placed]
@@ -223,7 +224,7 @@ def _failed(entry: Entry, point: float | None, workload: str, done: Done) -> Cel
 
 
 def _count(hall: Hall) -> int:
-    once = sum(entry.role in ("reference", "quantization") for entry in hall.entries)
+    once = sum(entry.role in ("reference", *OWN_BYTES) for entry in hall.entries)
     rows = once + (len(hall.entries) - once) * len(hall.points)
     return rows * len(hall.setup.workloads)
 
@@ -235,7 +236,7 @@ def _profiles(hall: Hall, facts: Facts) -> list[ProfileTask]:
     for entry in hall.entries:
         if entry.recipe is not None:
             recipes.append(constants_recipe(entry.recipe.keep.scorer, calibration))
-        if entry.recipe is None or not isinstance(entry.recipe.policy, MEASURED):
+        if entry.recipe is None or not reads_profile(entry.recipe.policy):
             continue
         recipes += [
             measured_recipe(sized_recipe(facts.shape, entry.recipe, point, length))

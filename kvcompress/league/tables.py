@@ -18,6 +18,7 @@ _ORDER: Final[tuple[Role, ...]] = (
     "part",
     "published",
     "quantization",
+    "recall",
     "baseline",
 )
 LEGEND: Final = (
@@ -100,6 +101,9 @@ def _scored(cell: Cell, standing: Standing | None, league: League) -> str:
 
 def _own_bytes(cell: Cell) -> str:
     """The measured share, where it is not the column's."""
+    if cell.outcome is not None and cell.outcome.host_bytes:
+        host = cell.outcome.host_bytes / cell.outcome.kv_bytes_bf16
+        return f" ({share(cell):.3f} and {host:.3f} in host memory)"
     if cell.point is None or abs(share(cell) / cell.point - 1) > TOLERANCE:
         return f" ({share(cell):.3f})"
     return ""

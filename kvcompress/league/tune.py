@@ -23,9 +23,18 @@ from kvcompress.league.scale import (
     scaled,
 )
 from kvcompress.plan import FastGenChoice, ModelShape, Plan, StrictModel, Threshold
-from kvcompress.recipe import BytesPolicy, FastGenPolicy, Policy, Recipe
+from kvcompress.recipe import (
+    BytesPolicy,
+    DuoPolicy,
+    FastGenPolicy,
+    LayersPolicy,
+    Policy,
+    Recipe,
+    StaticCurvePolicy,
+)
 
 TOLERANCE: Final = 0.02  # of the target: what counts as equal bytes
+OWN_BYTES: Final = frozenset({"quantization", "recall"})  # roles that no target changes
 _OVER: Final = 0.005  # measured bytes may lie this far above the target, as prompts differ
 _PROBES: Final = 8  # plans measured for one target at most
 _HALVINGS: Final = 40
@@ -69,7 +78,7 @@ def place(bench: Bench, entry: Entry, point: float, length_tokens: int) -> Place
     """
     recipe = entry.recipe
     assert recipe is not None, "the reference has no plan"
-    if entry.role == "quantization":
+    if entry.role in OWN_BYTES:
         plan = bench.solve(recipe)
         return Placed(
             entry=entry.name,
@@ -151,9 +160,18 @@ def _by_policy(
 
 def dial_of(policy: Policy) -> str | None:
     """The field of `policy`, in (0, 1], that more bytes are bought with; None: its budgets."""
-    if isinstance(policy, BytesPolicy):
-        return "keep_ratio"
-    return "recovery" if isinstance(policy, FastGenPolicy) else None
+    match policy:
+        case BytesPolicy():
+            return "keep_ratio"
+        case FastGenPolicy():
+            return "recovery"
+        case StaticCurvePolicy():
+            return "ratio"
+        case DuoPolicy():
+            return "full_share"
+        case LayersPolicy():
+            return None if policy.ratio is None else "ratio"
+    return None
 
 
 def _turned(policy: Policy, name: str, value: float, bench: Bench, length_tokens: int) -> Policy:

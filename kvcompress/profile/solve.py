@@ -41,7 +41,7 @@ def solve(
     """
     policy = profile.recipe.policy if policy is None else policy
     keep = profile.recipe.keep if keep is None else keep
-    if keep != profile.recipe.keep and not _needs_no_profile(policy):
+    if keep != profile.recipe.keep and reads_profile(policy):
         raise PlanError(
             f"the profile was measured with {profile.recipe.keep}, the plan asks for {keep}; "
             "profile again with these settings"
@@ -71,9 +71,10 @@ def solve(
     return assemble(profile, keep, heads, target, _loss(profile, heads) if measured else None)
 
 
-def _needs_no_profile(policy: Policy) -> bool:
+def reads_profile(policy: Policy) -> bool:
+    """Whether `policy` needs what a profile measured with the very settings of its plan."""
     shaped = isinstance(policy, LayersPolicy) and policy.shape != "calibrated"
-    return shaped or isinstance(policy, UniformPolicy)
+    return not (shaped or isinstance(policy, UniformPolicy))
 
 
 def _loss(profile: Profile, heads: Heads) -> float | None:

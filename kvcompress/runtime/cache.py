@@ -19,7 +19,7 @@ from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.choose import pooled_over_layers
 from kvcompress.runtime.latent import LatentLayer
 from kvcompress.runtime.layer import CompressedLayer
-from kvcompress.runtime.protocol import Arrival
+from kvcompress.runtime.protocol import Arrival, leaving_plain_tensors
 from kvcompress.runtime.reader import Reader
 from kvcompress.runtime.recall import RecallLayer
 from kvcompress.runtime.relative import check_relative, frame_positions, row_starts
@@ -232,6 +232,7 @@ class CompressedCache(Cache):
             self._reader.read_again(model, self)
         self.end_prefill()
 
+    @leaving_plain_tensors
     def end_prefill(self) -> None:
         """The prompt is complete: compress what is held of it.
 

@@ -23,6 +23,7 @@ ROLES: dict[str, Role] = {
     "h2o": "published",
     "snapkv": "published",
     "int4": "quantization",
+    "infllm": "recall",
 }
 
 

@@ -139,6 +139,18 @@ def test_ours_at_other_sizes_and_our_parts_are_no_rivals_of_ours(cell):
     assert part.place == "front"
 
 
+def test_a_recall_tier_is_no_rival(cell):
+    cells = [
+        cell("ours", 1 / 8, right(10)),
+        cell("infllm", None, right(20), share=0.05),
+        cell("full cache", None, right(20)),
+    ]
+    verdict = judge_point(cells, ROLES, "hidden", 1 / 8)
+    assert verdict.on_front and verdict.standings[0].place == "front"
+    assert [s.entry for s in verdict.standings] == ["ours"]
+    assert verdict.versus_published is None
+
+
 def test_a_cell_above_its_target_is_said(cell):
     over = cell("h2o", 1 / 8, right(3), share=0.14)
     verdict = judge_point([over], ROLES, "hidden", 1 / 8)

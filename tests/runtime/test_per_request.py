@@ -99,6 +99,19 @@ def test_pooled_budgets_keep_the_best_tokens_of_all_heads(scope, floor):
     assert len(set(counts)) > 1 and min(counts) >= 9 * floor
 
 
+def test_pooled_over_the_model_in_inference_mode_can_be_changed_outside_of_it():
+    rule = PooledBudget(kind="pooled", scope="model", floor=0.5)
+    model = served(scorer="raw", per_request=rule)
+    ids = prompts(1, 40)["input_ids"]
+    cache = new_cache(model)
+    with torch.inference_mode():
+        feed(model, cache, ids[:, :39])
+        cache.finish_prompt(model)
+    before = kept_numbers(cache)
+    feed(model, cache, ids[:, 39:])
+    assert all(39 in kept for kept in kept_numbers(cache)) and before != kept_numbers(cache)
+
+
 def test_pooled_bytes_are_those_of_the_accounting_and_survive_decoding():
     rule = PooledBudget(kind="pooled", scope="model", floor=0.1)
     model = served(scorer="lift", per_request=rule)
