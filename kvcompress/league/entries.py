@@ -21,6 +21,7 @@ STORAGES: Final[tuple[Storage, ...]] = get_args(Storage)
 
 REFERENCE: Final = "full cache"
 BASELINES: Final = frozenset({"sink-recent", "random", "random-keep-prompt", "key-norm"})
+PLANNED: Final = "planned"  # byte plans that differ in their size alone
 TOKENS_ONLY: Final = "tokens-only"
 BITS_ONLY: Final = "bits-only"
 # for the planner that chooses tokens alone: int8 buys it 1.8 times the tokens of 16 bits
@@ -106,8 +107,7 @@ def make_entries(
                 reason = f"the league compares KV caches; that of this recipe is {first.name}'s"
                 skipped.append(Skipped(name=recipe.name, reason=reason))
                 continue
-            same = (*first.same_as, recipe.name)
-            entries[places[key]] = first.model_copy(update={"same_as": same})
+            entries[places[key]] = _joined(first, recipe)
             continue
         places[key] = len(entries)
         entries.append(
@@ -115,6 +115,17 @@ def make_entries(
         )
     entries += [part for entry in entries for part in _parts(entry)]
     return sorted(entries, key=lambda entry: _ORDER.index(entry.role)), skipped
+
+
+def _joined(first: Entry, twin: Recipe) -> Entry:
+    """`first` with a recipe that comes to the same; byte plans lose the name of their one size."""
+    same = (*first.same_as, twin.name)
+    if first.role != "planned" or first.name == PLANNED:
+        return first.model_copy(update={"same_as": same})
+    told = "keep-set, tokens and bits of every head, chosen for the bytes of the column"
+    return first.model_copy(
+        update={"name": PLANNED, "description": told, "same_as": (first.name, *same)}
+    )
 
 
 def role_of(recipe: Recipe) -> Role:
