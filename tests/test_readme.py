@@ -13,8 +13,18 @@ import yaml
 from pydantic import BaseModel
 
 from kvcompress.errors import RecipeError
-from kvcompress.plan import Budget, HeadPlan
-from kvcompress.recipe import BytesPolicy, Calibration, FastGenPolicy, Keep, Recipe
+from kvcompress.plan import Budget, FastGenChoice, HeadPlan, PooledBudget, Recall, Threshold
+from kvcompress.recipe import (
+    BytesPolicy,
+    Calibration,
+    DuoPolicy,
+    FastGenPolicy,
+    Keep,
+    LayersPolicy,
+    Recipe,
+    StaticCurvePolicy,
+    UniformPolicy,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -95,9 +105,17 @@ def test_the_recipe_reference_names_every_key() -> None:
         Recipe,
         Calibration,
         Keep,
+        PooledBudget,
+        Threshold,
+        FastGenChoice,
+        Recall,
         HeadPlan,
         Budget,
+        UniformPolicy,
         FastGenPolicy,
+        LayersPolicy,
+        StaticCurvePolicy,
+        DuoPolicy,
         BytesPolicy,
     ]
     for model in models:

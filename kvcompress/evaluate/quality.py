@@ -94,6 +94,7 @@ def measure(
         kv_bytes_accounted=None if plan is None else kv_bytes(plan, suite.context_tokens, 1),
         kv_bytes_bf16=model_shape(model).bf16_kv_bytes(suite.context_tokens, 1),
         weights_bytes=weights_bytes(model),
+        kl_predicted=None if plan is None else plan.predicted_loss,
     )
     return Outcome(report, tuple(visible), tuple(hidden), logits)
 

@@ -85,6 +85,7 @@ class QualityReport(StrictModel):
     Attributes:
         name: row heading.
         target: what the plan was solved for; None for the reference, transformers' DynamicCache.
+        kl_predicted: `text.kl_nats` as the plan's profile predicted it; None where it did not.
         visible: recall with the question in the prompt when it is prefilled.
         hidden: recall when the context is prefilled alone and the question fed afterwards.
         kv_bytes: measured after one prefill of `context_tokens` tokens, one row.
@@ -105,6 +106,7 @@ class QualityReport(StrictModel):
     kv_bytes_accounted: int | None
     kv_bytes_bf16: int
     weights_bytes: int
+    kl_predicted: float | None = None
 
     @property
     def kv_ratio(self) -> float:

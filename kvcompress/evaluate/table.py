@@ -92,6 +92,13 @@ def _caption(reports: Sequence[QualityReport]) -> str:
             f"KL to the first row in nats per token, and perplexity: {first.text.tokens} tokens of "
             "held-out text behind a compressed prefix."
         )
+    predicted = [
+        f"{each.name} {each.kl_predicted:.4f}"
+        for each in reports
+        if each.kl_predicted is not None and each.text is not None
+    ]
+    if predicted:
+        lines.append(f"KL that the plans' profiles predicted: {', '.join(predicted)}.")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from kvcompress.evaluate.workloads import WORKLOADS
+from kvcompress.evaluate.workloads_report import interval
 from kvcompress.league.plots import check_plots, draw_all
 from kvcompress.league.result import Cell, League, point_name
 from kvcompress.league.tables import LEGEND, kl_table, score_table
@@ -90,7 +91,7 @@ def render(league: League, verdicts: Verdicts, pictures: str, notes: str = "") -
     for workload in league.workloads:
         lines += [f"## {title(workload)}", "", *score_table(league, verdicts, workload)]
         lines += [f"![{workload}]({pictures}/{workload}.png)", ""]
-    lines += _text(league)
+    lines += [*_text(league), *_predicted(league)]
     lines += [_RULES.format(storage=_STORAGE[league.conditions.storage])]
     lines += [*_bytes(league), *_conditions(league), *_entries(league)]
     return "\n".join(lines).rstrip() + "\n"
@@ -111,6 +112,35 @@ def _text(league: League) -> list[str]:
             lines += ["Mean nats per token on held-out text behind a compressed prefix.", ""]
             lines += kl_table(league, workload)
     return lines
+
+
+def _predicted(league: League) -> list[str]:
+    """What the planner expected of its plans beside what was measured."""
+    rows = []
+    for cell in league.cells:
+        done = cell.outcome
+        if cell.predicted_nats is None or done is None or done.kl_nats is None:
+            continue
+        known = WORKLOADS.get(cell.workload)
+        if known is None or not known.beyond:
+            mean, (low, high) = interval(done.kl_nats, league.conditions.seed)
+            rows.append(
+                f"| {cell.entry} | {point_name(cell.point)} | {cell.workload} | "
+                f"{cell.predicted_nats:.4f} | {mean:.4f} [{low:.4f}, {high:.4f}] |"
+            )
+    if not rows:
+        return []
+    return [
+        "## Predicted and measured",
+        "",
+        "KL to the full cache in nats per token: as a plan's profile predicts it for calibration "
+        "text, and as measured on held-out text, 95 % interval over windows behind it.",
+        "",
+        "| entry | bytes | workload | predicted | measured |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def _bytes(league: League) -> list[str]:

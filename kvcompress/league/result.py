@@ -69,6 +69,7 @@ class Cell(StrictModel):
     Attributes:
         point: share of the 16-bit bytes; None for an entry at its own bytes.
         predicted_bytes: what tuning expected; None for the reference.
+        predicted_nats: KL to the full cache that the plan's profile expects; None where it cannot.
         short: how the bytes fall short of the target; empty where they do not.
         outcome: None where `error` says what went wrong, or why the target cannot be reached.
         unreachable: the entry has no plan so small; not a failure.
@@ -78,6 +79,7 @@ class Cell(StrictModel):
     workload: str
     point: float | None
     predicted_bytes: int | None = None
+    predicted_nats: float | None = None
     short: str = ""
     outcome: WorkloadOutcome | None = None
     error: str = ""

@@ -207,6 +207,7 @@ def _cell(hall: Hall, entry: Entry, point: float | None, task: CellTask, done: D
         workload=task.workload,
         point=point,
         predicted_bytes=None if task.placed is None else task.placed.kv_bytes,
+        predicted_nats=None if task.placed is None else task.placed.plan.predicted_loss,
         short="" if task.placed is None else task.placed.short,
         outcome=done.value.outcome,
         seconds=done.value.seconds,

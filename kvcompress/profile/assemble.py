@@ -19,12 +19,12 @@ def assemble(
     predicted_loss: float | None,
     **more: Any,
 ) -> Plan:
-    """`more` are further fields of `Plan`."""
+    """`more` are further fields of `Plan`; a loss in another unit than nats is left out."""
     return Plan(
         model=profile.shape,
         heads=heads,
         target=target,
-        predicted_loss=predicted_loss,
+        predicted_loss=predicted_loss if profile.loss_unit == "nats" else None,
         **settings(profile, keep),
         **more,
     )

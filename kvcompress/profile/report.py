@@ -47,7 +47,7 @@ def table(plan: Plan, context_tokens: int, batch: int) -> RenderableType:
     head = (
         f"{facts['target']}\n{facts['kv_bytes']:,} bytes of KV cache at {context_tokens} tokens, "
         f"batch {batch}: {facts['keep_ratio']:.3f} of bf16"
-        + ("" if loss is None else f"; predicted loss {loss:.3g}")
+        + ("" if loss is None else f"; predicted loss {loss:.3g} nats per token")
     )
     grid = Table("layer", *(f"head {h}" for h in range(plan.model.kv_heads)))
     for number, row in enumerate(facts["heads"]):

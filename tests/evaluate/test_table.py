@@ -48,9 +48,17 @@ def test_a_row_shows_the_measured_figures_and_drops_empty_columns():
 
 
 def test_the_table_fits_a_terminal_of_100_columns():
-    long = REPORT.model_copy(update={"name": "byte plan 1/4 (bundle)", "hidden": RECALL})
+    more = {"name": "byte plan 1/4 (bundle)", "hidden": RECALL, "kl_predicted": 0.0234}
+    long = REPORT.model_copy(update=more)
     lines = printed(comparison([long])).splitlines()
     assert max(len(line.rstrip()) for line in lines) <= 100
+
+
+def test_the_predicted_loss_stands_beside_the_measured_one():
+    plan = REPORT.model_copy(update={"name": "plan", "kl_predicted": 0.002})
+    lines = comparison([REPORT, plan]).caption.splitlines()
+    assert lines[-1] == "KL that the plans' profiles predicted: plan 0.0020."
+    assert "predicted:" not in comparison([REPORT]).caption
 
 
 def test_the_breakdown_marks_a_fifth_without_notes():

@@ -82,6 +82,7 @@ def profile_of(recipe=None, recovery=None) -> Profile:
         losses=tuple(
             tuple(tuple(need * hurt(h) for h in CANDIDATES) for need in layer) for layer in NEEDS
         ),
+        loss_unit="nats",
     )
 
 
