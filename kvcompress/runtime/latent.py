@@ -43,7 +43,7 @@ class LatentLayer(CompressedLayer):
                 "is known only when their keys are gone; use compress='per_chunk'"
             )
         found, rule = settings.scorer, settings.plan.per_request
-        if found.needs or not found.adds_up or rule is not None:
+        if found.needs or found.finishes or not found.adds_up or rule is not None:
             raise KVCompressError(
                 f"latent layers rank by weighted attention sums alone, the plan by {found.name!r}"
                 f"{' with a rule for each request' if rule is not None else ''}; use the scorer "

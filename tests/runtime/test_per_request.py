@@ -350,3 +350,16 @@ def test_a_scorer_sees_the_input_of_the_attention_module(monkeypatch):
             alive.add(leaver)
             alive.discard(min(alive, key=lambda p: score[p]))
         assert kept == alive
+
+
+@pytest.mark.parametrize("name", sorted(set(SCORERS) - {"raw", "mean", "lift", "surrogate"}))
+def test_latent_layers_take_only_scorers_that_latents_can_serve(name):
+    """A latent is no key and no value, so what a scorer does with those would be nonsense."""
+    model = build("deepseek_v3")
+    shape = shape_of(model.config, model.dtype)
+    made = uniform(shape, HEAD, **SETTINGS, scorer=name, repeat_ids=(1,))
+    if name in ("random", "key_norm"):
+        CompressedCache(made, config=model.config)
+        return
+    with pytest.raises(KVCompressError, match=f"latent layers rank .* the plan by '{name}'"):
+        CompressedCache(made, config=model.config)

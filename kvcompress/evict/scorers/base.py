@@ -110,6 +110,11 @@ class Scorer:
         plain = type(self).collect is Scorer.collect and type(self).merge is Scorer.merge
         return plain and type(self).arrive is Scorer.arrive and not self.across_heads
 
+    @property
+    def finishes(self) -> bool:
+        """Scores change at the end of a prompt, with keys and values of all its tokens at hand."""
+        return type(self).finish is not Scorer.finish
+
     def row_weight(self, row_index: Tensor) -> Tensor:
         """Weight of a query row's attention, from its number among the real tokens."""
         return torch.ones_like(row_index, dtype=torch.float32)
