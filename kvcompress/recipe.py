@@ -149,11 +149,14 @@ class DuoPolicy(StrictModel):
 
     Attributes:
         full_share: share of the heads that stay full.
+        ranked_by: what puts the full heads first: the ``loss`` that the profile measured, or
+            KVzip's scores of a ``repetition`` (arXiv 2505.23416).
         local: window of the streaming heads, beyond sinks and recent tokens.
     """
 
     kind: Literal["duo"]
     full_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    ranked_by: Literal["loss", "repetition"] = "loss"
     local: Budget | None = None
     k_dtype: KVDtype = "model"
     v_dtype: KVDtype = "model"

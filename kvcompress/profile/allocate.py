@@ -183,13 +183,23 @@ def duo_heads(profile: Profile, policy: DuoPolicy) -> Heads:
     """The heads that lose most as streaming heads stay full, the others stream.
 
     Source: DuoAttention, arXiv 2410.10819. Differs from the paper: no gate is trained; what a head
-    loses with sinks and recent tokens alone is measured by the profile.
+    loses with sinks and recent tokens alone is measured by the profile. Ranked by repetition, they
+    are those of KVzip's scores of heads (arXiv 2505.23416), which need no training either.
+
+    Raises:
+        PlanError: for a ranking that the profile does not have.
     """
     shape, setting = profile.shape, profile.settings[0]
-    column = bare_column(setting)
+    if policy.ranked_by == "repetition":
+        if not profile.repeat_heads:
+            raise PlanError("the profile has no scores of heads by repetition; profile again")
+        need = profile.repeat_heads
+    else:
+        column = bare_column(setting)
+        need = tuple(tuple(head[column] for head in layer) for layer in setting.losses)
     places = [(layer, head) for layer in range(shape.layers) for head in range(shape.kv_heads)]
     count = round(policy.full_share * len(places))
-    order = sorted(places, key=lambda place: -setting.losses[place[0]][place[1]][column])
+    order = sorted(places, key=lambda place: -need[place[0]][place[1]])
     stored = {"k_dtype": policy.k_dtype, "v_dtype": policy.v_dtype}
     full = HeadPlan(full=True, **stored)  # type: ignore[arg-type]
     streaming = HeadPlan(local=policy.local, **stored)  # type: ignore[arg-type]

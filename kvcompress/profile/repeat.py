@@ -6,7 +6,7 @@ in chunks, so that no square matrix of attention exists. Nothing is cached.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,43 @@ def score_context(
 
     with inputs_of_attention(model, True) as inputs, attention_through(model, run):
         forward(model, [*context, *request, *context])
+
+
+def head_scores(
+    model: Any,
+    shape: ModelShape,
+    prompts: Sequence[list[int]],
+    opening_tokens: int,
+    sink_tokens: int,
+) -> tuple[tuple[float, ...], ...]:
+    """``[layer][KV head]`` largest KVzip score of any token, the mean over halves of `prompts`.
+
+    A token's score is the largest attention that a repetition of its text pays to it, so a head's
+    says whether it ever looks far back for what it repeats. Sinks, the opening and the newer half
+    of a context, which a window may reach, are left out.
+
+    Source: KVzip (arXiv 2505.23416), the scores of heads, independent of the context.
+    """
+    found: list[Tensor] = []
+
+    def note(context: ScoredContext) -> None:
+        seen = context.seen.clone()
+        seen[: max(opening_tokens, sink_tokens)] = False
+        seen[len(seen) // 2 :] = False
+        found.append(context.score[:, seen].amax(-1) if seen.any() else context.score[:, 0] * 0)
+
+    for ids in prompts:
+        for context in contexts_of(ids, opening_tokens):
+            score_context(model, shape, context, (), "kvzip", note)
+    table = torch.stack(found).unflatten(0, (-1, shape.layers)).mean(0)
+    return tuple(tuple(float(f"{x:.6g}") for x in layer) for layer in table.tolist())
+
+
+def contexts_of(ids: list[int], opening_tokens: int) -> list[list[int]]:
+    """Both halves of a prompt, each behind the opening and short enough to be read twice."""
+    opening, text = ids[:opening_tokens], ids[opening_tokens:]
+    size = len(ids) // 2 - opening_tokens
+    return [opening + text[low : low + size] for low in (0, size)]
 
 
 class _Repetition:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvcompress.errors import CalibrationError
 from kvcompress.fingerprint import tokenizer_hash
-from kvcompress.plan import Plan
+from kvcompress.plan import ModelShape, Plan
 from kvcompress.profile import surrogate
 from kvcompress.profile.calibration import data_hash, load_prompts
 from kvcompress.profile.candidates import (
@@ -39,6 +39,7 @@ from kvcompress.profile.progress import (
     tensors_to_stats,
 )
 from kvcompress.profile.recovery import l1_distance, over_prompts
+from kvcompress.profile.repeat import head_scores
 from kvcompress.profile.rows import held_out_rows
 from kvcompress.profile.sensitivity import why_no_gradients
 from kvcompress.profile.solve import solve
@@ -60,6 +61,7 @@ from kvcompress.recipe import Recipe
 from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf import check
 
+HEAD_PROMPTS: Final = 4  # read twice for the scores of heads
 KEY_PROMPTS: Final = 8  # moments of 8 k tokens are exact enough: 4 k are, see `keystats`
 SHARE_QUANTILE: Final = 0.95
 Progress = Callable[[int, int], None]  # (finished steps, all steps)
@@ -133,10 +135,11 @@ def run(
         )
         results = [_measured(model, setup, i, ids, place, steps) for i, ids in enumerate(prompts)]
         layers = measure_weights(model, shape.layers, prompts)
+        heads = _head_scores(model, shape, recipe, prompts, len(opening_ids(tokenizer)))
     finally:
         model.train(was_training)
     profile = _profile(model, name, recipe, provenance, tokenizer, setup, rotations, results)
-    found = {"loss_note": no_gradients, "weight_layers": layers}
+    found = {"loss_note": no_gradients, "weight_layers": layers, "repeat_heads": heads}
     if student is not None:
         found["surrogate_r2"] = student.table()
     profile = profile.model_copy(update=found)
@@ -196,6 +199,14 @@ def _key_constants(
         steps.add(1)
     merged = [reduce(KeyStats.merge, layer) for layer in zip(*parts, strict=True)]
     return derive(merged, [r.rotation for r in rotations], shape.max_position)
+
+
+def _head_scores(
+    model: Any, shape: ModelShape, recipe: Recipe, prompts: list[list[int]], opening: int
+) -> tuple[tuple[float, ...], ...]:
+    sinks = recipe.keep.sink_tokens
+    long = [ids for ids in prompts[:HEAD_PROMPTS] if len(ids) // 4 > opening + sinks]
+    return head_scores(model, shape, long, opening, sinks) if long else ()
 
 
 def _measured(

@@ -105,6 +105,7 @@ class Profile(StrictModel):
         repeat_ids: what asks the model to repeat a text, for scorers that need it.
         surrogate_r2: ``[layer][KV head]`` R² of the trained surrogate on prompts that it was not
             trained on; None for other scorers.
+        repeat_heads: ``[layer][KV head]`` KVzip's score of each head, see `repeat.head_scores`.
     """
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
@@ -131,6 +132,7 @@ class Profile(StrictModel):
     weight_layers: tuple[LayerWeights, ...] = ()
     loss_note: str = ""
     surrogate_r2: tuple[tuple[float, ...], ...] | None = None
+    repeat_heads: tuple[tuple[float, ...], ...] = ()
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:

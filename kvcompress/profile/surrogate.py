@@ -23,7 +23,7 @@ from kvcompress.errors import CalibrationError
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import ModelShape
 from kvcompress.profile.progress import Workplace
-from kvcompress.profile.repeat import ScoredContext, score_context
+from kvcompress.profile.repeat import ScoredContext, contexts_of, score_context
 from kvcompress.recipe import Keep
 
 TEACHER: Final = "kvzip_plus"
@@ -181,13 +181,6 @@ def train(
         torch.stack([errors.r2()[i] for errors, i in zip(sums, best, strict=True)]),
         tuple(RIDGES[i] for i in best),
     )
-
-
-def contexts_of(ids: list[int], opening_tokens: int) -> list[list[int]]:
-    """Both halves of a prompt, each behind the opening and short enough to be read twice."""
-    opening, text = ids[:opening_tokens], ids[opening_tokens:]
-    size = len(ids) // 2 - opening_tokens
-    return [opening + text[low : low + size] for low in (0, size)]
 
 
 def _score(

@@ -116,6 +116,17 @@ def test_pooling_over_the_model_never_predicts_worse_than_within_layers():
     assert plans[0].predicted_loss <= plans[1].predicted_loss
 
 
+def test_duo_by_repetition_needs_its_scores():
+    policy = DuoPolicy(kind="duo", ranked_by="repetition", full_share=0.5)
+    with pytest.raises(PlanError, match="no scores of heads by repetition; profile again"):
+        solve(PROFILE, policy)
+    known = PROFILE.model_copy(update={"repeat_heads": ((0.1, 0.9), (0.5, 0.2))})
+    assert [[h.full for h in row] for row in solve(known, policy).heads] == [
+        [False, True],
+        [True, False],
+    ]
+
+
 @pytest.mark.parametrize("full_share, full", [(0.0, 0), (0.25, 1), (0.5, 2), (1.0, 4)])
 def test_duo_keeps_the_neediest_heads_full(full_share, full):
     window = Budget(tokens=64)

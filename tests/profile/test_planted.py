@@ -13,7 +13,7 @@ from kvcompress.plan import HeadPlan, uniform
 from kvcompress.profile.recovery import l1_distance
 from kvcompress.profile.run import run
 from kvcompress.profile.solve import solve
-from kvcompress.recipe import Calibration, FastGenPolicy, Recipe
+from kvcompress.recipe import Calibration, DuoPolicy, FastGenPolicy, Recipe
 from tests.profile import planted
 
 TOKENS, PROMPT = 512, 448
@@ -104,6 +104,23 @@ def test_the_profile_names_every_head(profiled):
     layout, _, profile, _ = profiled
     expected = [[max(NEEDS[kind] for kind in shared) for shared in layer] for layer in layout]
     assert places(solve(profile, FastGenPolicy(kind="fastgen", recovery=0.95))) == expected
+
+
+def test_a_repetition_tells_heads_that_look_back(profiled):
+    layout, _, profile, _ = profiled
+    for layer, row in zip(layout, profile.repeat_heads, strict=True):
+        for shared, score in zip(layer, row, strict=True):
+            if "induction" in shared:
+                assert score > 0.9
+            elif {*shared} <= {"sink", "previous", "local"}:
+                assert score < 0.1
+    count = sum("induction" in shared for layer in layout for shared in layer)
+    policy = DuoPolicy(
+        kind="duo", ranked_by="repetition", full_share=count / sum(map(len, profile.repeat_heads))
+    )
+    plan = solve(profile, policy)
+    full = [[head.full for head in layer] for layer in plan.heads]
+    assert full == [["induction" in shared for shared in layer] for layer in layout]
 
 
 def held_positions(cache):
