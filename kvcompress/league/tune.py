@@ -125,7 +125,7 @@ def sized_recipe(shape: ModelShape, recipe: Recipe, point: float, length_tokens:
 def _short(plan: Plan, held: int, target: int) -> str:
     if held >= (1 - TOLERANCE) * target:
         return ""
-    why = "keeps every token" if keeps_all(plan) else "its next larger plan is above the target"
+    why = "keeps every token" if keeps_all(plan) else "no larger plan of it fits"
     return f"{why}: {held / target:.1%} of the target's bytes"
 
 
@@ -196,8 +196,11 @@ def _by_tokens(plan: Plan, target_bytes: int, length_tokens: int) -> Plan:
     def at(factor: float, extra: int = 0) -> Plan:
         return scaled(plan, factor, extra, length_tokens)
 
+    def allowed(sized: Plan) -> bool:
+        return _within_positions(sized) and kv_bytes(sized, length_tokens, 1) <= target_bytes
+
     def fits(factor: float) -> bool:
-        return kv_bytes(at(factor), length_tokens, 1) <= target_bytes
+        return allowed(at(factor))
 
     factor = largest(fits, 0.0, float(length_tokens))
     if factor is None:
@@ -206,10 +209,23 @@ def _by_tokens(plan: Plan, target_bytes: int, length_tokens: int) -> Plan:
     best = at(factor)
     for extra in range(1, plan.model.layers):
         more = at(factor, extra)
-        if kv_bytes(more, length_tokens, 1) > target_bytes:
+        if not allowed(more):
             break
         best = more
     return best
+
+
+def _within_positions(plan: Plan) -> bool:
+    """Whether heads that number their tokens anew have positions for all of them."""
+    if plan.positions != "relative":
+        return True
+    most = plan.max_position - plan.sink_tokens - 2 * plan.recent_tokens
+    held = (
+        sum(b.tokens or 0 for b in (head.frequent, head.local) if b is not None)
+        for layer in plan.heads
+        for head in layer
+    )
+    return max(held) <= most
 
 
 def largest(fits: Callable[[float], bool], low: float, high: float) -> float | None:

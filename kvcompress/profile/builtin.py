@@ -2,7 +2,8 @@
 
 Three prompts in four are recall documents, because only a question shows which heads look far back;
 plain text shows the rest. The rows that are measured are the last of each prompt, so questions and
-answers fill at least those.
+answers fill at least those. In two of the three nothing is asked before them, so that a head's
+tokens are chosen before anybody knows the question; in the third, earlier questions vote.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def builtin_prompts(calibration: Calibration, tokenizer: Any) -> list[list[int]]
             start = rng.randrange(len(text_ids))
             ids = [text_ids[(start + i) % len(text_ids)] for i in range(fresh)]
         else:
-            ids = _recall(rng, filler, fresh, encode)
+            ids = _recall(rng, filler, fresh, encode, hidden=number % 4 != 1)
         prompts.append(opening + ids)
     return prompts
 
@@ -52,14 +53,24 @@ def calibration_text() -> str:
 
 
 def _recall(
-    rng: random.Random, filler: str, length: int, encode: Callable[[str], tuple[int, ...]]
+    rng: random.Random,
+    filler: str,
+    length: int,
+    encode: Callable[[str], tuple[int, ...]],
+    hidden: bool,
 ) -> list[int]:
-    """A recall document and its questions, exactly `length` tokens."""
+    """A recall document and its questions, exactly `length` tokens.
+
+    Args:
+        hidden: nothing is asked before the rows that are measured.
+    """
 
     def count(text: str) -> int:
         return len(encode(text))
 
     asked_tokens = max(held_out_rows(length) + 16, int(length * rng.uniform(0.12, 0.25)))
+    if hidden:
+        asked_tokens = held_out_rows(length)
     context = length - asked_tokens
     notes = _fitting(rng, int(context * rng.uniform(0.15, 0.7)), count)
     document, order, _ = lay_out(rng, notes, filler, context, count)

@@ -18,7 +18,7 @@ STORAGE: Final[tuple[tuple[KVDtype, KVDtype], ...]] = (
     ("int4", "int4"),
     ("fp8", "fp8"),
 )
-LOCAL_RATIOS: Final = (0.5, 0.25, 0.125, 0.0625, 0.03, 0.015)
+LOCAL_RATIOS: Final = (0.9, 0.75, 0.5, 0.25, 0.125, 0.0625, 0.03, 0.015)
 FREQUENT_RATIOS: Final = (0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625, 0.03, 0.015)
 ALONE_RATIOS: Final = (0.25, 0.125, 0.0625, 0.03, 0.015)  # `frequent` without `local`
 CLASS_RATIOS: Final = (0.5, 0.25, 0.125, 0.0625, 0.03)  # beside special tokens and punctuation
