@@ -62,7 +62,7 @@ def _recall(
     """A recall document and its questions, exactly `length` tokens.
 
     Args:
-        hidden: nothing is asked before the rows that are measured.
+        hidden: no question is answered before the rows that are measured; the first may begin.
     """
 
     def count(text: str) -> int:

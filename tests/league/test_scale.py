@@ -11,7 +11,16 @@ from kvcompress.league.requests import request_dial
 from kvcompress.league.scale import exact_tokens, has_budgets, in_tokens, keeps_all, scaled
 from kvcompress.league.tune import TOLERANCE, Bench, dial_of, largest, place
 from kvcompress.plan import Budget, FastGenChoice, HeadPlan, ModelShape, Plan, Threshold, uniform
-from kvcompress.recipe import BytesPolicy, FastGenPolicy, Keep, Recipe, UniformPolicy
+from kvcompress.recipe import (
+    BytesPolicy,
+    DuoPolicy,
+    FastGenPolicy,
+    Keep,
+    LayersPolicy,
+    Recipe,
+    StaticCurvePolicy,
+    UniformPolicy,
+)
 
 SHAPE = ModelShape(
     model_type="llama",
@@ -150,6 +159,10 @@ def test_a_byte_policy_is_turned_first():
     assert (1 - TOLERANCE) * target(1 / 8) < found.kv_bytes <= target(1 / 8)
     assert dial_of(policy) == "keep_ratio"
     assert dial_of(FastGenPolicy(kind="fastgen")) == "recovery"
+    assert dial_of(StaticCurvePolicy(kind="static_curve", ratio=0.5)) == "ratio"
+    assert dial_of(DuoPolicy(kind="duo")) == "full_share"
+    assert dial_of(LayersPolicy(kind="layers", ratio=0.5)) == "ratio"
+    assert dial_of(LayersPolicy(kind="layers", tokens=5)) is None
 
 
 def test_what_cannot_shrink_so_far_is_refused():
@@ -157,6 +170,25 @@ def test_what_cannot_shrink_so_far_is_refused():
         place(bench(), entry(full=True), 1 / 8, LENGTH)
     with pytest.raises(PlanError, match=r"needs \d+ bytes without any budget, the target has"):
         place(bench(), entry(punct=True, frequent=Budget(tokens=4)), 1 / 40, LENGTH)
+
+
+def test_relative_positions_bound_what_a_head_grows_to():
+    """Half of the bytes of 2048 tokens would be more tokens than there are positions."""
+    keep = Keep(positions="relative")
+    recipe = Recipe(
+        name="e",
+        policy=UniformPolicy(kind="uniform", head=HeadPlan(local=Budget(ratio=0.3))),
+        keep=keep,
+    )
+    relative = Entry(name="e", role="published", description="", recipe=recipe)
+
+    def numbered(recipe: Recipe) -> Plan:
+        return solve(recipe).model_copy(update={"positions": "relative", "max_position": 1024})
+
+    found = place(Bench(SHAPE, numbered, numbered, bench().measure), relative, 1 / 2, 2048)
+    budgets = {head.local.tokens for layer in found.plan.heads for head in layer}
+    assert max(budgets) == 1024 - 4 - 2 * 16
+    assert found.short.startswith("no larger plan of it fits")
 
 
 def test_text_that_holds_fewer_class_tokens_than_expected_gives_a_larger_plan():

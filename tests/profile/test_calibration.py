@@ -29,6 +29,9 @@ def test_builtin_prompts_end_in_answered_questions(tiny_tokenizer):
             assert "Ask: " not in text
             continue
         assert "Ask: " in held_out
+        before = tiny_tokenizer.decode(prompts[number][: -held_out_rows(1024)])
+        # hidden but in one of three: at most the first question begins before the rows
+        assert before.count("Ask:") >= 2 if number % 4 == 1 else before.count("Ask:") <= 1
         document, _, questions = text.partition("Ask: ")
         for line in f"Ask: {questions}".splitlines()[:-1]:
             assert line.replace("Ask:", "Note:") in document
