@@ -9,6 +9,7 @@ favours the rival.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Literal
 
 from kvcompress.evaluate.report import Interval
@@ -83,6 +84,8 @@ class PointVerdict(StrictModel):
         versus_published: against the best published method, codes of all tokens that fit included.
         versus_quantization: against the best entry that keeps every token and fits; None if none.
         versus_parts: against the better of the planner's two parts; None if none ran.
+        kl_nats, kl_parts: smallest mean KL of a planned entry and of a part; None where the
+            workload does not measure it.
     """
 
     workload: str
@@ -96,6 +99,8 @@ class PointVerdict(StrictModel):
     versus_published: Versus | None = None
     versus_quantization: Versus | None = None
     versus_parts: Versus | None = None
+    kl_nats: float | None = None
+    kl_parts: float | None = None
 
 
 class Verdicts(StrictModel):
@@ -158,6 +163,8 @@ def judge_point(
             "versus_published": against(published),
             "versus_quantization": against(best(fixed)),
             "versus_parts": against(parts),
+            "kl_nats": _least_kl(c for c in here if roles[c.entry] == "planned"),
+            "kl_parts": _least_kl(c for c in here if roles[c.entry] == "part"),
         }
     )
 
@@ -181,6 +188,11 @@ def fits(cell: Cell, point: float) -> bool:
 def best(cells: Iterable[Cell]) -> Cell | None:
     """The cell with the highest score, of those the one with the fewest bytes; None of none."""
     return max(cells, key=lambda cell: (score(cell), -share(cell)), default=None)
+
+
+def _least_kl(cells: Iterable[Cell]) -> float | None:
+    known = (c.outcome.kl_nats for c in cells if c.outcome is not None)
+    return min((fmean(nats) for nats in known if nats is not None), default=None)
 
 
 def versus(cell: Cell, rival: Cell, seed: int = 0) -> Versus:

@@ -90,7 +90,25 @@ def _joint(found: list[PointVerdict]) -> list[str]:
         "",
     ]
     lines += [f"- {_at(v)}: {rival.rival} is ahead, {_margin(rival)}" for v, rival in behind]
-    return [*lines, ""] if behind else lines
+    return [*(lines if not behind else [*lines, ""]), *_joint_kl(found)]
+
+
+def _joint_kl(found: list[PointVerdict]) -> list[str]:
+    """The same by KL on text, where the full cache is no worse for being itself."""
+    pairs = [
+        (v, v.kl_nats, v.kl_parts)
+        for v in found
+        if v.workload == "hidden" and v.kl_nats is not None and v.kl_parts is not None
+    ]
+    if not pairs:
+        return []
+    shown = ", ".join(f"{point_name(v.point)} {ours:.4f} ({part:.4f})" for v, ours, part in pairs)
+    better = sum(ours <= part for _, ours, part in pairs)
+    return [
+        f"By KL on text, which does not hang on single answers, joint is at least as good at "
+        f"{better} of {len(pairs)} byte points; in nats, the better part in brackets: {shown}.",
+        "",
+    ]
 
 
 def _losses(found: list[PointVerdict]) -> list[str]:

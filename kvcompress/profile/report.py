@@ -32,6 +32,7 @@ def summary(plan: Plan, context_tokens: int, batch: int) -> dict[str, Any]:
         "bf16_kv_bytes": full,
         "keep_ratio": held / full,
         "predicted_loss": plan.predicted_loss,
+        "weights": list(plan.weights),
         "heads": [[describe(head) for head in layer] for layer in plan.heads],
         "counts": dict(counts.most_common()),
     }
@@ -50,8 +51,10 @@ def table(plan: Plan, context_tokens: int, batch: int) -> RenderableType:
         + ("" if loss is None else f"; predicted loss {loss:.3g} nats per token")
     )
     grid = Table("layer", *(f"head {h}" for h in range(plan.model.kv_heads)))
+    if plan.weights:
+        grid.add_column("weights")
     for number, row in enumerate(facts["heads"]):
-        grid.add_row(str(number), *row)
+        grid.add_row(str(number), *row, *plan.weights[number : number + 1])
     counts = Table("policy", "heads")
     for name, count in facts["counts"].items():
         counts.add_row(name, str(count))

@@ -30,6 +30,8 @@ def test_the_page_says_where_ours_wins_and_loses(page):
     )
     assert "in 1 of 2 pairs, clearly above it in 1." in page
     assert "- hidden at 1/16: ours tokens-only is ahead, -10.0 points" in page
+    assert "at least as good at 2 of 2 byte points" in page
+    assert "in brackets: 1/8 0.5000 (0.5000), 1/16 0.5000 (0.5000)." in page
     assert "Because the notes say so." in page
 
 
@@ -43,6 +45,17 @@ def test_tables_have_every_cell(page):
     (ours,) = (line for line in lines if line.startswith("| ours | **95.0** ["))
     assert "| 20.0 b [" in ours
     assert "| h2o | 0.5000 | 0.5000 |  |" in lines  # KL
+
+
+def test_predictions_of_plans_that_were_profiled_stand_beside_what_was_measured(league):
+    cells = tuple(c.model_copy(update={"predicted_nats": 0.125}) for c in league.cells)
+    told = league.model_copy(update={"cells": cells})
+    lines = render(told, judge(told), "league").splitlines()
+    assert "| ours | 1/8 | hidden | 0.1250 | 0.5000 [0.2500, 0.7500] |" in lines
+    assert "| int4 | its own bytes | hidden | 0.1250 | 0.5000 [0.2500, 0.7500] |" in lines
+    known = [line for line in lines if "| hidden | 0.1250 |" in line]
+    assert not [line for line in known if line.startswith(("| h2o", "| random", "| sink"))]
+    assert "## Predicted and measured" not in render(league, judge(league), "league")
 
 
 def test_the_page_says_what_did_not_run_and_under_what_conditions(page):

@@ -175,3 +175,5 @@ def test_the_report_counts_every_head(finished):
     assert facts["kv_bytes"] <= 0.4 * facts["bf16_kv_bytes"]
     assert report.planned_size(RECIPE) == (256, 1)
     assert report.planned_size(Recipe()) == (1024, 1)
+    grid = report.table(plan.model_copy(update={"weights": ("bf16", "nf4")}), 256, 1).renderables[1]
+    assert list(grid.columns[-1].cells) == ["bf16", "nf4"] and grid.columns[-1].header == "weights"
