@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -91,14 +94,20 @@ class Crew:
 
 
 def _start(setup: Setup) -> None:
-    import os
-    import signal
-
     import torch
 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: finished cells are on disk
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _WORKER.append(Worker(setup))
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells its processes nothing; they would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _attempt(number: int, task: Task) -> Done:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -230,3 +232,29 @@ def test_a_broken_process_says_what_to_do(setup, monkeypatch):
     broken._pool = Gone()  # type: ignore[assignment]
     with pytest.raises(LeagueError, match="run the same command again with fewer --jobs"):
         list(broken.run([FactsTask(())]))
+
+
+WAITING = """
+import multiprocessing, threading, time
+from kvcompress.league.crew import _end_with_parent
+
+def wait():
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    print("here", flush=True)
+    time.sleep(300)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=wait).start()
+    time.sleep(300)
+"""
+
+
+def test_a_killed_league_leaves_no_process_behind(tmp_path):
+    """The pipe that both hold ends when the last of them does."""
+    (tmp_path / "waiting.py").write_text(WAITING, encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "waiting.py")], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "here\n"
+        parent.kill()
+        assert parent.communicate(timeout=60)[0] == ""
