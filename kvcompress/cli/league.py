@@ -48,6 +48,9 @@ def command(
     any_code: Annotated[
         bool, typer.Option(help="Keep cells that other code of this package measured.")
     ] = False,
+    finished: Annotated[
+        bool, typer.Option(help="Write what is measured so far, and measure nothing.")
+    ] = False,
     render: Annotated[
         Path | None, typer.Option(help="Only write the pages of this league.json again.")
     ] = None,
@@ -94,6 +97,7 @@ def command(
         seed=seed,
         given=profile,
         any_code=any_code,
+        finished=finished,
     )
     hall = Hall(
         setup,

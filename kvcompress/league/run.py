@@ -173,6 +173,8 @@ def _tier(
     tasks.sort(key=lambda each: entries.index(each[0]))
     for done in crew.run([task for _, _, task in tasks]):
         entry, point, cell_task = tasks[done.number]
+        if hall.setup.finished and done.value is None and not done.error:
+            continue
         hall.cells.append(_cell(hall, entry, point, cell_task, done))
         finished(len(hall.cells))
 

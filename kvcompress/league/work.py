@@ -38,6 +38,7 @@ class Setup:
         calibration: of the profile that has the constants of every plan.
         fewer: further arguments of `make_workloads`, for documents of another make.
         any_code: accept cells that other code of this package measured.
+        finished: take the cells that are there and measure no other.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Setup:
     seed: int
     given: Path | None = None
     any_code: bool = False
+    finished: bool = False
     calibration: Calibration = Calibration()
     fewer: tuple[tuple[str, Any], ...] = ()
 
@@ -207,14 +209,16 @@ class Worker:
             write_atomically(path, placed.model_dump_json() + "\n")
         return placed
 
-    def measure(self, task: CellTask) -> Measured:
-        """The outcome, from disk where it is there."""
+    def measure(self, task: CellTask) -> Measured | None:
+        """The outcome, from disk where it is there; None for one that is not to be measured."""
         suite, suite_name = self.suite(task.workload)
         plan = None if task.placed is None else task.placed.plan
         params_hash = "" if plan is None else self.params(plan)[1]
         json_ = None if plan is None else _nameless(plan).to_json()
         key = cell_key(json_, params_hash, suite_name, self.weights)
         found = self.store.load(key)
+        if found is None and self.setup.finished:
+            return None
         if found is None:
             begin = time.perf_counter()
             outcome = self._run(suite, plan)

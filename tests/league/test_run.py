@@ -90,6 +90,8 @@ def test_a_league_runs_goes_on_and_is_not_run_twice(setup, recipes, count_runs, 
     assert count_runs == [None]
 
     monkeypatch.setattr(work.Worker, "measure", real)
+    looked_at = run_league(hall(replace(setup, finished=True), recipes), 1, bar=no_bar)
+    assert [c.entry for c in looked_at.cells] == ["full cache"] and count_runs == [None]
     league = run_league(hall(setup, recipes), 1, bar=no_bar)
     assert count_runs == [None, "sink-recent at 0.5 of the bf16 KV bytes", *count_runs[2:]]
     assert len(count_runs) == 3
