@@ -66,7 +66,7 @@ under-eviction: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/under_eviction.py --json benchmarks/results/under_eviction.json
 
 # Every recipe at equal measured bytes on every workload, then the committed results and their page.
-# Most of an hour on two cores; stopped, it goes on where it was.
+# About two hours on two cores; stopped, it goes on where it was.
 JOBS ?= 2
 LEAGUE := benchmarks/results/league.json
 league: setup

@@ -39,7 +39,8 @@ def _front(found: list[PointVerdict]) -> list[str]:
         where = ", ".join(f"{_at(v)} ({_above(v)})" for v in tied)
         lines += [f"Of these, an entry with clearly fewer bytes scores as high: {where}.", ""]
     if off:
-        lines += ["Off the front:", ""]
+        clear = sum(_beaten_clearly(v) for v in off)
+        lines += [f"Off the front, {clear} of them clearly, zero outside of the interval:", ""]
         lines += [f"- {_at(v)}: {_above(v)} is above {v.planned}, {_gap(v)}" for v in off]
         lines.append("")
     return lines
@@ -162,6 +163,11 @@ def _above(verdict: PointVerdict) -> str:
         return "nothing"
     size = "" if rival.rival_point == verdict.point else f" at {point_name(rival.rival_point)}"
     return f"{rival.rival}{size}"
+
+
+def _beaten_clearly(verdict: PointVerdict) -> bool:
+    rival = _standing(verdict).above
+    return rival is not None and rival.interval[1] < 0
 
 
 def _gap(verdict: PointVerdict) -> str:

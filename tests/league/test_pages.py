@@ -21,6 +21,7 @@ def page(league):
 def test_the_page_says_where_ours_wins_and_loses(page):
     assert "**On the Pareto front: 1 of 2** (workload, byte point) pairs." in page
     assert "- hidden at 1/16: h2o is above ours, -40.0 points [" in page
+    assert "Off the front, 1 of them clearly, zero outside of the interval:" in page
     assert "ours answers 95.0 % where the full cache answers 100.0 %, 0.950 of it, and so misses"
     assert "clearly ahead on 1 of 1." in page
     assert "| hidden | ours 95.0 % | h2o 45.0 % | +50.0 points [" in page
