@@ -39,7 +39,8 @@ def insert(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
     """Take a chunk of one token, valid in every row, into a layer whose sinks are full."""
     leaver = Leaver(state)
     state.row_seen = [seen + 1 for seen in state.row_seen]
-    _grow(state, leaver)
+    leaving = leaver.flags * (leaver.position >= 0)
+    grow(state, leaving.tolist() if state.settings.uses_classes else [])
     exact = state.settings.exact_tokens
     if any(seen > exact for seen in state.row_seen):
         _grow_to_threshold(state, leaver, chunk.position)
@@ -57,19 +58,20 @@ def insert(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
         recent_score[row, :, leaver.slot] = score[:, :, 0]
 
 
-def _grow(state: LayerState, leaver: Leaver) -> None:
-    """Make room where a segment's capacity steps up: a block of tokens, a class token, a span."""
+def grow(state: LayerState, leaving_flags: list[int]) -> None:
+    """Make room where a segment's capacity steps up: a block of tokens, a class token, a span.
+
+    Args:
+        leaving_flags: per row, class flags of the token that leaves the recent ones; 0 for none.
+    """
     exact = state.settings.exact_tokens
     steps = any((seen - exact) % GROW_TOKENS == 1 for seen in state.row_seen) or any(state.spans)
-    if state.settings.uses_classes:
-        leaving = leaver.flags * (leaver.position >= 0)
-        for row, flags in enumerate(leaving.tolist()):
-            if flags:
-                state.class_counts[row][flags] += 1
-                steps = True
-    if not steps:
-        return
-    _relayout(state)
+    for row, flags in enumerate(leaving_flags):
+        if flags:
+            state.class_counts[row][flags] += 1
+            steps = True
+    if steps:
+        _relayout(state)
 
 
 def _grow_to_threshold(state: LayerState, leaver: Leaver, now: int) -> None:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
+from kvcompress.kernels.cpu.library import library
 from kvcompress.runtime.attend import Chunk, attend, score_rows
 from kvcompress.runtime.commit import commit
 from kvcompress.runtime.evidence import NOTHING, new_scores
+from kvcompress.runtime.fused import FusedStep, Token, refusal, serves
 from kvcompress.runtime.held import Waiting
 from kvcompress.runtime.holding import HoldingLayer
 from kvcompress.runtime.insert import insert
@@ -43,6 +45,8 @@ class CompressedLayer(HoldingLayer):
         self._shared: Waiting | None = None
         self._journal = Journal()
         self._decoded = False  # the last forward decoded, so that a prompt opens a turn
+        served = library() is not None and refusal(settings) is None
+        self._fused = FusedStep(settings) if served else None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -248,6 +252,9 @@ class CompressedLayer(HoldingLayer):
         assert self.state is not None
         if self._prompt_is_over(chunk.length):
             self.end_prefill()
+        if self._fused is not None and self._is_step(chunk):
+            self.evidence = NOTHING
+            return self._fused.run(self.state, _token(chunk))
         if self._held is not None:
             chunk = self._held.followed_by(chunk)
         scores = new_scores(self.state, chunk, self.evidence)
@@ -260,6 +267,12 @@ class CompressedLayer(HoldingLayer):
         else:
             self._store(waiting)
         return out
+
+    def _is_step(self, chunk: Chunk) -> bool:
+        """Whether a chunk is a token that one call of the compiled kernels takes in."""
+        assert self.state is not None
+        waits = self._held is not None or (self._hold_prompt and self.arrival.in_prompt)
+        return not waits and _decodes(self.state, chunk) and serves(self.state, chunk.query)
 
     def _read_shared(
         self,
@@ -360,3 +373,16 @@ def _decodes(state: LayerState, chunk: Chunk) -> bool:
     full_sinks = min(state.row_seen) >= state.settings.sink_tokens
     one = chunk.key.shape[2] == 1 and chunk.valid is None
     return one and full_sinks and any(state.row_seen)
+
+
+def _token(chunk: Chunk) -> Token:
+    return Token(
+        chunk.query,
+        chunk.key,
+        chunk.value,
+        chunk.position,
+        chunk.flags,
+        chunk.scaling,
+        chunk.softcap,
+        chunk.sinks,
+    )

@@ -87,7 +87,7 @@ class SegmentStore:
     """See the module docstring.
 
     Attributes:
-        notes: where `write` leaves what it overwrites, None to leave nothing.
+        notes: where `note` leaves what is about to be overwritten, None to leave nothing.
         capacities: host copy, ``capacities[row][head]`` in slots.
         batch_index, head_index: ``[segments]`` int64 in the order in which segments lie.
     """
@@ -249,8 +249,7 @@ class SegmentStore:
             position: ``[N]``.
             score: ``[N]``, needed where the store keeps scores.
         """
-        if self.notes is not None:
-            self.notes.append(self._overwritten(slots))
+        self.note(slots)
         for low in range(0, slots.shape[0], _ENCODE_ROWS):
             part = slice(low, min(slots.shape[0], low + _ENCODE_ROWS))
             k, v = rows_of(part)
@@ -262,7 +261,11 @@ class SegmentStore:
             assert score is not None
             self.score[slots] = score
 
-    def _overwritten(self, slots: Tensor) -> Overwritten:
+    def note(self, slots: Tensor) -> None:
+        """Leave a note of what lies in flat `slots` ``[N]``, where notes are wanted."""
+        if self.notes is None:
+            return
+
         def codes(c: Codes) -> Codes:
             return Codes(
                 c.data[slots],
@@ -270,7 +273,8 @@ class SegmentStore:
                 None if c.minimum is None else c.minimum[slots],
             )
 
-        return Overwritten(slots, codes(self.keys), codes(self.values), self.position[slots])
+        before = Overwritten(slots, codes(self.keys), codes(self.values), self.position[slots])
+        self.notes.append(before)
 
     def restore(self, before: Overwritten) -> None:
         """Undo one `write`; scores aside."""

@@ -1,0 +1,509 @@
+/* One decoded token per row through one layer: attention over [exact ; codes ; the token itself] in
+ * one softmax, scores, eviction, and the leaving token encoded over its victim.
+ *
+ * The rules are those of runtime/attend.py and runtime/insert.py. A segment is the work of one
+ * thread, or, where there are few of them, in chunks that are merged at the end.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "decode.h"
+#include "encode.h"
+
+#define PUNCT_SCORE 0x1p110f
+#define SPECIAL_SCORE 0x1p120f
+#define NEWEST_SCORE 0x1p30f
+enum { SPECIAL_FLAG = 1, PUNCT_FLAG = 2, SMALL = 1 << 13, FEW = 8 };
+
+/* What is known of a segment's attention so far; all arrays lie in scratch memory. */
+typedef struct {
+    float *exact_query, *code_query; /* [G, D] */
+    int8_t *high, *low;              /* [G, 4 padded] parts of code_query */
+    kvc_query query;                 /* in the codes' space */
+    float *offset;                   /* [G] query · key centre */
+    float *weight;                   /* [G, stride] logits, then their exponentials */
+    int64_t stride, chunks;
+    float *top, *total;              /* [chunks, G] */
+    float *factor;                   /* [chunks] what makes a chunk's weights probabilities */
+    float *sum;                      /* [chunks, G, sum_stride] */
+} partial;
+
+typedef struct {
+    const kvc_layer *layer;
+    const kvc_step *step;
+    const kvc_isa *isa;
+    const int32_t *place; /* [B] exact slot that each row's token takes */
+    int64_t sum_stride;
+    partial *partials;    /* of every segment, where chunks are shared out; else NULL */
+    const int64_t *first_chunk;
+    int failed;
+} job;
+
+static int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+static void *take(uint8_t **memory, int64_t bytes) {
+    void *p = *memory;
+    *memory += up(bytes, 64);
+    return p;
+}
+
+static int64_t chunks_of(int64_t capacity) { return (capacity + KVC_CHUNK - 1) / KVC_CHUNK; }
+
+/* Lay a segment's arrays out from `memory`; with NULL, only count the bytes. */
+static int64_t lay_out(const job *j, int64_t capacity, uint8_t *memory, partial *p) {
+    const kvc_layer *y = j->layer;
+    const int64_t g = y->queries, vectors = g * y->dim * 4, parts = 4 * g * up(y->dim, 64);
+    uint8_t *at = memory;
+    p->chunks = chunks_of(capacity);
+    p->stride = up(capacity, 16);
+    p->exact_query = take(&at, vectors);
+    p->code_query = take(&at, vectors);
+    p->high = take(&at, parts);
+    p->low = take(&at, parts);
+    p->offset = take(&at, g * 4);
+    p->weight = take(&at, g * p->stride * 4);
+    p->top = take(&at, p->chunks * g * 4);
+    p->total = take(&at, p->chunks * g * 4);
+    p->factor = take(&at, p->chunks * 4);
+    p->sum = take(&at, p->chunks * g * j->sum_stride * 4);
+    return at - memory;
+}
+
+/* The query in the codes' space, and its 16 bits where they are multiplied as integers. */
+static void prepare(const job *j, const kvc_segment *s, partial *p) {
+    const kvc_layer *y = j->layer;
+    const kvc_step *step = j->step;
+    const int g = y->queries, dim = y->dim, size = y->dtype == KVC_F32 ? 4 : 2;
+    const float *center = y->center + (int64_t)s->head * dim, *scale = y->scale + (int64_t)s->head * dim;
+    kvc_query *q = &p->query;
+    q->rows = g, q->dim = dim, q->padded = (int32_t)up(dim, 64);
+    q->value = p->code_query, q->high = p->high, q->low = p->low;
+    memset(p->high, 0, (size_t)(4 * g * q->padded));
+    memset(p->low, 0, (size_t)(4 * g * q->padded));
+    for (int r = 0; r < g; r++) {
+        const int64_t at = s->row * step->query_row + ((int64_t)s->head * g + r) * step->query_head;
+        float *exact = p->exact_query + r * dim, *code = p->code_query + r * dim, most = 0;
+        kvc_from_model((const char *)step->query + at * size, y->dtype, dim, exact);
+        float offset = 0, sum = 0;
+        for (int i = 0; i < dim; i++) {
+            exact[i] *= step->scaling;
+            offset += exact[i] * center[i];
+            code[i] = exact[i] * scale[i];
+            sum += code[i];
+            most = fabsf(code[i]) > most ? fabsf(code[i]) : most;
+        }
+        p->offset[r] = offset;
+        q->sum[r] = sum;
+        if (!j->isa->integer_dots) continue;
+        int64_t held = 0;
+        const float factor = most > 0 ? 32639.0f / most : 0;
+        q->unit[r] = most / 32639.0f;
+        for (int i = 0; i < dim; i++) {
+            const int32_t v = (int32_t)nearbyintf(code[i] * factor), h = (v + 128) >> 8;
+            for (int t = 0; t < 4; t++) {
+                const int64_t at = (int64_t)4 * r * q->padded + kvc_place(i, t);
+                p->high[at] = (int8_t)h;
+                p->low[at] = (int8_t)(v - (h << 8));
+            }
+            held += v;
+        }
+        q->rest[r] = kvc_middle(&y->groups[s->group].keys) * (float)((double)sum - (double)q->unit[r] * (double)held);
+    }
+}
+
+/* First position that a query at `now` of a row can see. */
+static int32_t first_seen(const kvc_layer *y, int32_t row, int64_t now) {
+    int64_t first = 0;
+    if (y->window > 0) first = now - y->window + 1;
+    if (y->block > 0) first = y->start[row] + (now - y->start[row]) / y->block * y->block;
+    return (int32_t)(first < 0 ? 0 : first);
+}
+
+/* Scale or minimum of one group of channels, as floats. */
+static void meta_of(const job *j, const kvc_codes *c, const uint16_t *meta, int64_t slot, int64_t n,
+                    int group, float *out) {
+    if (c->groups == 1) {
+        j->isa->halves(meta + slot, n, out);
+        return;
+    }
+    const uint16_t *from = meta + slot * c->groups + group;
+    for (int64_t t = 0; t < n; t++) out[t] = kvc_from_half(from[t * c->groups]);
+}
+
+typedef struct {
+    float *scale, *minimum, *visible; /* [KVC_CHUNK] */
+    float *scaled;                    /* [G, KVC_CHUNK] */
+    float *logits;                    /* [G, exact + 1] */
+    float *sum;                       /* [G, value_dim] */
+    uint8_t *tile;                    /* KVC_TILE rows as floats */
+} workspace;
+
+static int workspace_of(const kvc_layer *y, uint8_t *memory, workspace *w, int64_t *bytes) {
+    uint8_t *at = memory;
+    const int64_t widest = y->dim > y->value_dim ? y->dim : y->value_dim;
+    w->scale = take(&at, KVC_CHUNK * 4);
+    w->minimum = take(&at, KVC_CHUNK * 4);
+    w->visible = take(&at, KVC_CHUNK * 4);
+    w->scaled = take(&at, (int64_t)y->queries * KVC_CHUNK * 4);
+    w->logits = take(&at, (int64_t)y->queries * (y->exact + 1) * 4);
+    w->sum = take(&at, (int64_t)y->queries * y->value_dim * 4);
+    w->tile = take(&at, KVC_TILE * widest * 4);
+    *bytes = at - memory;
+    return memory != NULL;
+}
+
+/* One chunk of a segment's codes: its softmax for itself. */
+static void attend_chunk(const job *j, const kvc_segment *s, partial *p, int64_t chunk, workspace *w) {
+    const kvc_layer *y = j->layer;
+    const kvc_group *group = y->groups + s->group;
+    const kvc_codes *keys = &group->keys, *values = &group->values;
+    const kvc_isa *isa = j->isa;
+    const int64_t low = chunk * KVC_CHUNK, slot = s->start + low;
+    const int64_t n = s->capacity - low < KVC_CHUNK ? s->capacity - low : KVC_CHUNK;
+    const int g = y->queries;
+    float *weight = p->weight + low, *sum = p->sum + chunk * g * j->sum_stride;
+    isa->seen(group->position + slot, n, first_seen(y, s->row, j->step->position), w->visible);
+    if (keys->scale) meta_of(j, keys, keys->scale, slot, n, 0, w->scale);
+    if (keys->minimum) meta_of(j, keys, keys->minimum, slot, n, 0, w->minimum);
+    isa->dots(keys, slot, n, &p->query, weight, p->stride, w->tile);
+    for (int r = 0; r < g; r++) {
+        float *x = weight + r * p->stride;
+        isa->logits(x, n, keys->scale ? w->scale : NULL, keys->minimum ? w->minimum : NULL,
+                    p->query.sum[r], p->offset[r], j->step->softcap, w->visible);
+        const float top = isa->maximum(x, n);
+        p->top[chunk * g + r] = top;
+        p->total[chunk * g + r] = isa->exponentials(x, n, top == -INFINITY ? 0 : top);
+    }
+    memset(sum, 0, (size_t)(g * j->sum_stride) * 4);
+    const int width = values->dim / values->groups;
+    for (int part = 0; part < values->groups; part++) {
+        const float *scaled = weight;
+        int64_t stride = p->stride;
+        if (values->scale) {
+            meta_of(j, values, values->scale, slot, n, part, w->scale);
+            for (int r = 0; r < g; r++)
+                isa->scale_by(weight + r * p->stride, w->scale, n, w->scaled + r * KVC_CHUNK);
+            scaled = w->scaled, stride = KVC_CHUNK;
+        }
+        isa->weigh(values, slot, n, part * width, width, scaled, stride, g, sum, j->sum_stride, w->tile);
+        isa->settle(values, part * width, width, g, sum, j->sum_stride);
+        if (!values->minimum) continue;
+        meta_of(j, values, values->minimum, slot, n, part, w->minimum);
+        for (int r = 0; r < g; r++) {
+            const float shift = isa->dot(weight + r * p->stride, w->minimum, n);
+            float *to = sum + r * j->sum_stride + part * width;
+            for (int i = 0; i < width; i++) to[i] += shift;
+        }
+    }
+}
+
+/* Logits [G, exact + 1] of the uncoded tokens and, last, of the token itself. */
+static void attend_exact(const job *j, const kvc_segment *s, const partial *p, workspace *w) {
+    const kvc_layer *y = j->layer;
+    const kvc_step *step = j->step;
+    const int g = y->queries, dim = y->dim, size = y->dtype == KVC_F32 ? 4 : 2;
+    const int64_t head = (int64_t)s->row * y->heads + s->head, stride = y->exact + 1;
+    const int32_t first = first_seen(y, s->row, step->position);
+    const int32_t *position = y->exact_position + (int64_t)s->row * y->exact;
+    kvc_codes exact = {(char *)y->exact_k + head * y->exact * dim * size, NULL, NULL, y->dtype, dim, 1,
+                       dim * size};
+    kvc_codes own = exact;
+    own.data = (char *)step->key + (s->row * step->key_row + s->head * step->key_head) * size;
+    kvc_query q = p->query;
+    q.value = p->exact_query;
+    j->isa->dots(&exact, 0, y->exact, &q, w->logits, stride, w->tile);
+    j->isa->dots(&own, 0, 1, &q, w->logits + y->exact, stride, w->tile);
+    const float visible = 0;
+    for (int64_t from = 0; from < y->exact; from += KVC_CHUNK) {
+        const int64_t n = y->exact - from < KVC_CHUNK ? y->exact - from : KVC_CHUNK;
+        j->isa->seen(position + from, n, first, w->visible);
+        for (int r = 0; r < g; r++)
+            j->isa->logits(w->logits + r * stride + from, n, NULL, NULL, 0, 0, step->softcap, w->visible);
+    }
+    for (int r = 0; r < g; r++)
+        j->isa->logits(w->logits + r * stride + y->exact, 1, NULL, NULL, 0, 0, step->softcap, &visible);
+}
+
+/* Merge everything that a query row sees; leaves p->factor, and in w->logits the probabilities of the
+ * exact tokens. */
+static void merge(const job *j, const kvc_segment *s, partial *p, int r, workspace *w) {
+    const kvc_layer *y = j->layer;
+    const kvc_step *step = j->step;
+    const int g = y->queries, dim = y->value_dim, size = y->dtype == KVC_F32 ? 4 : 2;
+    const int64_t head = (int64_t)s->row * y->heads + s->head, query = (int64_t)s->head * g + r;
+    float *x = w->logits + r * (y->exact + 1), *out = w->sum + r * dim;
+    float *factor = p->factor, top = j->isa->maximum(x, y->exact + 1);
+    for (int64_t c = 0; c < p->chunks; c++) top = p->top[c * g + r] > top ? p->top[c * g + r] : top;
+    if (step->sinks && step->sinks[query] > top) top = step->sinks[query];
+    float total = j->isa->exponentials(x, y->exact + 1, top);
+    if (step->sinks) total += expf(step->sinks[query] - top);
+    for (int64_t c = 0; c < p->chunks; c++) {
+        factor[c] = p->top[c * g + r] == -INFINITY ? 0 : expf(p->top[c * g + r] - top);
+        total += factor[c] * p->total[c * g + r];
+    }
+    for (int i = 0; i <= y->exact; i++) x[i] /= total;
+    memset(out, 0, (size_t)dim * 4);
+    for (int64_t c = 0; c < p->chunks; c++) {
+        factor[c] /= total;
+        j->isa->add_scaled(out, p->sum + (c * g + r) * j->sum_stride, dim, factor[c]);
+    }
+    kvc_codes exact = {(char *)y->exact_v + head * y->exact * dim * size, NULL, NULL, y->dtype, dim, 1,
+                       dim * size};
+    kvc_codes own = exact;
+    own.data = (char *)step->value + (s->row * step->value_row + s->head * step->value_head) * size;
+    j->isa->weigh(&exact, 0, y->exact, 0, dim, x, y->exact + 1, 1, out, dim, w->tile);
+    j->isa->weigh(&own, 0, 1, 0, dim, x + y->exact, 1, 1, out, dim, w->tile);
+    const int64_t to = (s->row * (int64_t)y->heads * g + query) * dim;
+    kvc_to_model(out, y->dtype, dim, (char *)step->out + to * size);
+}
+
+static float *recent_scores(const kvc_layer *y, const kvc_segment *s) {
+    const kvc_group *group = y->groups + s->group;
+    if (!group->recent_score) return NULL;
+    return group->recent_score + (s->row * group->members + s->member) * (y->exact - y->sinks);
+}
+
+/* Add the attention of query row r to the scores of everything that it saw; gives the token's own. */
+static float vote(const job *j, const kvc_segment *s, const partial *p, int r, workspace *w) {
+    const kvc_layer *y = j->layer;
+    const kvc_step *step = j->step;
+    const kvc_group *group = y->groups + s->group;
+    if (!group->score || step->vote == KVC_NO_VOTE || step->position < step->first_vote) return 0;
+    const float *exact = w->logits + r * (y->exact + 1);
+    float count = 1.0f / (float)y->queries;
+    if (step->vote == KVC_LIFT) count *= (float)(step->position - y->start[s->row]) + 1.0f;
+    for (int64_t c = 0; c < p->chunks; c++) {
+        const int64_t low = c * KVC_CHUNK;
+        const int64_t n = s->capacity - low < KVC_CHUNK ? s->capacity - low : KVC_CHUNK;
+        if (p->factor[c] > 0)
+            j->isa->add_scaled(group->score + s->start + low, p->weight + r * p->stride + low, n,
+                               p->factor[c] * count);
+    }
+    j->isa->add_scaled(recent_scores(y, s), exact + y->sinks, y->exact - y->sinks, count);
+    return exact[y->exact] * count;
+}
+
+static kvc_rules rules_of(const job *j, const kvc_segment *s) {
+    const kvc_layer *y = j->layer;
+    const kvc_group *group = y->groups + s->group;
+    const int64_t now = j->step->position, at = s->row * group->rules_stride + s->member;
+    const int64_t window = group->windows[s->row * group->members + s->member];
+    kvc_rules u;
+    u.first = first_seen(y, s->row, now + 1);
+    u.local_from = (int32_t)(now + 1 - window > 0 ? now + 1 - window : 0);
+    u.now = now;
+    u.first_vote = j->step->first_vote;
+    u.by_score = group->by_score[at];
+    u.per_vote = j->step->per_vote;
+    u.keeps_rest = group->keeps_rest[at];
+    u.in_class = group->classes[at] != 0 && !group->keeps_rest[at];
+    return u;
+}
+
+/* The score of the token that leaves the exact ones, as `class_score` raises it. */
+static float leaving_score(const job *j, const kvc_segment *s) {
+    const kvc_layer *y = j->layer;
+    const kvc_group *group = y->groups + s->group;
+    const int32_t place = j->place[s->row];
+    float score = recent_scores(y, s)[place - y->sinks];
+    if (!y->exact_class) return score;
+    const int64_t flags = y->exact_class[s->row * y->exact + place] &
+                          group->classes[s->row * group->rules_stride + s->member];
+    return flags & SPECIAL_FLAG ? SPECIAL_SCORE : flags & PUNCT_FLAG ? PUNCT_SCORE : score;
+}
+
+/* The flat slot that the leaving token takes; −1 where nothing leaves, or it ranks lowest. */
+static int64_t choose_victim(const job *j, const kvc_segment *s) {
+    const kvc_layer *y = j->layer;
+    const kvc_group *group = y->groups + s->group;
+    const int32_t place = j->place[s->row];
+    const int32_t position = y->exact_position[s->row * y->exact + place];
+    if (position < 0 || !s->capacity) return -1;
+    kvc_rules u = rules_of(j, s);
+    float held, own, score = group->score ? leaving_score(j, s) : 0;
+    const int64_t slot =
+        s->start + j->isa->victim(group->position + s->start, group->score ? group->score + s->start : NULL,
+                                  s->capacity, &u, &held);
+    const int64_t classes = group->classes[s->row * group->rules_stride + s->member];
+    u.in_class = y->exact_class && (y->exact_class[s->row * y->exact + place] & classes) != 0;
+    j->isa->victim(&position, group->score ? &score : NULL, 1, &u, &own);
+    return own >= held && own > -INFINITY ? slot : -1;
+}
+
+/* Attention, scores and the choice of a victim, once every chunk is done. */
+static void finish(const job *j, int64_t number, partial *p, workspace *w) {
+    const kvc_layer *y = j->layer;
+    const kvc_step *step = j->step;
+    const kvc_segment *s = y->segments + number;
+    float score = step->newest ? NEWEST_SCORE * (1.0f + (float)step->position * 0x1p-23f) : 0;
+    attend_exact(j, s, p, w);
+    for (int r = 0; r < y->queries; r++) {
+        merge(j, s, p, r, w);
+        score += vote(j, s, p, r, w);
+    }
+    step->own_score[number] = score;
+    step->victim[number] = choose_victim(j, s);
+}
+
+/* Encode the leaving token over its victim; the new one takes its exact slot. */
+static void put(const job *j, int64_t number) {
+    const kvc_layer *y = j->layer;
+    const kvc_step *step = j->step;
+    const kvc_segment *s = y->segments + number;
+    const kvc_group *group = y->groups + s->group;
+    const int32_t place = j->place[s->row];
+    const int size = y->dtype == KVC_F32 ? 4 : 2;
+    const int64_t at = ((int64_t)s->row * y->heads + s->head) * y->exact + place;
+    char *key = (char *)y->exact_k + at * y->dim * size, *value = (char *)y->exact_v + at * y->value_dim * size;
+    const int64_t slot = step->victim[number];
+    if (slot >= 0) {
+        float x[KVC_MAX_DIM];
+        const float *center = y->center + (int64_t)s->head * y->dim, *scale = y->scale + (int64_t)s->head * y->dim;
+        kvc_from_model(key, y->dtype, y->dim, x);
+        for (int i = 0; i < y->dim; i++) x[i] = (x[i] - center[i]) / scale[i];
+        kvc_encode(&group->keys, slot, x, y->dtype);
+        kvc_from_model(value, y->dtype, y->value_dim, x);
+        kvc_encode(&group->values, slot, x, y->dtype);
+        group->position[slot] = y->exact_position[(int64_t)s->row * y->exact + place];
+        if (group->score) group->score[slot] = leaving_score(j, s);
+    }
+    memcpy(key, (const char *)step->key + (s->row * step->key_row + s->head * step->key_head) * size,
+           (size_t)(y->dim * size));
+    memcpy(value, (const char *)step->value + (s->row * step->value_row + s->head * step->value_head) * size,
+           (size_t)(y->value_dim * size));
+    float *recent = recent_scores(y, s);
+    if (recent) recent[place - y->sinks] = step->own_score[number];
+}
+
+/* ---- work items */
+static uint8_t *own_memory(job *j, int64_t bytes, workspace *w) {
+    int64_t fixed = 0;
+    workspace_of(j->layer, NULL, w, &fixed);
+    uint8_t *memory = kvc_scratch(1, (size_t)(fixed + bytes));
+    if (!memory) {
+        j->failed = 1;
+        return NULL;
+    }
+    workspace_of(j->layer, memory, w, &fixed);
+    return memory + fixed;
+}
+
+static void whole_segment(void *context, int64_t number) {
+    job *j = context;
+    const kvc_segment *s = j->layer->segments + number;
+    workspace w;
+    if (j->step->what & KVC_ATTEND) {
+        partial p;
+        uint8_t *memory = own_memory(j, lay_out(j, s->capacity, NULL, &p), &w);
+        if (!memory) return;
+        lay_out(j, s->capacity, memory, &p);
+        prepare(j, s, &p);
+        for (int64_t c = 0; c < p.chunks; c++) attend_chunk(j, s, &p, c, &w);
+        finish(j, number, &p, &w);
+    }
+    if (j->step->what & KVC_STORE) put(j, number);
+}
+
+static int64_t segment_of(const job *j, int64_t item) {
+    int64_t low = 0, high = j->layer->segment_count;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        if (j->first_chunk[middle] <= item) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+static void one_chunk(void *context, int64_t item) {
+    job *j = context;
+    const int64_t number = segment_of(j, item);
+    workspace w;
+    if (own_memory(j, 0, &w))
+        attend_chunk(j, j->layer->segments + number, j->partials + number, item - j->first_chunk[number], &w);
+}
+
+static void end_of_segment(void *context, int64_t number) {
+    job *j = context;
+    workspace w;
+    if (!own_memory(j, 0, &w)) return;
+    finish(j, number, j->partials + number, &w);
+    if (j->step->what & KVC_STORE) put(j, number);
+}
+
+/* Chunks of all segments side by side. */
+static void share_out(job *j, uint8_t *memory) {
+    const kvc_layer *y = j->layer;
+    const int64_t count = y->segment_count;
+    int64_t *first = take(&memory, (count + 1) * 8);
+    j->partials = take(&memory, count * (int64_t)sizeof(partial));
+    first[0] = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const kvc_segment *s = y->segments + i;
+        memory += lay_out(j, s->capacity, memory, j->partials + i);
+        first[i + 1] = first[i] + j->partials[i].chunks;
+        prepare(j, s, j->partials + i);
+    }
+    j->first_chunk = first;
+    kvc_parallel(first[count], j->step->threads, one_chunk, j);
+    if (!j->failed) kvc_parallel(count, j->step->threads, end_of_segment, j);
+}
+
+/* The exact slot of each row's token: that of the oldest one behind the sinks. */
+static void find_places(const kvc_layer *y, int32_t *place) {
+    for (int32_t b = 0; b < y->batch; b++) {
+        const int32_t *position = y->exact_position + (int64_t)b * y->exact;
+        place[b] = y->sinks;
+        for (int32_t i = y->sinks + 1; i < y->exact; i++)
+            if (position[i] < position[place[b]]) place[b] = i;
+    }
+}
+
+/* Position and class flags [B] of the tokens that the next one pushes out; −1 and 0 if none. */
+KVC_EXPORT int32_t kvc_leaving(const kvc_layer *y, int32_t *position, int32_t *flags) {
+    int32_t *place = kvc_scratch(0, (size_t)y->batch * 4);
+    if (!place) return -1;
+    find_places(y, place);
+    for (int32_t b = 0; b < y->batch; b++) {
+        const int64_t at = (int64_t)b * y->exact + place[b];
+        position[b] = y->exact_position[at];
+        flags[b] = y->exact_class && position[b] >= 0 ? y->exact_class[at] : 0;
+    }
+    return 0;
+}
+
+/* 0, or −1 if there is no memory for it; nothing is changed then. */
+KVC_EXPORT int32_t kvc_decode(const kvc_layer *y, const kvc_step *step) {
+    const int64_t count = y->segment_count;
+    job j = {y, step, kvc_current(), NULL, up(2 * (int64_t)y->value_dim, 64) + 64, NULL, NULL, 0};
+    int64_t slots = 0, bytes = up((int64_t)y->batch * 4, 64) + up((count + 1) * 8, 64);
+    for (int64_t i = 0; i < count; i++) slots += y->segments[i].capacity;
+    const int shared = step->threads > 1 && kvc_has_threads() && count < FEW * step->threads &&
+                       slots > SMALL && (step->what & KVC_ATTEND);
+    if (shared) {
+        partial p;
+        bytes += up(count * (int64_t)sizeof p, 64);
+        for (int64_t i = 0; i < count; i++) bytes += lay_out(&j, y->segments[i].capacity, NULL, &p);
+    }
+    uint8_t *memory = kvc_scratch(0, (size_t)bytes);
+    if (!memory) return -1;
+    int32_t *place = take(&memory, (int64_t)y->batch * 4);
+    find_places(y, place);
+    j.place = place;
+    if (shared)
+        share_out(&j, memory);
+    else
+        kvc_parallel(count, slots > SMALL / 4 ? step->threads : 1, whole_segment, &j);
+    if (j.failed) return -1;
+    for (int32_t b = 0; b < y->batch && (step->what & KVC_STORE); b++) {
+        const int64_t at = (int64_t)b * y->exact + place[b];
+        y->exact_position[at] = (int32_t)step->position;
+        if (y->exact_class) y->exact_class[at] = step->flags ? step->flags[b] : 0;
+    }
+    return 0;
+}
+
+/* Sizes of the structures, for whoever mirrors them. */
+KVC_EXPORT void kvc_sizes(int64_t *out) {
+    out[0] = sizeof(kvc_codes), out[1] = sizeof(kvc_group), out[2] = sizeof(kvc_segment);
+    out[3] = sizeof(kvc_layer), out[4] = sizeof(kvc_step);
+}

@@ -1,0 +1,139 @@
+/* Codes of single vectors, bit for bit as quant/codec.py makes them. */
+#include <math.h>
+#include <string.h>
+
+#include "encode.h"
+
+uint16_t kvc_to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (bits >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* 65520 and above round to infinity */
+    if (bits < 0x38800000) {                                  /* subnormal: a multiple of 2^-24 */
+        float size;
+        memcpy(&size, &bits, 4);
+        return (uint16_t)(sign | (uint32_t)nearbyintf(size * 0x1p24f));
+    }
+    const uint32_t odd = bits >> 13 & 1;
+    return (uint16_t)(sign | ((bits - 0x38000000 + 0xfff + odd) >> 13));
+}
+
+float kvc_from_half(uint16_t half) {
+    const uint32_t size = (uint32_t)(half & 0x7fff) << 13;
+    uint32_t bits = size;
+    float x;
+    if (size >= 0x7c00u << 13) {
+        bits = size | 0x7f800000;
+        memcpy(&x, &bits, 4);
+    } else {
+        memcpy(&x, &bits, 4);
+        x *= 0x1p112f;
+    }
+    return half & 0x8000 ? -x : x;
+}
+
+static uint16_t to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+void kvc_from_model(const void *from, int32_t dtype, int64_t n, float *out) {
+    const uint16_t *half = from;
+    if (dtype == KVC_F32) {
+        memcpy(out, from, (size_t)n * 4);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = (uint32_t)half[i] << 16;
+        if (dtype == KVC_BF16)
+            memcpy(out + i, &bits, 4);
+        else
+            out[i] = kvc_from_half(half[i]);
+    }
+}
+
+void kvc_to_model(const float *from, int32_t dtype, int64_t n, void *out) {
+    uint16_t *half = out;
+    if (dtype == KVC_F32) memcpy(out, from, (size_t)n * 4);
+    for (int64_t i = 0; dtype != KVC_F32 && i < n; i++)
+        half[i] = dtype == KVC_BF16 ? to_bf16(from[i]) : kvc_to_half(from[i]);
+}
+
+/* e4m3 of |x| ≤ 448, ties to even */
+static uint8_t to_fp8(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint8_t sign = (uint8_t)(bits >> 24 & 0x80);
+    const float size = fabsf(x);
+    int32_t exponent = (int32_t)(bits >> 23 & 0xff) - 127;
+    if (isnan(x)) return sign | 0x7f;
+    if (exponent < -6) exponent = -6;
+    int32_t eighths = (int32_t)nearbyintf(ldexpf(size, 3 - exponent));
+    if (eighths == 16) eighths = 8, exponent++;
+    if (eighths < 8) return sign | (uint8_t)eighths;
+    return sign | (uint8_t)((exponent + 7) << 3 | (eighths - 8));
+}
+
+/* A scale as float16, never zero. */
+static uint16_t scale_of(float x) {
+    return kvc_to_half(x < 0x1p-14f ? 0x1p-14f : x > 65504.0f ? 65504.0f : x);
+}
+
+static void encode_fp8(const float *x, uint8_t *row, uint16_t *scale, int32_t dim) {
+    float most = 0;
+    for (int32_t i = 0; i < dim; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+    *scale = scale_of(most / 448.0f);
+    const float unit = kvc_from_half(*scale);
+    for (int32_t i = 0; i < dim; i++) {
+        const float scaled = x[i] / unit;
+        row[i] = to_fp8(scaled < -448.0f ? -448.0f : scaled > 448.0f ? 448.0f : scaled);
+    }
+}
+
+void kvc_encode(const kvc_codes *c, int64_t slot, const float *x, int32_t model_dtype) {
+    uint8_t *row = (uint8_t *)c->data + slot * c->row_bytes;
+    if (c->dtype < KVC_INT8) {
+        kvc_to_model(x, model_dtype, c->dim, row);
+        return;
+    }
+    uint16_t *scale = c->scale + slot * c->groups;
+    if (c->dtype == KVC_FP8) {
+        encode_fp8(x, row, scale, c->dim);
+        return;
+    }
+    const float levels = c->dtype == KVC_INT8 ? 255.0f : 15.0f;
+    const int32_t width = c->dim / c->groups, part = c->dim / 2;
+    for (int32_t g = 0; g < c->groups; g++) {
+        const float *own = x + g * width;
+        float low = own[0], high = own[0];
+        for (int32_t i = 1; i < width; i++) {
+            low = own[i] < low ? own[i] : low;
+            high = own[i] > high ? own[i] : high;
+        }
+        const uint16_t minimum = kvc_to_half(low);
+        low = kvc_from_half(minimum);
+        scale[g] = scale_of((high - low) / levels);
+        c->minimum[slot * c->groups + g] = minimum;
+        const float unit = kvc_from_half(scale[g]);
+        for (int32_t i = 0; i < width; i++) {
+            float code = nearbyintf((own[i] - low) / unit);
+            code = code < 0 ? 0 : code > levels ? levels : code;
+            const int32_t channel = g * width + i;
+            if (c->dtype == KVC_INT8)
+                row[channel] = (uint8_t)code;
+            else if (channel < part)
+                row[channel] = (uint8_t)((row[channel] & 0xf0) | (uint8_t)code);
+            else
+                row[channel - part] = (uint8_t)((row[channel - part] & 15) | (uint8_t)code << 4);
+        }
+    }
+}
+
+/* For tests: n vectors [n, dim] into the slots 0 … n − 1. */
+KVC_EXPORT void kvc_encode_rows(const kvc_codes *c, const float *x, int64_t n, int32_t model_dtype) {
+    for (int64_t i = 0; i < n; i++) kvc_encode(c, i, x + i * c->dim, model_dtype);
+}

@@ -1,0 +1,391 @@
+/* The inner loops in GCC's vector extensions, compiled once for each instruction set.
+ *
+ * The including file sets KVC_NAME(x), KVC_WIDTH (floats of one vector) and the compiler's target.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "kvc.h"
+
+#define W KVC_WIDTH
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint8_t vb __attribute__((vector_size(W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+static inline vf load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
+static inline void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
+static inline vi load_i(const int32_t *p) { vi x; memcpy(&x, p, sizeof x); return x; }
+static inline vf all(float x) { vf v; for (int i = 0; i < W; i++) v[i] = x; return v; }
+static inline vi all_i(int32_t x) { vi v; for (int i = 0; i < W; i++) v[i] = x; return v; }
+static inline vf as_float(vi x) { vf y; memcpy(&y, &x, sizeof y); return y; }
+static inline vi as_int(vf x) { vi y; memcpy(&y, &x, sizeof y); return y; }
+static inline vf choose(vi mask, vf yes, vf no) { return as_float((mask & as_int(yes)) | (~mask & as_int(no))); }
+static inline vf larger(vf x, vf y) { return choose(x > y, x, y); }
+static inline vi larger_i(vi x, vi y) { vi m = x > y; return (m & x) | (~m & y); }
+
+static inline float total(vf x) {
+#if defined(__clang__)
+    for (int width = W / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+#else
+    for (int width = W / 2; width; width /= 2) {
+        vi order;
+        for (int i = 0; i < W; i++) order[i] = (i + width) % W;
+        x += __builtin_shuffle(x, order);
+    }
+#endif
+    return x[0];
+}
+
+static inline vf from_bf16(const uint16_t *p) {
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return as_float(__builtin_convertvector(h, vi) << 16);
+}
+
+static inline vf from_half(const uint16_t *p) {
+    vh h;
+    memcpy(&h, p, sizeof h);
+    vi x = __builtin_convertvector(h, vi);
+    vi sign = (x & 0x8000) << 16, size = (x & 0x7fff) << 13;
+    vf scaled = as_float(size) * all(0x1p112f); /* the exponents' biases differ by 112 */
+    vi special = size >= all_i(0x7c00 << 13);   /* infinity and NaN keep their largest exponent */
+    return as_float(sign | as_int(choose(special, as_float(size | all_i(0x7f800000)), scaled)));
+}
+
+static inline vf from_bytes(const uint8_t *p) {
+    vb b;
+    memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+}
+
+/* e^x with a relative error below 2e-7; 0 for −inf. x ≤ 0 is all that softmax asks for. */
+static inline vf exponential(vf x) {
+    vi tiny = x < all(-87.0f);
+    x = larger(x, all(-87.0f));
+    vf n = x * all(1.44269504f) + all(12582912.0f); /* rounds to an integer in the low bits */
+    vi power = as_int(n) - all_i(0x4b400000);
+    n -= all(12582912.0f);
+    vf f = x - n * all(0.693145752f);
+    f = f - n * all(1.42860677e-6f);
+    vf p = all(1.98756915e-4f); /* Cephes' minimax polynomial on ±ln 2 / 2 */
+    p = p * f + all(1.39819995e-3f);
+    p = p * f + all(8.33345191e-3f);
+    p = p * f + all(4.16657959e-2f);
+    p = p * f + all(1.66666655e-1f);
+    p = p * f + all(5.00000012e-1f);
+    p = p * f * f + f + all(1.0f);
+    vf y = as_float(as_int(p) + (power << 23));
+    return choose(tiny, all(0.0f), y);
+}
+
+static inline float exponential_one(float x) { return exponential(all(x))[0]; }
+
+/* ---- vectors of any kind as floats */
+static float from_fp8(uint8_t code) {
+    int32_t exponent = (code >> 3) & 15, fraction = code & 7;
+    float size = exponent ? ldexpf((float)(8 + fraction), exponent - 10) : ldexpf((float)fraction, -9);
+    if ((code & 0x7f) == 0x7f) size = NAN;
+    return code & 0x80 ? -size : size;
+}
+
+static const float *fp8_table(void) {
+    static float table[256];
+    static int ready; /* racing threads write the same numbers */
+    if (!__atomic_load_n(&ready, __ATOMIC_ACQUIRE)) {
+        for (int i = 0; i < 256; i++) table[i] = from_fp8((uint8_t)i);
+        __atomic_store_n(&ready, 1, __ATOMIC_RELEASE);
+    }
+    return table;
+}
+
+static float half_to_float(uint16_t h) {
+    uint16_t padded[W] = {h};
+    return from_half(padded)[0];
+}
+
+/* Row `slot` of uncoded vectors or of codes, without scale and minimum. */
+static void widen(const kvc_codes *c, int64_t slot, float *restrict out) {
+    const uint8_t *row = (const uint8_t *)c->data + slot * c->row_bytes;
+    const uint16_t *half = (const uint16_t *)row;
+    const int dim = c->dim, part = dim / 2;
+    int i = 0;
+    switch (c->dtype) {
+    case KVC_F32:
+        memcpy(out, row, (size_t)dim * 4);
+        break;
+    case KVC_BF16:
+        for (; i + W <= dim; i += W) store(out + i, from_bf16(half + i));
+        for (; i < dim; i++) {
+            uint32_t bits = (uint32_t)half[i] << 16;
+            memcpy(out + i, &bits, 4);
+        }
+        break;
+    case KVC_F16:
+        for (; i + W <= dim; i += W) store(out + i, from_half(half + i));
+        for (; i < dim; i++) out[i] = half_to_float(half[i]);
+        break;
+    case KVC_INT8:
+        for (; i + W <= dim; i += W) store(out + i, from_bytes(row + i));
+        for (; i < dim; i++) out[i] = row[i];
+        break;
+    case KVC_INT4:
+        for (; i < part; i++) out[i] = (float)(row[i] & 15);
+        for (i = 0; i < part; i++) out[part + i] = (float)(row[i] >> 4);
+        break;
+    default: {
+        const float *table = fp8_table();
+        for (; i < dim; i++) out[i] = table[row[i]];
+    }
+    }
+}
+
+/* `count` rows from `first` on as floats: themselves, or widened into `tile`. */
+static const float *rows_of(const kvc_codes *c, int64_t first, int64_t count, uint8_t *tile) {
+    if (c->dtype == KVC_F32) return (const float *)c->data + first * c->dim;
+    float *out = (float *)tile;
+    for (int64_t t = 0; t < count; t++) widen(c, first + t, out + t * c->dim);
+    return out;
+}
+
+static inline float dot_of(const float *x, const float *y, int64_t n) {
+    vf sum = all(0.0f);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) sum += load(x + i) * load(y + i);
+    float rest = total(sum);
+    for (; i < n; i++) rest += x[i] * y[i];
+    return rest;
+}
+
+static float dot(const float *x, const float *y, int64_t n) { return dot_of(x, y, n); }
+
+static void dots(const kvc_codes *c, int64_t first, int64_t n, const kvc_query *q, float *out,
+                 int64_t stride, uint8_t *tile) {
+    const int dim = c->dim;
+    for (int64_t low = 0; low < n; low += KVC_TILE) {
+        const int64_t count = n - low < KVC_TILE ? n - low : KVC_TILE;
+        const float *rows = rows_of(c, first + low, count, tile);
+        for (int r = 0; r < q->rows; r++) {
+            const float *query = q->value + (int64_t)r * dim;
+            float *to = out + r * stride + low;
+            int64_t t = 0;
+            for (; t + 4 <= count; t += 4) { /* four sums at once hide the latency of an addition */
+                const float *k = rows + t * dim;
+                vf a = all(0.0f), b = a, d = a, e = a;
+                int i = 0;
+                for (; i + W <= dim; i += W) {
+                    vf x = load(query + i);
+                    a += x * load(k + i);
+                    b += x * load(k + dim + i);
+                    d += x * load(k + 2 * dim + i);
+                    e += x * load(k + 3 * dim + i);
+                }
+                float s[4] = {total(a), total(b), total(d), total(e)};
+                for (; i < dim; i++)
+                    for (int j = 0; j < 4; j++) s[j] += query[i] * k[j * dim + i];
+                memcpy(to + t, s, sizeof s);
+            }
+            for (; t < count; t++) to[t] = dot_of(query, rows + t * dim, dim);
+        }
+    }
+}
+
+static inline void add_scaled_to(float *restrict x, const float *restrict y, int64_t n, float factor) {
+    vf f = all(factor);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(x + i, load(x + i) + f * load(y + i));
+    for (; i < n; i++) x[i] += factor * y[i];
+}
+
+static void add_scaled(float *x, const float *y, int64_t n, float factor) { add_scaled_to(x, y, n, factor); }
+
+static void weigh(const kvc_codes *c, int64_t first, int64_t n, int32_t low, int32_t width,
+                  const float *weight, int64_t stride, int32_t rows, float *sum, int64_t sum_stride,
+                  uint8_t *tile) {
+    for (int64_t from = 0; from < n; from += KVC_TILE) {
+        const int64_t count = n - from < KVC_TILE ? n - from : KVC_TILE;
+        const float *wide = rows_of(c, first + from, count, tile) + low;
+        for (int r = 0; r < rows; r++) {
+            const float *w = weight + r * stride + from;
+            float *to = sum + r * sum_stride + low;
+            int i = 0;
+            for (; i + 4 * W <= width; i += 4 * W) {
+                vf a = load(to + i), b = load(to + i + W), d = load(to + i + 2 * W), e = load(to + i + 3 * W);
+                for (int64_t t = 0; t < count; t++) {
+                    const float *v = wide + t * c->dim + i;
+                    vf x = all(w[t]);
+                    a += x * load(v);
+                    b += x * load(v + W);
+                    d += x * load(v + 2 * W);
+                    e += x * load(v + 3 * W);
+                }
+                store(to + i, a), store(to + i + W, b), store(to + i + 2 * W, d), store(to + i + 3 * W, e);
+            }
+            for (int64_t t = 0; i < width && t < count; t++)
+                add_scaled_to(to + i, wide + t * c->dim + i, width - i, w[t]);
+        }
+    }
+}
+
+static void settle(const kvc_codes *c, int32_t low, int32_t width, int32_t rows, float *sum,
+                   int64_t sum_stride) {
+    (void)c, (void)low, (void)width, (void)rows, (void)sum, (void)sum_stride;
+}
+
+/* ---- the softmax */
+static void halves(const uint16_t *half, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, from_half(half + i));
+    for (; i < n; i++) out[i] = half_to_float(half[i]);
+}
+
+static inline vf capped(vf x, float softcap) { /* softcap · tanh(x / softcap) */
+    vf y = x * all(1.0f / softcap);
+    vi negative = y < all(0.0f);
+    vf size = choose(negative, y, -y);
+    vf e = exponential(size + size); /* e^(−2|y|) */
+    vf bend = (all(1.0f) - e) / (all(1.0f) + e);
+    /* near 0 the difference above loses its digits */
+    vf square = y * y;
+    vf near = -size * (all(1.0f) - square * (all(1.0f / 3) - square * all(2.0f / 15)));
+    bend = choose(-size < all(0.03f), near, bend);
+    return choose(negative, -bend, bend) * all(softcap);
+}
+
+static inline vf logit(vf x, vf scale, vf minimum, float sum, float offset, float softcap, vf visible) {
+    x = x * scale + minimum * all(sum) + all(offset);
+    if (softcap > 0) x = capped(x, softcap);
+    return x + visible;
+}
+
+static void logits(float *x, int64_t n, const float *scale, const float *minimum, float sum,
+                   float offset, float softcap, const float *visible) {
+    int64_t i = 0;
+    vf one = all(1.0f), zero = all(0.0f);
+    for (; i + W <= n; i += W)
+        store(x + i, logit(load(x + i), scale ? load(scale + i) : one,
+                           minimum ? load(minimum + i) : zero, sum, offset, softcap, load(visible + i)));
+    for (; i < n; i++)
+        x[i] = logit(all(x[i]), all(scale ? scale[i] : 1.0f), all(minimum ? minimum[i] : 0.0f), sum,
+                     offset, softcap, all(visible[i]))[0];
+}
+
+static float maximum(const float *x, int64_t n) {
+    vf top = all(-INFINITY);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) top = larger(load(x + i), top);
+    float best = -INFINITY;
+    for (int j = 0; j < W; j++) best = top[j] > best ? top[j] : best;
+    for (; i < n; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+static float exponentials(float *x, int64_t n, float top) {
+    vf sum = all(0.0f), shift = all(top);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        vf e = exponential(load(x + i) - shift);
+        store(x + i, e);
+        sum += e;
+    }
+    float rest = total(sum);
+    for (; i < n; i++) rest += x[i] = exponential_one(x[i] - top);
+    return rest;
+}
+
+static void scale_by(const float *x, const float *factor, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, load(x + i) * load(factor + i));
+    for (; i < n; i++) out[i] = x[i] * factor[i];
+}
+
+static void seen(const int32_t *position, int64_t n, int32_t first, float *out) {
+    first = first < 0 ? 0 : first;
+    for (int64_t i = 0; i < n; i++) out[i] = position[i] >= first ? 0.0f : -INFINITY;
+}
+
+/* ---- the rank */
+#define PUNCT_SCORE 0x1p110f
+#define SPECIAL_SCORE 0x1p120f
+
+static inline vf rank_of(vi position, vf score, int has_score, const kvc_rules *u) {
+    vf at = __builtin_convertvector(position, vf);
+    vf recency = all(1.0f) + at * all(0x1p-23f);
+    vf value = at;
+    vi punct = all_i(0), special = punct;
+    if (has_score) {
+        vf plain = choose(score >= all(PUNCT_SCORE / 2), all(0.0f), score);
+        if (u->by_score && u->per_vote) {
+            vi from = all_i((int32_t)(u->first_vote > u->now ? u->now : u->first_vote));
+            vi votes = all_i((int32_t)u->now + 1) - larger_i(position, from);
+            votes = larger_i(votes, all_i(1));
+            plain = plain / __builtin_convertvector(votes, vf);
+        }
+        if (u->by_score) value = plain;
+        special = score >= all(SPECIAL_SCORE / 2);
+        punct = (score >= all(PUNCT_SCORE / 2)) & ~special;
+    }
+    value = choose(position >= all_i(u->local_from), all(0x1p66f) * recency, value);
+    if (!u->keeps_rest) value = all(-INFINITY);
+    if (has_score) {
+        value = choose(punct, larger(value, all(0x1p40f) * recency), value);
+        value = choose(special, all(0x1p100f) * recency, value);
+    } else if (u->in_class) {
+        value = all(0x1p100f) * recency;
+    }
+    return choose(position < all_i(u->first < 0 ? 0 : u->first), all(-INFINITY), value);
+}
+
+static int64_t victim(const int32_t *position, const float *score, int64_t n, const kvc_rules *u,
+                      float *rank) {
+    vf lowest = all(INFINITY);
+    vi place = all_i(0), here;
+    for (int j = 0; j < W; j++) here[j] = j;
+    int64_t i = 0;
+    int any = 0;
+    for (; i + W <= n; i += W, here += W) {
+        vf value = rank_of(load_i(position + i), score ? load(score + i) : all(0.0f), score != NULL, u);
+        vi lower = value < lowest;
+        lowest = choose(lower, value, lowest);
+        place = (lower & here) | (~lower & place);
+        any = 1;
+    }
+    float best = INFINITY;
+    int64_t at = 0;
+    for (int j = 0; any && j < W; j++)
+        if (lowest[j] < best || (lowest[j] == best && place[j] < at)) best = lowest[j], at = place[j];
+    for (; i < n; i++) {
+        float value = rank_of(all_i(position[i]), all(score ? score[i] : 0.0f), score != NULL, u)[0];
+        if (value < best) best = value, at = i;
+    }
+    *rank = best;
+    return at;
+}
+
+/* ---- int8 weights */
+static void linear8(const int8_t *w, int64_t first, int64_t stop, int64_t inner, const float *scale,
+                    const int32_t *row_sum, const float *x, const uint8_t *high, const uint8_t *low,
+                    const float *unit, const float *shift, int64_t m, float *y, int64_t y_stride) {
+    (void)row_sum, (void)high, (void)low, (void)unit, (void)shift;
+    for (int64_t n = first; n < stop; n++) {
+        const int8_t *row = w + n * inner;
+        for (int64_t from = 0; from < m; from += 4) {
+            const int rows = m - from < 4 ? (int)(m - from) : 4;
+            vf sum[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+            float rest[4] = {0};
+            int64_t k = 0;
+            for (; k + W <= inner; k += W) {
+                int8_t bytes[W];
+                memcpy(bytes, row + k, W);
+                vf wide;
+                for (int j = 0; j < W; j++) wide[j] = (float)bytes[j];
+                for (int r = 0; r < rows; r++) sum[r] += wide * load(x + (from + r) * inner + k);
+            }
+            for (; k < inner; k++)
+                for (int r = 0; r < rows; r++) rest[r] += (float)row[k] * x[(from + r) * inner + k];
+            for (int r = 0; r < rows; r++)
+                y[(from + r) * y_stride + n] = scale[n] * (total(sum[r]) + rest[r]);
+        }
+    }
+}

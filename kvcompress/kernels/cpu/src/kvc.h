@@ -1,0 +1,124 @@
+/* Shared by the CPU kernels: how vectors lie in memory, and what one instruction set offers.
+ *
+ * Plain C11 without headers of torch or Python. Every structure here is mirrored by a
+ * ctypes.Structure in kvcompress/kernels/cpu/layout.py; `kvc_sizes` lets that file check itself.
+ */
+#ifndef KVC_H
+#define KVC_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define KVC_EXPORT __declspec(dllexport)
+#else
+#define KVC_EXPORT __attribute__((visibility("default")))
+#endif
+
+enum { KVC_F32, KVC_BF16, KVC_F16, KVC_INT8, KVC_INT4, KVC_FP8 };
+
+enum {
+    KVC_MAX_ROWS = 64,   /* query heads that share a KV head */
+    KVC_MAX_DIM = 512,   /* channels of a vector */
+    KVC_TILE = 64,       /* tokens widened, or weighted with one integer scale, at a time */
+    KVC_CHUNK = 1024     /* tokens of a segment that one work item takes */
+};
+
+/* Compile what follows, in one file, for a processor that has these features. */
+#define KVC_TEXT(x) #x
+#if defined(__clang__)
+#define KVC_TARGET(features) \
+    _Pragma(KVC_TEXT(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define KVC_TARGET_END _Pragma("clang attribute pop")
+#else
+#define KVC_TARGET(features) _Pragma(KVC_TEXT(GCC target(features)))
+#define KVC_TARGET_END
+#endif
+
+/* Vectors of one kind, a row of `row_bytes` for each slot; see quant/codec.py. */
+typedef struct {
+    void *data;
+    uint16_t *scale;   /* [slots, groups] float16; NULL for uncoded vectors */
+    uint16_t *minimum; /* [slots, groups] float16; NULL without */
+    int32_t dtype, dim, groups, row_bytes;
+} kvc_codes;
+
+/* The number that codes lie around: a rounded factor is off by its rounding error times what codes
+ * deviate from it, once the errors' sum times it has been added. */
+static inline float kvc_middle(const kvc_codes *c) { return c->dtype == KVC_INT4 ? 8.0f : 128.0f; }
+
+/* Some query rows, ready to be multiplied with rows of codes. */
+typedef struct {
+    int32_t rows, dim, padded; /* `padded`: dim rounded up to 64 */
+    const float *value;        /* [rows, dim] */
+    const int8_t *high, *low;  /* [rows, 4 padded] value ≈ unit (256 high + low), see kvc_place */
+    float unit[KVC_MAX_ROWS];
+    float rest[KVC_MAX_ROWS];  /* the sum of what the 16 bits leave out, times `kvc_middle` */
+    float sum[KVC_MAX_ROWS];   /* of `value` over the channels */
+} kvc_query;
+
+/* Where copy t of 4 of channel i of a query's part lies: what `dpbusd` meets in avx512.c. */
+static inline int32_t kvc_place(int32_t i, int32_t t) {
+    return i / 64 * 256 + i / 4 % 4 * 64 + i / 16 % 4 * 16 + 4 * t + i % 4;
+}
+
+/* How the tokens of one (row, head) rank against each other; see evict/keepset.py. */
+typedef struct {
+    int32_t first;      /* earlier positions are out of the architecture's sight */
+    int32_t local_from; /* positions from here on are in the local window */
+    int64_t now, first_vote;
+    int32_t by_score, per_vote, keeps_rest, in_class;
+} kvc_rules;
+
+typedef struct {
+    const char *name;
+    int32_t integer_dots; /* reads int8 codes as integers, and so needs high and low */
+    /* out[r * stride + t] = query r · row first + t, without scale and minimum */
+    void (*dots)(const kvc_codes *, int64_t first, int64_t n, const kvc_query *, float *out,
+                 int64_t stride, uint8_t *tile);
+    /* sum[r * sum_stride + channel] += Σ_t weight[r * stride + t] · code (first + t, channel), for the
+     * channels low ≤ channel < low + width, in an order that only `settle` knows */
+    void (*weigh)(const kvc_codes *, int64_t first, int64_t n, int32_t low, int32_t width,
+                  const float *weight, int64_t stride, int32_t rows, float *sum, int64_t sum_stride,
+                  uint8_t *tile);
+    /* `sum` of `weigh` in the order of the channels */
+    void (*settle)(const kvc_codes *, int32_t low, int32_t width, int32_t rows, float *sum,
+                   int64_t sum_stride);
+    void (*halves)(const uint16_t *half, int64_t n, float *out);
+    /* out = scale · dot + minimum · sum + offset, softcap, and −inf where not visible */
+    void (*logits)(float *x, int64_t n, const float *scale, const float *minimum, float sum,
+                   float offset, float softcap, const float *visible);
+    float (*maximum)(const float *x, int64_t n);
+    float (*exponentials)(float *x, int64_t n, float maximum); /* in place; gives their sum */
+    void (*scale_by)(const float *x, const float *factor, int64_t n, float *out);
+    float (*dot)(const float *x, const float *y, int64_t n);
+    void (*add_scaled)(float *x, const float *y, int64_t n, float factor); /* x += factor · y */
+    /* out = 0 for tokens at `first` or later, −inf for earlier ones and empty slots */
+    void (*seen)(const int32_t *position, int64_t n, int32_t first, float *out);
+    /* Place of the lowest rank among n tokens, the first one of equals; 0 for n = 0 */
+    int64_t (*victim)(const int32_t *position, const float *score, int64_t n, const kvc_rules *,
+                      float *rank);
+    /* y[m, n] = scale[n] Σ_k x[m, k] w[n, k] for the rows first ≤ n < stop of w */
+    void (*linear8)(const int8_t *w, int64_t first, int64_t stop, int64_t inner, const float *scale,
+                    const int32_t *row_sum, const float *x, const uint8_t *high, const uint8_t *low,
+                    const float *unit, const float *shift, int64_t m, float *y, int64_t y_stride);
+} kvc_isa;
+
+extern const kvc_isa kvc_portable;
+#if defined(__x86_64__)
+extern const kvc_isa kvc_avx2, kvc_avx512;
+#endif
+
+/* The instruction set in use. */
+const kvc_isa *kvc_current(void);
+
+/* Call work(context, item) for 0 ≤ item < items on up to `threads` threads. */
+typedef void (*kvc_work)(void *context, int64_t item);
+int32_t kvc_has_threads(void);
+void kvc_parallel(int64_t items, int32_t threads, kvc_work work, void *context);
+
+/* Memory of the calling thread that lives on between calls, 64-byte aligned: 0 for a call, 1 for one
+ * of its work items. NULL if there is none. */
+void *kvc_scratch(int32_t which, size_t bytes);
+
+#endif

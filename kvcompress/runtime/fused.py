@@ -1,0 +1,301 @@
+"""A decode step of one layer in the compiled CPU kernels: attention, scores, eviction and storage in
+one call that reads the codes in place.
+
+The rules are those of `attend` and `insert`, which serve what `refusal` names, every other device,
+and an installation without compiled kernels.
+"""
+
+from __future__ import annotations
+
+from ctypes import POINTER, c_float, c_int32, c_int64, cast, pointer
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from kvcompress.evict.scorers import Scorer
+from kvcompress.evict.scorers.attention import LiftScorer, MeanScorer
+from kvcompress.evict.scorers.base import PromptScorer
+from kvcompress.kernels.cpu import layout
+from kvcompress.kernels.cpu.library import Library, library
+from kvcompress.quant.codec import Codes
+from kvcompress.runtime.insert import grow
+from kvcompress.runtime.state import Group, LayerSettings, LayerState
+
+_DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Voting:
+    """What a scorer does in a decode step, as the kernel knows it."""
+
+    vote: int
+    per_vote: bool
+    newest: bool
+
+    @staticmethod
+    def of(scorer: Scorer) -> Voting | None:
+        """None for a scorer that asks for more than weighted sums of attention."""
+        kind = type(scorer)
+        if not scorer.adds_up:
+            return None
+        known = (Scorer, MeanScorer, LiftScorer, PromptScorer)
+
+        def of_known(name: str) -> Any:
+            method = getattr(kind, name)
+            return next((k for k in known if getattr(k, name) is method), None)
+
+        weight, rank, initial = map(of_known, ("row_weight", "rank", "initial"))
+        if weight is None or rank is None or initial is None:
+            return None
+        votes = {Scorer: layout.VOTE, LiftScorer: layout.LIFT, PromptScorer: layout.NO_VOTE}
+        vote = votes[weight] if scorer.uses_attention else layout.NO_VOTE
+        return Voting(vote, rank is MeanScorer, initial is PromptScorer)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """The token of each row that arrives, none of them padding.
+
+    Attributes:
+        query: ``[B, Hq, 1, D]``; key, value: ``[B, Hkv, 1, …]``, in the model's dtype.
+        position: of the token, pads counted.
+        flags: ``[B, 1]`` uint8 class flags, or None.
+        sinks: ``[Hq]`` learned logits that join every softmax, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    position: int
+    flags: Tensor | None
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+
+def serves(state: LayerState, query: Tensor) -> bool:
+    """Whether the kernels serve this state now, given that `refusal` has nothing against its plan."""
+    rows = query.shape[1] // state.exact_k.shape[1]
+    plain = query.dtype == state.exact_k.dtype and query.dtype in _DTYPES and not any(state.spans)
+    return plain and query.device.type == "cpu" and rows <= layout.MAX_ROWS
+
+
+def refusal(settings: LayerSettings) -> str | None:
+    """Why the kernels do not serve a layer of this plan; None where they do."""
+    shape = settings.plan.model
+    reasons = {
+        f"{settings.kind} layers": settings.kind not in ("full", "sliding", "chunked"),
+        "a recall tier": settings.plan.recalls(settings.layer),
+        "layers whose keys others read": len(settings.readers) > 1,
+        "relative positions": settings.relative,
+        "turn quotas": settings.plan.turn_tokens > 0,
+        "budgets that follow a threshold": settings.keep_if_above is not None,
+        f"vectors of more than {layout.MAX_DIM} channels": max(shape.head_dim, shape.v_dim)
+        > layout.MAX_DIM,
+        f"the scorer {settings.plan.scorer!r}": any(kind.scored for kind, _ in settings.groups)
+        and Voting.of(settings.scorer) is None,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+class FusedStep:
+    """The kernel's view of one layer's state; made anew when the state's tensors change."""
+
+    def __init__(self, settings: LayerSettings) -> None:
+        self._voting = Voting.of(settings.scorer) or Voting(layout.NO_VOTE, False, False)
+        self._seen: list[Tensor | None] = []
+        self._view: _View | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedStep:
+        """A copied state has other tensors."""
+        copied = object.__new__(FusedStep)
+        copied._voting, copied._seen, copied._view = self._voting, [], None
+        return copied
+
+    def run(self, state: LayerState, token: Token) -> Tensor:
+        """Attend, raise scores, and take the token in; `insert` in all that it leaves.
+
+        Returns:
+            ``[B, 1, Hq, Dv]`` contiguous, in the query's dtype.
+        """
+        kernels = library()
+        assert kernels is not None
+        state.row_seen = [seen + 1 for seen in state.row_seen]
+        queries = token.query.shape[1] // token.key.shape[1]
+        grow(state, self._leaving_flags(kernels, state, queries))
+        view = self._current(state, queries)
+        out = token.query.new_empty(state.batch, 1, token.query.shape[1], token.value.shape[-1])
+        step = self._step(state, view, token, out)
+        if any(group.store.notes is not None for group in state.groups):
+            step.what = layout.ATTEND
+            kernels.decode(view.layer, step)
+            view.note_victims(state)
+            step.what = layout.STORE
+        kernels.decode(view.layer, step)
+        return out
+
+    def _leaving_flags(self, kernels: Library, state: LayerState, queries: int) -> list[int]:
+        """Class flags of the token that leaves the recent ones in each row."""
+        if state.exact_class is None:
+            return []
+        rows = (c_int32 * state.batch)
+        flags = rows()
+        kernels.leaving(self._current(state, queries).layer, rows(), flags)
+        return list(flags)
+
+    def _current(self, state: LayerState, queries: int) -> _View:
+        held = _tensors(state)
+        same = len(held) == len(self._seen) and all(map(_is, held, self._seen))
+        if self._view is None or not same:
+            self._seen, self._view = held, _View(state, queries)
+        return self._view
+
+    def _step(self, state: LayerState, view: _View, token: Token, out: Tensor) -> layout.StepStruct:
+        query, key, value = (_rows(t) for t in (token.query, token.key, token.value))
+        step = view.step
+        view.alive = [query, key, value, out, token.flags]
+        step.query, step.key, step.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        step.query_row, step.query_head = query.stride(0), query.stride(1)
+        step.key_row, step.key_head = key.stride(0), key.stride(1)
+        step.value_row, step.value_head = value.stride(0), value.stride(1)
+        step.out = out.data_ptr()
+        step.flags = None
+        if token.flags is not None:
+            flags = token.flags.contiguous()
+            view.alive.append(flags)
+            step.flags = flags.data_ptr()
+        step.sinks = None
+        if token.sinks is not None:
+            sinks = token.sinks.float().contiguous()
+            view.alive.append(sinks)
+            step.sinks = sinks.data_ptr()
+        step.position, step.first_vote = token.position, state.first_vote
+        step.scaling, step.softcap = token.scaling, token.softcap or 0.0
+        voting = self._voting
+        step.vote, step.per_vote, step.newest = voting.vote, voting.per_vote, voting.newest
+        step.what = layout.ATTEND | layout.STORE
+        step.threads = torch.get_num_threads()
+        return step
+
+
+def _is(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``[B, H, 1, D]`` with dense vectors."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _tensors(state: LayerState) -> list[Tensor | None]:
+    """Every tensor whose address the kernel is told."""
+    held = [state.exact_k, state.exact_v, state.exact_position, state.exact_class, state.start]
+    for group in state.groups:
+        store = group.store
+        held += [store.keys.data, store.values.data, store.position, store.score]
+        held += [group.recent_score, group.windows, group.rules.classes]
+    return held
+
+
+class _View:
+    """A state as the kernel's structures; it keeps alive what they point to."""
+
+    def __init__(self, state: LayerState, queries: int) -> None:
+        self.alive: list[Any] = []
+        center, scale = state.settings.key_constants(state.start.device)
+        self._constants = (center.contiguous(), scale.contiguous())
+        self._groups = (layout.GroupStruct * len(state.groups))(*map(_group, state.groups))
+        segments = [
+            (capacity, number, row, member)
+            for number, group in enumerate(state.groups)
+            for row, line in enumerate(group.store.capacities)
+            for member, capacity in enumerate(line)
+        ]
+        segments.sort(key=lambda s: -s[0])
+        self._segments = (layout.SegmentStruct * len(segments))()
+        for place, (capacity, number, row, member) in enumerate(segments):
+            group = state.groups[number]
+            start = group.store.starts[row][member]
+            head = group.heads[member]
+            self._segments[place] = (number, row, head, member, start, capacity)
+        self._victim = (c_int64 * len(segments))()
+        self._own_score = (c_float * len(segments))()
+        self.layer = self._layer(state, queries)
+        self.step = layout.StepStruct()
+        self.step.victim = cast(self._victim, POINTER(c_int64))
+        self.step.own_score = cast(self._own_score, POINTER(c_float))
+
+    def _layer(self, state: LayerState, queries: int) -> layout.LayerStruct:
+        settings, exact_k = state.settings, state.exact_k
+        batch, heads, exact, dim = exact_k.shape
+        flags = state.exact_class
+        return layout.LayerStruct(
+            batch=batch,
+            heads=heads,
+            queries=queries,
+            dim=dim,
+            value_dim=state.exact_v.shape[-1],
+            sinks=settings.sink_tokens,
+            exact=exact,
+            dtype=_DTYPES[exact_k.dtype],
+            exact_k=exact_k.data_ptr(),
+            exact_v=state.exact_v.data_ptr(),
+            exact_position=state.exact_position.data_ptr(),
+            exact_class=None if flags is None else flags.data_ptr(),
+            start=state.start.data_ptr(),
+            center=self._constants[0].data_ptr(),
+            scale=self._constants[1].data_ptr(),
+            window=settings.window or 0,
+            block=settings.block or 0,
+            groups=pointer(self._groups[0]),
+            segments=pointer(self._segments[0]),
+            segment_count=len(self._segments),
+        )
+
+    def note_victims(self, state: LayerState) -> None:
+        """Let the stores note what is about to be overwritten."""
+        for number, group in enumerate(state.groups):
+            slots = [
+                slot
+                for slot, segment in zip(self._victim, self._segments, strict=True)
+                if segment.group == number and slot >= 0
+            ]
+            if slots:
+                group.store.note(torch.tensor(slots, device=state.start.device))
+
+
+def _group(group: Group) -> layout.GroupStruct:
+    store, rules = group.store, group.rules
+    members = len(group.heads)
+    for t in (store.keys.data, store.position, group.windows, rules.classes):
+        assert t.is_contiguous()
+    score, recent = store.score, group.recent_score
+    return layout.GroupStruct(
+        keys=codes_struct(store.keys, store.kind.k_dtype, store.head_dim),
+        values=codes_struct(store.values, store.kind.v_dtype, store.value_dim),
+        position=store.position.data_ptr(),
+        score=None if score is None else score.data_ptr(),
+        recent_score=None if recent is None else recent.data_ptr(),
+        windows=group.windows.data_ptr(),
+        classes=rules.classes.data_ptr(),
+        by_score=rules.by_score.data_ptr(),
+        keeps_rest=rules.keeps_rest.data_ptr(),
+        rules_stride=0 if rules.classes.ndim == 1 else members,
+        members=members,
+    )
+
+
+def codes_struct(codes: Codes, dtype: str, dim: int) -> layout.CodesStruct:
+    """Where codes lie, as the kernels are told."""
+    number = _DTYPES[codes.data.dtype] if dtype == "model" else layout.DTYPES[dtype]
+    return layout.CodesStruct(
+        data=codes.data.data_ptr(),
+        scale=None if codes.scale is None else codes.scale.data_ptr(),
+        minimum=None if codes.minimum is None else codes.minimum.data_ptr(),
+        dtype=number,
+        dim=dim,
+        groups=1 if codes.scale is None else codes.scale.shape[-1],
+        row_bytes=codes.data.shape[-1] * codes.data.element_size(),
+    )
