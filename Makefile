@@ -33,7 +33,7 @@ test-compat: $(COMPAT)/.kvcompress-setup
 setup: $(STAMP)
 
 # torch goes first and alone, by its exact pin, so that no other package chooses its build.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard kvcompress/kernels/cpu/src/*)
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed: install it or run make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch

@@ -12,6 +12,7 @@ import typer
 from kvcompress import __version__
 from kvcompress.cli import (
     demo,
+    doctor,
     export,
     generate,
     inspect,
@@ -36,6 +37,7 @@ COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "eval": evaluate.command,
     "generate": generate.command,
     "league": league.command,
+    "doctor": doctor.command,
 }
 USER_ERROR: Final = 2
 INTERRUPTED: Final = 130

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from kvcompress.kernels.cpu.layout import STRUCTS, CodesStruct, LayerStruct, StepStruct
+from kvcompress.kernels.cpu.layout import DTYPES, STRUCTS, CodesStruct, LayerStruct, StepStruct
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HERE: Final = Path(__file__).parent
 ISAS: Final = ("avx512-vnni", "avx2", "portable")
@@ -59,6 +62,34 @@ class Library:
         """Position and class flags of the tokens that the next step pushes out of the exact ones."""
         if self._library.kvc_leaving(byref(layer), position, flags):
             raise MemoryError("no memory for the rows of a decode step")
+
+    def linear8(
+        self, x: Tensor, weight: Tensor, scale: Tensor, row_sum: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """``[M, out]``: ``(x Wᵀ) · scale + bias``, in the dtype of `x`.
+
+        Args:
+            x: ``[M, in]`` float32, bfloat16 or float16; rounded to 16 bits of each row's range.
+            weight: ``[out, in]`` int8; row_sum: ``[out]`` int32 sums of its rows.
+            scale, bias: ``[out]`` float32.
+
+        Raises:
+            MemoryError: where there is none for the scratch arrays.
+        """
+        import torch
+
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        outer, inner = weight.shape
+        y = x.new_empty(x.shape[0], outer)
+        failed = self._library.kvc_linear8(
+            *(weight.data_ptr(), outer, inner, scale.data_ptr(), row_sum.data_ptr()),
+            *(x.data_ptr(), DTYPES[str(x.dtype)[6:]], x.shape[0], x.stride(0)),
+            None if bias is None else bias.data_ptr(),
+            *(y.data_ptr(), outer, torch.get_num_threads()),
+        )
+        if failed:
+            raise MemoryError("no memory for the scratch arrays of a product with int8 weights")
+        return y
 
     def encode_rows(self, codes: CodesStruct, vectors: int, count: int, model_dtype: int) -> None:
         """Encode `count` float32 vectors at address `vectors` into the first slots of `codes`."""
