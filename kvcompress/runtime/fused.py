@@ -1,5 +1,5 @@
-"""A decode step of one layer in the compiled CPU kernels: attention, scores, eviction and storage in
-one call that reads the codes in place.
+"""A decode step of one layer in the compiled CPU kernels: attention, scores, eviction and storage
+in one call that reads the codes in place.
 
 The rules are those of `attend` and `insert`, which serve what `refusal` names, every other device,
 and an installation without compiled kernels.
@@ -76,7 +76,7 @@ class Token:
 
 
 def serves(state: LayerState, query: Tensor) -> bool:
-    """Whether the kernels serve this state now, given that `refusal` has nothing against its plan."""
+    """Whether the kernels serve this state now, where `refusal` has nothing against its plan."""
     rows = query.shape[1] // state.exact_k.shape[1]
     plain = query.dtype == state.exact_k.dtype and query.dtype in _DTYPES and not any(state.spans)
     return plain and query.device.type == "cpu" and rows <= layout.MAX_ROWS
@@ -140,7 +140,7 @@ class FusedStep:
         """Class flags of the token that leaves the recent ones in each row."""
         if state.exact_class is None:
             return []
-        rows = (c_int32 * state.batch)
+        rows = c_int32 * state.batch
         flags = rows()
         kernels.leaving(self._current(state, queries).layer, rows(), flags)
         return list(flags)
@@ -219,7 +219,9 @@ class _View:
             group = state.groups[number]
             start = group.store.starts[row][member]
             head = group.heads[member]
-            self._segments[place] = (number, row, head, member, start, capacity)
+            self._segments[place] = layout.SegmentStruct(
+                number, row, head, member, start, capacity
+            )
         self._victim = (c_int64 * len(segments))()
         self._own_score = (c_float * len(segments))()
         self.layer = self._layer(state, queries)

@@ -1,8 +1,9 @@
 """Linear layers with int8 rows, read as integers by the compiled CPU kernels.
 
-A row of weights is int8 codes and one scale, as bitsandbytes' LLM.int8 stores it (arXiv 2208.07339);
-activations keep 16 bits of their range, so no outlier columns need a path of their own. A step of a
-few tokens reads a byte per weight; longer inputs are multiplied as floats, some rows at a time.
+A row of weights is int8 codes and one scale, as bitsandbytes' LLM.int8 stores it (arXiv
+2208.07339); activations keep 16 bits of their range, so no outlier columns need a path of their
+own. A step of a few tokens reads a byte per weight; longer inputs are multiplied as floats, some
+rows at a time.
 """
 
 from __future__ import annotations

@@ -120,7 +120,10 @@ class Pair:
         for ours, theirs in zip(fused.groups, plain.groups, strict=True):
             assert ours.store.capacities == theirs.store.capacities
             assert torch.equal(ours.store.position, theirs.store.position)
-            for a, b in ((ours.store.keys, theirs.store.keys), (ours.store.values, theirs.store.values)):
+            for a, b in (
+                (ours.store.keys, theirs.store.keys),
+                (ours.store.values, theirs.store.values),
+            ):
                 for x, y in ((a.data, b.data), (a.scale, b.scale), (a.minimum, b.minimum)):
                     assert (x is None) == (y is None)
                     assert x is None or torch.equal(x.view(torch.uint8), y.view(torch.uint8))
@@ -130,16 +133,171 @@ class Pair:
                 torch.testing.assert_close(ours.recent_score, theirs.recent_score, **close)
 
 
+def follow(
+    pair: Pair, batch: int, tolerance: float, prompt: int = 90, steps: int = 40, **more
+) -> None:
+    """The same prompt and tokens through both, comparing every output and the state at the end."""
+    pair.feed(batch, prompt, **more)
+    for _ in range(steps):
+        ours, theirs = pair.feed(batch, 1, **more)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    pair.compare(steps * tolerance)
+
+
+def tolerance_of(isa: str, storage: tuple[str, str]) -> float:
+    """Float32 sums, or 16 bits of queries and weights where codes are multiplied as integers: the
+    keys here span about 10, so a logit's rounding error is near 1e-4 and a code's near 1e-2."""
+    return 2e-3 if isa == "avx512-vnni" and {"int8", "int4"} & set(storage) else 1e-4
+
+
 @pytest.mark.parametrize("storage", list(product(STORAGE, STORAGE)), ids="-".join)
 @torch.no_grad()
-def test_equals_the_tensor_operations(isa, storage):
-    """Positions, codes and classes to the last bit; outputs and scores as close as float32, or as
-    16 bits of the query where codes are multiplied as integers."""
-    integers = isa == "avx512-vnni" and {"int8", "int4"} & set(storage)
-    tolerance = 2e-3 if integers else 2e-5
+def test_every_storage(isa, storage):
+    """Positions, codes and classes to the last bit, outputs and scores within rounding."""
     pair = Pair(plan_of(some_heads(*storage), 48), groups=3)
-    pair.feed(2, 90)
-    for _ in range(50):
+    follow(pair, 2, tolerance_of(isa, storage), steps=25)
+
+
+@pytest.mark.parametrize("dim", [4, 6, 40, 64, 80, 128, 130, 256, 320])
+@pytest.mark.parametrize(
+    "storage", [("int8", "int8"), ("int4", "int4"), ("model", "fp8")], ids="-".join
+)
+@torch.no_grad()
+def test_any_head_dim(isa, storage, dim):
+    value_dim = dim if dim != 80 else 48
+    pair = Pair(plan_of(some_heads(*storage)[:3], dim, value_dim), groups=2)
+    follow(pair, 1, tolerance_of(isa, storage), steps=12)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 8, 64])
+@torch.no_grad()
+def test_any_number_of_queries(isa, groups):
+    pair = Pair(plan_of(some_heads("int8", "int4")[:3], 64), groups=groups)
+    follow(pair, 1, tolerance_of(isa, ("int8", "int4")), steps=8)
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding", "chunked"])
+@pytest.mark.parametrize(
+    "scorer", ["raw", "mean", "lift", "random", "random_generated", "key_norm"]
+)
+@torch.no_grad()
+def test_what_layers_see_and_scorers_want(kind, scorer):
+    plan = plan_of(some_heads("int8", "int8"), 32, kind=kind, scorer=scorer, score_rows=9)
+    settings = LayerSettings(plan, params_of(plan), 0)
+    if refusal(settings) is not None:
+        assert scorer in {"random", "random_generated", "key_norm"}, (
+            "a scorer that adds up is served"
+        )
+        return
+    follow(Pair(plan, groups=2), 3, 2e-3)
+
+
+@torch.no_grad()
+def test_softcap_and_sinks(isa):
+    sinks = torch.tensor([0.3, -2.0, 1.5, 4.0, 0.0, 9.0])
+    pair = Pair(plan_of(some_heads("int8", "model")[:3], 64), groups=2)
+    follow(pair, 2, tolerance_of(isa, ("int8", "model")), softcap=5.0, sinks=sinks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("storage", ["model", "int8"])
+@torch.no_grad()
+def test_half_precision(isa, dtype, storage):
+    """Outputs are rounded to the model's dtype at the very end."""
+    pair = Pair(plan_of(some_heads(storage, storage), 64), groups=2, dtype=dtype)
+    pair.feed(2, 70)
+    for _ in range(20):
         ours, theirs = pair.feed(2, 1)
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    pair.compare(50 * tolerance)
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2e-3)
+    pair.compare(5e-2)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 24])
+@torch.no_grad()
+def test_many_chunks_and_threads(batch, threads):
+    """Segments of several chunks, shared out over threads by chunk or by segment, alike."""
+    heads = [
+        HeadPlan(full=True),
+        HeadPlan(frequent=Budget(tokens=1500)),
+        HeadPlan(local=Budget(tokens=40)),
+    ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        pair = Pair(plan_of(heads, 64, scorer="lift"), groups=2)
+        follow(pair, batch, 2e-3, prompt=2100 if batch == 1 else 120, steps=3)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_attention_equals_float64(isa):
+    """One softmax in float64 over the decoded codes, the exact tokens and the token itself."""
+    pair = Pair(plan_of(some_heads("int8", "int4")[:2], 96), groups=3)
+    pair.feed(1, 333)
+    state = copy.deepcopy(pair.plain.state)
+    rand_state = pair.generator.get_state()
+    ours, _ = pair.feed(1, 1)
+    pair.generator.set_state(rand_state)
+    query = (torch.randn(1, 1, 6, 96, generator=pair.generator) * 2 + 0.3).transpose(1, 2)
+    key = (torch.randn(1, 1, 2, 96, generator=pair.generator) * 2 + 0.3).transpose(1, 2)
+    value = (torch.randn(1, 1, 2, 96, generator=pair.generator) * 2 + 0.3).transpose(1, 2)
+    center, scale = state.settings.key_constants(query.device)
+    for group in state.groups:
+        for bucket in group.store.buckets():
+            keys, values = group.store.decoded(bucket)
+            for place, member in enumerate(bucket.head.tolist()):
+                head = group.heads[member]
+                held = bucket.position[place] >= 0
+                k = keys[place, held].double() * scale[head] + center[head]
+                k = torch.cat([k, state.exact_k[0, head].double(), key[0, head].double()])
+                v = torch.cat(
+                    [values[place, held], state.exact_v[0, head], value[0, head]]
+                ).double()
+                for g in range(3):
+                    row = query[0, head * 3 + g, 0].double()
+                    wanted = (k @ row * 96**-0.5).softmax(-1) @ v
+                    error = (ours[0, 0, head * 3 + g].double() - wanted).abs().max()
+                    assert error < tolerance_of(isa, ("int8", "int4"))
+
+
+@torch.no_grad()
+def test_codes_are_those_of_the_codec(isa):
+    """`compare` above, on vectors that are hard to encode: constant, huge, tiny, negative zero."""
+    plan = plan_of([HeadPlan(full=True, k_dtype=d, v_dtype=d) for d in STORAGE], 8, recent_tokens=1)
+    pair = Pair(plan, groups=1)
+    pair.feed(1, 4)
+    hard = torch.tensor([0.0, -0.0, 1.0, 1e-7, -3e4, 6e4, 7e4, 1e-30])
+    for number in range(12):
+        vectors = (
+            hard.roll(number).repeat(4, 1) if number % 3 else torch.full((4, 8), hard[number % 8])
+        )
+        vectors = vectors[None, :, None]
+        for layer in (pair.fused, pair.plain):
+            layer.arrival = Arrival()
+            layer.update(vectors, vectors)
+            layer.forward(vectors * 0, vectors, vectors, None, 1.0, None, None)
+    pair.compare(1e-5)
+
+
+def test_what_is_refused_says_why():
+    plan = plan_of(some_heads("int8", "int8"), 32)
+    assert refusal(LayerSettings(plan, None, 0)) is None
+    turns = LayerSettings(plan.model_copy(update={"turn_tokens": 3}), None, 0)
+    assert refusal(turns) == "turn quotas"
+    vote = LayerSettings(plan.model_copy(update={"scorer": "vote"}), None, 0)
+    assert refusal(vote) == "the scorer 'vote'"
+
+
+@torch.no_grad()
+def test_protected_spans_go_the_other_way():
+    plan = plan_of(some_heads("int8", "int8"), 32)
+    layer = CompressedLayer(LayerSettings(plan, params_of(plan), 0), (range(3, 9),))
+    x = torch.randn(1, 5, 60, 32)
+    layer.update(x, x)
+    layer.forward(x, x, x, None, 1.0, None, None)
+    token = torch.randn(1, 5, 1, 32)
+    layer.update(token, token)
+    layer.forward(token, token, token, None, 1.0, None, None)
+    assert layer._fused is not None and layer._fused._view is None

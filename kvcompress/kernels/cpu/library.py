@@ -59,7 +59,7 @@ class Library:
     def leaving(
         self, layer: LayerStruct, position: ctypes.Array[c_int32], flags: ctypes.Array[c_int32]
     ) -> None:
-        """Position and class flags of the tokens that the next step pushes out of the exact ones."""
+        """Position and class flags of the tokens that the next step pushes out of the exact."""
         if self._library.kvc_leaving(byref(layer), position, flags):
             raise MemoryError("no memory for the rows of a decode step")
 
@@ -168,4 +168,3 @@ def _share_threads(library: CDLL) -> bool:
         library.kvc_use_openmp(ctypes.cast(entry, c_void_p))
         return True
     return False
-
