@@ -20,6 +20,7 @@ from kvcompress.evict.scorers.base import PromptScorer
 from kvcompress.kernels.cpu import layout
 from kvcompress.kernels.cpu.library import Library, library
 from kvcompress.quant.codec import Codes
+from kvcompress.runtime.attend import Chunk
 from kvcompress.runtime.insert import grow
 from kvcompress.runtime.state import Group, LayerSettings, LayerState
 
@@ -73,6 +74,20 @@ class Token:
     scaling: float
     softcap: float | None
     sinks: Tensor | None
+
+    @staticmethod
+    def of(chunk: Chunk) -> Token:
+        """The only token of a chunk."""
+        return Token(
+            chunk.query,
+            chunk.key,
+            chunk.value,
+            chunk.position,
+            chunk.flags,
+            chunk.scaling,
+            chunk.softcap,
+            chunk.sinks,
+        )
 
 
 def serves(state: LayerState, query: Tensor) -> bool:
@@ -219,9 +234,7 @@ class _View:
             group = state.groups[number]
             start = group.store.starts[row][member]
             head = group.heads[member]
-            self._segments[place] = layout.SegmentStruct(
-                number, row, head, member, start, capacity
-            )
+            self._segments[place] = layout.SegmentStruct(number, row, head, member, start, capacity)
         self._victim = (c_int64 * len(segments))()
         self._own_score = (c_float * len(segments))()
         self.layer = self._layer(state, queries)

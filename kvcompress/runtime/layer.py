@@ -155,6 +155,11 @@ class CompressedLayer(HoldingLayer):
             return self._read_shared(query, scaling, softcap, fast_attention, sinks, reader)
         self._check_given(key, value)
         assert self.state is not None
+        if mask is None and self._fused is not None and self._just_decodes(query):
+            flags = self.arrival.flags if self.settings.uses_classes else None
+            position = self.seen - 1
+            token = Token(query, key, value, position, flags, scaling, softcap, sinks)
+            return self._fused.run(self.state, token)
         chunk = self._chunk(query, key, value, mask, scaling, softcap, sinks)
         if self.reads_again:
             return self._read_again(chunk)
@@ -254,7 +259,7 @@ class CompressedLayer(HoldingLayer):
             self.end_prefill()
         if self._fused is not None and self._is_step(chunk):
             self.evidence = NOTHING
-            return self._fused.run(self.state, _token(chunk))
+            return self._fused.run(self.state, Token.of(chunk))
         if self._held is not None:
             chunk = self._held.followed_by(chunk)
         scores = new_scores(self.state, chunk, self.evidence)
@@ -267,6 +272,15 @@ class CompressedLayer(HoldingLayer):
         else:
             self._store(waiting)
         return out
+
+    def _just_decodes(self, query: Tensor) -> bool:
+        """Whether a forward decodes one token and nothing waits that it has to look at."""
+        state = self.state
+        assert state is not None
+        busy = self._held is not None or self.record_past or self.reads_again
+        if busy or self.arrival.in_prompt or query.shape[2] != 1 or not self._decoded:
+            return False
+        return min(state.row_seen) >= self.settings.sink_tokens and serves(state, query)
 
     def _is_step(self, chunk: Chunk) -> bool:
         """Whether a chunk is a token that one call of the compiled kernels takes in."""
@@ -373,16 +387,3 @@ def _decodes(state: LayerState, chunk: Chunk) -> bool:
     full_sinks = min(state.row_seen) >= state.settings.sink_tokens
     one = chunk.key.shape[2] == 1 and chunk.valid is None
     return one and full_sinks and any(state.row_seen)
-
-
-def _token(chunk: Chunk) -> Token:
-    return Token(
-        chunk.query,
-        chunk.key,
-        chunk.value,
-        chunk.position,
-        chunk.flags,
-        chunk.scaling,
-        chunk.softcap,
-        chunk.sinks,
-    )

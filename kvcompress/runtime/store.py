@@ -72,6 +72,10 @@ class Bucket:
     score: Tensor | None
 
 
+# keys, values, positions and scores of a layout
+_Arrays = tuple[Codes, Codes, Tensor, Tensor | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Overwritten:
     """What lay in flat slots before something was written there."""
@@ -203,15 +207,14 @@ class SegmentStore:
         old = (self.keys, self.values, self.position, self.score)
         old_starts, old_capacities = self.starts, self.capacities
         self._lay_out(capacities)
-        source, target = [], []
-        for b, row in enumerate(capacities):
-            for h in range(len(row)):
-                count = min(row[h], old_capacities[rows[b]][h])
-                first = old_starts[rows[b]][h]
-                source.append(torch.arange(first, first + count))
-                target.append(torch.arange(self.starts[b][h], self.starts[b][h] + count))
-        if source:
-            self._copy(old, torch.cat(source).to(self.device), torch.cat(target).to(self.device))
+        moves = [
+            (old_starts[rows[b]][h], self.starts[b][h], min(row[h], old_capacities[rows[b]][h]))
+            for b, row in enumerate(capacities)
+            for h in range(len(row))
+        ]
+        for before, after in self._pairs(old):
+            for source, target, count in moves:  # whole runs: several times faster than an index
+                after[target : target + count] = before[source : source + count]
 
     def rebuild(self, capacities: list[list[int]], kept: Tensor, target: Tensor) -> None:
         """New layout that holds only the old slots `kept`, at the new flat slots `target`."""
@@ -219,19 +222,21 @@ class SegmentStore:
         self._lay_out(capacities)
         self._copy(old, kept, target)
 
-    def _copy(
-        self, old: tuple[Codes, Codes, Tensor, Tensor | None], source: Tensor, target: Tensor
-    ) -> None:
-        pairs = [(old[2], self.position), (old[3], self.score)]
-        for before, after in ((old[0], self.keys), (old[1], self.values)):
+    def _copy(self, old: _Arrays, source: Tensor, target: Tensor) -> None:
+        for before, after in self._pairs(old):
+            after[target] = before[source]
+
+    def _pairs(self, old: _Arrays) -> list[tuple[Tensor, Tensor]]:
+        """Arrays of an old layout beside those of this one."""
+        keys, values, position, score = old
+        pairs = [(position, self.position), (score, self.score)]
+        for before, after in ((keys, self.keys), (values, self.values)):
             pairs += [
                 (before.data, after.data),
                 (before.scale, after.scale),
                 (before.minimum, after.minimum),
             ]
-        for before_t, after_t in pairs:
-            if before_t is not None and after_t is not None:
-                after_t[target] = before_t[source]
+        return [(a, b) for a, b in pairs if a is not None and b is not None]
 
     def write(
         self,
