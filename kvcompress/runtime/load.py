@@ -17,6 +17,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Check a bundle, load it and attach its plan; `model.generate` then works as usual.
 
+    On the CPU int8 weights are served by the compiled kernels, see `kvcompress doctor`.
+
     Args:
         device_map: as in `from_pretrained`; None is the CPU.
         dtype: of the weights that are not quantized; None is what the bundle says.
@@ -24,10 +26,14 @@ def load(
     Raises:
         BundleError: where the bundle is damaged, foreign or from a newer version.
     """
+    from kvcompress.kernels.cpu.library import library
     from kvcompress.runtime.hf import attach
+    from kvcompress.runtime.linear8 import serve_bitsandbytes
 
     checked = open_bundle(bundle)
     model = load_weights(checked, device_map, dtype)
+    if checked.manifest.weights.format == "int8" and library() is not None:
+        serve_bitsandbytes(model)
     return attach(model, checked.plan, checked.params), load_tokenizer(checked)
 
 

@@ -345,8 +345,8 @@ def widened(plan: Plan, part: str, by: int) -> Plan:
         if head.full:
             return head
         cap = None if head.cap is None else head.cap + 2 * by
-        if part in ("special", "punct"):
-            cap = None  # a class may take the room of others under a cap
+        if part in ("special", "punct", "local"):
+            cap = None  # one part may take the room of others under a cap
         change = {part: wider(getattr(head, part), by)} if part in ("frequent", "local") else {}
         if part in ("special", "punct"):
             change = {part: True}

@@ -10,7 +10,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvcompress.kernels.cpu.layout import DTYPES, STRUCTS, CodesStruct, LayerStruct, StepStruct
+from kvcompress.kernels.cpu.layout import DTYPES, STRUCTS, LayerStruct, StepStruct
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,10 +91,6 @@ class Library:
             raise MemoryError("no memory for the scratch arrays of a product with int8 weights")
         return y
 
-    def encode_rows(self, codes: CodesStruct, vectors: int, count: int, model_dtype: int) -> None:
-        """Encode `count` float32 vectors at address `vectors` into the first slots of `codes`."""
-        self._library.kvc_encode_rows(byref(codes), vectors, count, model_dtype)
-
 
 @dataclass(frozen=True)
 class Absent:
@@ -140,8 +136,6 @@ def _declare(library: CDLL) -> None:
     library.kvc_use_isa.argtypes = [c_char_p]
     library.kvc_decode.argtypes = [POINTER(LayerStruct), POINTER(StepStruct)]
     library.kvc_leaving.argtypes = [POINTER(LayerStruct), POINTER(c_int32), POINTER(c_int32)]
-    library.kvc_encode_rows.argtypes = [POINTER(CodesStruct), c_void_p, c_int64, c_int32]
-    library.kvc_encode_rows.restype = None
     library.kvc_use_openmp.argtypes = [c_void_p]
     library.kvc_use_openmp.restype = None
     library.kvc_sizes.argtypes = [POINTER(c_int64)]

@@ -132,8 +132,3 @@ void kvc_encode(const kvc_codes *c, int64_t slot, const float *x, int32_t model_
         }
     }
 }
-
-/* For tests: n vectors [n, dim] into the slots 0 … n − 1. */
-KVC_EXPORT void kvc_encode_rows(const kvc_codes *c, const float *x, int64_t n, int32_t model_dtype) {
-    for (int64_t i = 0; i < n; i++) kvc_encode(c, i, x + i * c->dim, model_dtype);
-}

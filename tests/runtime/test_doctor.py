@@ -1,0 +1,72 @@
+"""What `kvcompress doctor` says of this installation and of a plan."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kvcompress.cli.app import main
+from kvcompress.kernels.cpu import library as binding
+from kvcompress.plan import Budget, HeadPlan
+from kvcompress.runtime import doctor
+from tests.runtime.test_fused import plan_of
+
+
+def by_part(found) -> dict[str, tuple[str, str | None]]:
+    return {f.part: (f.found, f.why) for f in found}
+
+
+def test_the_kernels_in_use_are_named():
+    found = by_part(doctor.diagnose())["decoding on the CPU"]
+    if binding.library() is None:
+        assert found == ("tensor operations", binding.why_not())
+    else:
+        assert found[0] == f"compiled kernels, {binding.library().isa}"
+
+
+def test_missing_kernels_say_why(monkeypatch):
+    monkeypatch.setattr(doctor, "library", lambda: None)
+    monkeypatch.setattr(doctor, "why_not", lambda: "the C kernels were not built: no compiler")
+    found = by_part(doctor.diagnose())
+    assert found["decoding on the CPU"] == (
+        "tensor operations",
+        "the C kernels were not built: no compiler",
+    )
+
+
+def test_a_file_of_other_sources_is_not_used(tmp_path, monkeypatch):
+    (tmp_path / f"_kernels{binding.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
+    monkeypatch.setattr(binding, "_HERE", tmp_path)
+    binding._found.cache_clear()
+    try:
+        assert binding.library() is None
+        assert "cannot be loaded" in binding.why_not()
+    finally:
+        binding._found.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [({}, None), ({"turn_tokens": 4}, "turn quotas"), ({"scorer": "vote"}, "the scorer 'vote'")],
+)
+def test_layers_of_a_plan(tmp_path, capsys, change, why):
+    if binding.library() is None:
+        why = binding.why_not()
+    plan = plan_of([HeadPlan(frequent=Budget(tokens=8))], 16, **change)
+    (tmp_path / "plan.json").write_text(plan.model_dump_json())
+    with pytest.raises(SystemExit, match="0"):
+        main(["doctor", str(tmp_path / "plan.json"), "--json"])
+    rows = {row["part"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["layer 0, full"] == {
+        "part": "layer 0, full",
+        "found": "compiled kernels" if why is None else "tensor operations",
+        "why": why,
+    }
+
+
+def test_trained_scorers_need_the_bundle(tmp_path):
+    plan = plan_of([HeadPlan(frequent=Budget(tokens=8))], 16, scorer="surrogate")
+    (tmp_path / "plan.json").write_text(plan.model_dump_json())
+    found = by_part(doctor.diagnose(tmp_path / "plan.json"))
+    assert found["layers"][0] == "unknown" and "give the bundle" in found["layers"][1]
