@@ -192,6 +192,13 @@ def test_what_layers_see_and_scorers_want(kind, scorer):
     follow(Pair(plan, groups=2), 3, 2e-3)
 
 
+@pytest.mark.parametrize("prompt", [1, 2, 6, 7, 8])
+@torch.no_grad()
+def test_a_short_prompt(prompt):
+    """Votes count before anything is coded."""
+    follow(Pair(plan_of(some_heads("int8", "int8"), 32), groups=2), 2, 2e-3, prompt=prompt)
+
+
 @torch.no_grad()
 def test_softcap_and_sinks(isa):
     sinks = torch.tensor([0.3, -2.0, 1.5, 4.0, 0.0, 9.0])

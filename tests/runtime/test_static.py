@@ -287,7 +287,8 @@ def test_storage(compiled):
     cache = StaticCompressedCache(plan, batch=3, max_tokens=MAX_TOKENS)
     with one_graph() if compiled else torch.no_grad():
         step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-        assert_equal(decode(model, step, cache, inputs, 30), expected)
+        # the growing cache may multiply codes as integers, with 16 bits of the query
+        assert_equal(decode(model, step, cache, inputs, 30), expected, 1e-3)
     for where, expected_parts in held(grown)[0].items():
         for mine, theirs in zip(held(cache)[0][where], expected_parts, strict=True):
             assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)), where

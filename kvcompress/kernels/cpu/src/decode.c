@@ -268,7 +268,7 @@ static float vote(const job *j, const kvc_segment *s, const partial *p, int r, w
     const kvc_layer *y = j->layer;
     const kvc_step *step = j->step;
     const kvc_group *group = y->groups + s->group;
-    if (!group->score || step->vote == KVC_NO_VOTE || step->position < step->first_vote) return 0;
+    if (!group->recent_score || step->vote == KVC_NO_VOTE || step->position < step->first_vote) return 0;
     const float *exact = w->logits + r * (y->exact + 1);
     float count = 1.0f / (float)y->queries;
     if (step->vote == KVC_LIFT) count *= (float)(step->position - y->start[s->row]) + 1.0f;
