@@ -99,12 +99,12 @@ static void prepare(const job *j, const kvc_segment *s, partial *p) {
         const float factor = most > 0 ? 32639.0f / most : 0;
         q->unit[r] = most / 32639.0f;
         for (int i = 0; i < dim; i++) {
-            const int32_t v = (int32_t)nearbyintf(code[i] * factor), h = (v + 128) >> 8;
-            for (int t = 0; t < 4; t++) {
-                const int64_t at = (int64_t)4 * r * q->padded + kvc_place(i, t);
-                p->high[at] = (int8_t)h;
-                p->low[at] = (int8_t)(v - (h << 8));
-            }
+            /* any rounding will do: what it leaves out is added back in sum */
+            const int32_t v = (int32_t)(code[i] * factor + (code[i] < 0 ? -0.5f : 0.5f));
+            const int32_t h = (v + 128) >> 8;
+            int8_t *high = p->high + (int64_t)4 * r * q->padded + kvc_place(i);
+            int8_t *low = p->low + (int64_t)4 * r * q->padded + kvc_place(i);
+            for (int t = 0; t < 16; t += 4) high[t] = (int8_t)h, low[t] = (int8_t)(v - (h << 8));
             held += v;
         }
         q->rest[r] = kvc_middle(&y->groups[s->group].keys) * (float)((double)sum - (double)q->unit[r] * (double)held);

@@ -38,6 +38,30 @@ static inline float total(vf x) {
     return x[0];
 }
 
+/* The sums of 4 vectors. */
+static inline void totals(vf a, vf b, vf c, vf d, float *out) {
+#if defined(__clang__)
+    out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
+#else
+    vi even, odd, low, high; /* two vectors become one of half as many terms of each, twice */
+    for (int i = 0; i < W; i++) {
+        even[i] = i / 2 * 2 + i % 2 * W;
+        odd[i] = even[i] + 1;
+        low[i] = i / 4 * 4 + i % 2 + i / 2 % 2 * W;
+        high[i] = low[i] + 2;
+    }
+    const vf ab = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    const vf cd = __builtin_shuffle(c, d, even) + __builtin_shuffle(c, d, odd);
+    vf all_four = __builtin_shuffle(ab, cd, low) + __builtin_shuffle(ab, cd, high);
+    for (int width = W / 2; width >= 4; width /= 2) {
+        vi order;
+        for (int i = 0; i < W; i++) order[i] = (i + width) % W;
+        all_four += __builtin_shuffle(all_four, order);
+    }
+    memcpy(out, &all_four, 16);
+#endif
+}
+
 static inline vf from_bf16(const uint16_t *p) {
     vh h;
     memcpy(&h, p, sizeof h);
@@ -181,7 +205,8 @@ static void dots(const kvc_codes *c, int64_t first, int64_t n, const kvc_query *
                     d += x * load(k + 2 * dim + i);
                     e += x * load(k + 3 * dim + i);
                 }
-                float s[4] = {total(a), total(b), total(d), total(e)};
+                float s[4];
+                totals(a, b, d, e, s);
                 for (; i < dim; i++)
                     for (int j = 0; j < 4; j++) s[j] += query[i] * k[j * dim + i];
                 memcpy(to + t, s, sizeof s);

@@ -57,9 +57,10 @@ typedef struct {
     float sum[KVC_MAX_ROWS];   /* of `value` over the channels */
 } kvc_query;
 
-/* Where copy t of 4 of channel i of a query's part lies: what `dpbusd` meets in avx512.c. */
-static inline int32_t kvc_place(int32_t i, int32_t t) {
-    return i / 64 * 256 + i / 4 % 4 * 64 + i / 16 % 4 * 16 + 4 * t + i % 4;
+/* Where the first of 4 copies of channel i of a query's part lies, 4 bytes apart: what `dpbusd` meets
+ * in avx512.c. */
+static inline int32_t kvc_place(int32_t i) {
+    return i / 64 * 256 + i / 4 % 4 * 64 + i / 16 % 4 * 16 + i % 4;
 }
 
 /* How the tokens of one (row, head) rank against each other; see evict/keepset.py. */
