@@ -24,8 +24,9 @@ from side_by_side import (
     ROOT,
     Cells,
     conditions,
-    difference,
     full_cache,
+    gap,
+    percent,
     quality,
     setting,
     summary,
@@ -190,29 +191,18 @@ def table(cells: dict[str, Any]) -> str:
             lines.append(
                 f"| {target:g} | {2 * target - 1:.2g} | {kind} | {statistics.mean(sizes):.3f} "
                 f"({min(sizes):.3f} to {max(sizes):.3f}) | {chosen} % | "
-                f"{_share(cell, 'hidden')} | {_share(cell, 'visible')} | "
+                f"{percent(cell, 'hidden')} | {percent(cell, 'visible')} | "
                 f"{summary(cell, 'answer_nats')[0]:.2f} | {summary(cell, 'kl_nats')[0]:.4f} |"
             )
         asked = cells[f"per request {target:g}"]
-        gaps = [_gap(asked, before, name, 100) for name in ("hidden", "visible")]
-        nats, kl = (_gap(asked, before, name, 1) for name in ("answer_nats", "kl_nats"))
+        gaps = [gap(asked, before, name, 100) for name in ("hidden", "visible")]
+        nats, kl = (gap(asked, before, name, digits=3) for name in ("answer_nats", "kl_nats"))
         lines.append(f"| | | difference | | | {' | '.join(gaps)} | {nats} | {kl} |")
     lines.append(
-        f"| 1 | 1 | full cache | 1 | | {_share(full, 'hidden')} | {_share(full, 'visible')} | "
+        f"| 1 | 1 | full cache | 1 | | {percent(full, 'hidden')} | {percent(full, 'visible')} | "
         f"{summary(full, 'answer_nats')[0]:.2f} | 0 |"
     )
     return "\n".join(lines)
-
-
-def _share(cell: dict[str, Any], name: str) -> str:
-    mean, (low, high) = summary(cell, name)
-    return f"{100 * mean:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-
-
-def _gap(ours: dict[str, Any], theirs: dict[str, Any], name: str, unit: int) -> str:
-    mean, (low, high) = difference(ours, theirs, name)
-    form = "+.0f" if unit == 100 else "+.3f"
-    return f"{unit * mean:{form}} [{unit * low:{form}}, {unit * high:{form}}]"
 
 
 def main() -> None:

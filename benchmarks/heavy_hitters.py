@@ -21,9 +21,10 @@ from side_by_side import (
     ROOT,
     Cells,
     conditions,
-    difference,
     full_cache,
+    gap,
     held_positions,
+    percent,
     quality,
     setting,
     summary,
@@ -177,7 +178,7 @@ def table(cells: dict[str, Any]) -> str:
     ]
     full = cells["full cache"]
     lines.append(
-        f"| 1 | full cache | {_share(full, 'hidden')} | {_share(full, 'visible')} | | | "
+        f"| 1 | full cache | {percent(full, 'hidden')} | {percent(full, 'visible')} | | | "
         f"{summary(full, 'answer_nats')[0]:.2f} | | 0 | | 1 |"
     )
     for number, share in enumerate(RATIOS):
@@ -187,11 +188,11 @@ def table(cells: dict[str, Any]) -> str:
             cell = cells[f"1/{share} {name}"]
             reached = cells["recovery"][name]["recovery"][number]
             lines.append(
-                f"| {cell['kv_ratio']:.3f} | {name} | {_share(cell, 'hidden')} | "
-                f"{_share(cell, 'visible')} | {_gap(cell, base, 'hidden', 100)} | "
-                f"{_gap(cell, base, 'visible', 100)} | {summary(cell, 'answer_nats')[0]:.2f} | "
-                f"{_gap(cell, base, 'answer_nats')} | {summary(cell, 'kl_nats')[0]:.3f} | "
-                f"{_gap(cell, base, 'kl_nats', digits=3)} | {reached:.3f} |"
+                f"| {cell['kv_ratio']:.3f} | {name} | {percent(cell, 'hidden')} | "
+                f"{percent(cell, 'visible')} | {gap(cell, base, 'hidden', 100)} | "
+                f"{gap(cell, base, 'visible', 100)} | {summary(cell, 'answer_nats')[0]:.2f} | "
+                f"{gap(cell, base, 'answer_nats')} | {summary(cell, 'kl_nats')[0]:.3f} | "
+                f"{gap(cell, base, 'kl_nats', digits=3)} | {reached:.3f} |"
             )
     return "\n".join(lines)
 
@@ -212,21 +213,6 @@ def depth_table(cells: dict[str, Any]) -> str:
             shown = " | ".join(f"{text} %" for text in fifths)
             lines.append(f"| {cell['kv_ratio']:.3f} | {label(scorer, rows)} | {shown} |")
     return "\n".join(lines)
-
-
-def _share(cell: dict[str, Any], name: str) -> str:
-    mean, (low, high) = summary(cell, name)
-    return f"{100 * mean:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-
-
-def _gap(
-    ours: dict[str, Any], theirs: dict[str, Any], name: str, unit: float = 1.0, digits: int = 2
-) -> str:
-    if ours is theirs:
-        return ""
-    mean, (low, high) = difference(ours, theirs, name)
-    digits = 0 if unit == 100 else digits
-    return f"{unit * mean:+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]"
 
 
 def main() -> None:

@@ -187,6 +187,27 @@ def difference(
     return bootstrap([a - b for a, b in pairs])
 
 
+def percent(cell: dict[str, Any], name: str) -> str:
+    """``42 % [32, 52]``: share of questions answered, 95 % interval."""
+    mean, (low, high) = summary(cell, name)
+    return f"{100 * mean:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def gap(
+    ours: dict[str, Any], theirs: dict[str, Any], name: str, unit: float = 1.0, digits: int = 2
+) -> str:
+    """``+3 [-1, +7]``: `difference`; empty for a cell and itself.
+
+    Args:
+        unit: 100 shows points of a share, without decimals.
+    """
+    if ours is theirs:
+        return ""
+    mean, (low, high) = difference(ours, theirs, name)
+    digits = 0 if unit == 100 else digits
+    return f"{unit * mean:+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]"
+
+
 @torch.inference_mode()
 def held_positions(model: Any, plan: Plan, ids: torch.Tensor) -> list[list[list[set[int]]]]:
     """``[layer][row][KV head]`` coded positions after the prompts `ids` ``[B, S]``."""

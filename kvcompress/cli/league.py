@@ -79,14 +79,20 @@ def command(
         return
     if model is None:
         raise LeagueError("no model: give a model directory, or --render with a league.json")
-    from kvcompress.league.entries import STORAGES, choose, make_entries, read_recipes
+    from kvcompress.league.entries import (
+        STORAGES,
+        choose,
+        make_entries,
+        quantized_entries,
+        read_recipes,
+    )
     from kvcompress.league.pages import check_plots
 
     stored = next((each for each in STORAGES if each == storage), None)
     if stored is None:
         raise LeagueError(f"--storage {storage}: choose one of {', '.join(STORAGES)}")
     check_plots()
-    entries, skipped = make_entries(read_recipes(recipes), stored)
+    entries, skipped = make_entries(read_recipes(recipes), stored, quantized_entries())
     setup = Setup(
         model=model,
         device=device,

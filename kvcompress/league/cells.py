@@ -62,7 +62,7 @@ def cell_key(plan_json: str | None, params_hash: str, suite: str, weights: str) 
     """Hash of everything but the code that an outcome depends on.
 
     Args:
-        plan_json: None for the reference.
+        plan_json: a plan, or what else decides how the cache is held; None for the reference.
         suite, weights: `suite_hash` and the hash of the model's weights.
     """
     parts = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from kvcompress.errors import RecipeError
+from kvcompress.league.quantized import QUANTIZED, QuantizedCacheSettings
 from kvcompress.plan import HeadPlan, KVDtype, StrictModel
 from kvcompress.recipe import BytesPolicy, FastGenPolicy, Recipe, UniformPolicy
 
@@ -41,7 +42,8 @@ class Entry(StrictModel):
     """One row of the league.
 
     Attributes:
-        recipe: with the league's storage; None for the reference.
+        recipe: with the league's storage; None for the reference and for `quantized`.
+        quantized: transformers' QuantizedCache in the place of a plan.
         bits_only: the planner may choose bits, and every token stays.
         same_as: further recipes that come to the same thing in the league.
     """
@@ -50,6 +52,7 @@ class Entry(StrictModel):
     role: Role
     description: str
     recipe: Recipe | None = None
+    quantized: QuantizedCacheSettings | None = None
     bits_only: bool = False
     same_as: tuple[str, ...] = ()
 
@@ -81,8 +84,21 @@ def read_recipes(folder: Path) -> list[Recipe]:
     return recipes
 
 
+def quantized_entries() -> list[Entry]:
+    """transformers' QuantizedCache in each of its settings; the league finds out which run here."""
+    return [
+        Entry(
+            name=name,
+            role="quantization",
+            description=settings.description(),
+            quantized=settings,
+        )
+        for name, settings in QUANTIZED.items()
+    ]
+
+
 def make_entries(
-    recipes: Sequence[Recipe], storage: Storage = "int8"
+    recipes: Sequence[Recipe], storage: Storage = "int8", others: Sequence[Entry] = ()
 ) -> tuple[list[Entry], list[Skipped]]:
     """The entries in the order in which they run, the reference first, and the recipes left out.
 
@@ -91,6 +107,7 @@ def make_entries(
     Args:
         storage: what tokens are stored in where an evictor's recipe leaves them in 16 bits;
             ``recipe`` leaves them there. Recipes that name a code keep it.
+        others: entries without a recipe.
     """
     entries = [Entry(name=REFERENCE, role="reference", description="transformers' DynamicCache")]
     skipped = []
@@ -114,6 +131,7 @@ def make_entries(
             Entry(name=recipe.name, role=role, description=recipe.description, recipe=wanted)
         )
     entries += [part for entry in entries for part in _parts(entry)]
+    entries += others
     return sorted(entries, key=lambda entry: _ORDER.index(entry.role)), skipped
 
 

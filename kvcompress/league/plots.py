@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +25,9 @@ _COLOURS: Final = (
     "#3a5a40", "#5e60ce", "#b5838d", "#0a9396", "#ca6702", "#6d597a",
 )  # fmt: skip
 _MARKS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LETTER: Final = 0.0082  # width of a letter of the codes' names, as a share of the axis
+_BAND: Final = 1.03  # where these names begin
+_LEVEL: Final = 0.033  # and the height of one
 _BASE_DASHES: Final = {"sink-recent": (4, 2), "random": (1, 1.5), "key-norm": (6, 2, 1, 2)}
 
 
@@ -152,10 +156,13 @@ def _draw(axes: Axes, league: League, workload: str, labelled: bool) -> None:
                     marker=_MARKS[number % len(_MARKS)], ms=3.5, label=name, zorder=3,
                 )  # fmt: skip
     most = max([*league.points, *(x for x, _, _ in codes)])
-    _axis(axes, league, most, 1.13 if labelled else 1.06)
+    codes.sort()
+    left, right = min(league.points) * 0.82, most * 1.2
+    levels = label_levels([(x, name) for x, _, name in codes], left, right)
+    _axis(axes, league, (left, right), _BAND + _LEVEL * max([3, *levels]) if labelled else 1.06)
     if labelled:
         _label_ends(axes, ends)
-        _label_codes(axes, codes)
+        _label_codes(axes, codes, levels)
 
 
 def _planned(axes: Axes, cells: Sequence[Cell], name: str, colour: str) -> None:
@@ -172,11 +179,11 @@ def _planned(axes: Axes, cells: Sequence[Cell], name: str, colour: str) -> None:
     )  # fmt: skip
 
 
-def _axis(axes: Axes, league: League, most: float, top: float) -> None:
+def _axis(axes: Axes, league: League, ends: tuple[float, float], top: float) -> None:
     from matplotlib.ticker import NullLocator, PercentFormatter
 
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min(league.points) * 0.82, most * 1.2)
+    axes.set_xlim(*ends)
     axes.set_xticks(league.points, [point_name(point) for point in league.points])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(-0.03, top)
@@ -198,15 +205,30 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
         )
 
 
-def _label_codes(axes: Axes, codes: Sequence[tuple[float, float, str]]) -> None:
-    """Names in a band above 100 %, each joined to its point, neighbours on two levels."""
-    level = 0
-    before = 0.0
-    for x, y, name in sorted(codes):
-        level = (level + 1) % 3 if x / max(before, 1e-9) < 1.35 else 0
-        before = x
+def label_levels(names: Sequence[tuple[float, str]], left: float, right: float) -> list[int]:
+    """For each (x, name), from left to right: the lowest level, from 1, where it touches no other.
+
+    Args:
+        left, right: ends of the axis, which is logarithmic.
+    """
+    width = _LETTER * math.log(right / left)
+    ends: list[float] = []
+    levels = []
+    for x, name in names:
+        half = (len(name) + 1) * width / 2
+        level = next((i for i, end in enumerate(ends) if end <= math.log(x) - half), len(ends))
+        ends[level : level + 1] = [math.log(x) + half]
+        levels.append(level + 1)
+    return levels
+
+
+def _label_codes(
+    axes: Axes, codes: Sequence[tuple[float, float, str]], levels: Sequence[int]
+) -> None:
+    """Names in a band above 100 %, each joined to its point."""
+    for (x, y, name), level in zip(codes, levels, strict=True):
         axes.annotate(
-            name, (x, y), xytext=(x, 1.03 + 0.033 * level), fontsize=7.5, color=_CODES,
+            name, (x, y), xytext=(x, _BAND + _LEVEL * (level - 1)), fontsize=7.5, color=_CODES,
             ha="center", va="bottom",
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": _GREY, "shrinkA": 0},
         )  # fmt: skip

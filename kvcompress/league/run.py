@@ -116,8 +116,10 @@ def run_league(
     """
     hall.setup.out.mkdir(parents=True, exist_ok=True)
     recipes = tuple(e.recipe for e in hall.entries if e.recipe is not None)
+    quantized = tuple(e.quantized for e in hall.entries if e.quantized is not None)
     with Crew(hall.setup, jobs) as crew:
-        facts: Facts = _only(crew.run([FactsTask(recipes)]))
+        facts: Facts = _only(crew.run([FactsTask(recipes, quantized)]))
+        _leave_out(hall, facts)
         wanted = _profiles(hall, facts)
         note(f"{len(wanted)} profiles, then {_count(hall)} cells")
         with bar("profiles", len(wanted)) as finished:
@@ -143,6 +145,13 @@ def failures(league: League) -> list[Cell]:
     return [cell for cell in league.cells if cell.error and not cell.unreachable]
 
 
+def _leave_out(hall: Hall, facts: Facts) -> None:
+    """Entries that cannot run here are told among what did not run."""
+    reasons = {e.name: facts.refusals[e.quantized] for e in hall.entries if e.quantized is not None}
+    hall.skipped = [*hall.skipped, *(Skipped(name=n, reason=r) for n, r in reasons.items() if r)]
+    hall.entries = [entry for entry in hall.entries if not reasons.get(entry.name)]
+
+
 def _passes(hall: Hall, facts: Facts) -> list[list[str]]:
     """Workloads that run together; what decodes token by token takes longest and comes last."""
     quick = [name for name in hall.setup.workloads if name not in facts.decoded]
@@ -159,9 +168,12 @@ def _tier(
     finished: Callable[[int], None],
 ) -> None:
     """All cells of entries of one role."""
-    tasks: list[tuple[Entry, float | None, CellTask]] = []
-    if entries[0].recipe is None:
-        tasks = [(entries[0], None, CellTask(name, None)) for name in workloads]
+    tasks: list[tuple[Entry, float | None, CellTask]] = [
+        (entry, None, CellTask(name, quantized=entry.quantized))
+        for entry in entries
+        if entry.recipe is None
+        for name in workloads
+    ]
     for task, done in _placed(hall, crew, entries, sorted({facts.lengths[w] for w in workloads})):
         at = [name for name in workloads if facts.lengths[name] == task.length_tokens]
         if done.error:

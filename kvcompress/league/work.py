@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 from kvcompress.league.cells import CellStore, Measured, cell_key, code_hash, file_hash, suite_hash
 from kvcompress.league.entries import Entry
 from kvcompress.league.profiles import Profiles, within
+from kvcompress.league.quantized import QuantizedCacheSettings, held_bytes, uncompiled
 from kvcompress.league.tune import Bench, Placed, place
 from kvcompress.plan import ModelShape, Plan
 from kvcompress.recipe import Calibration, Recipe
@@ -60,6 +61,7 @@ class FactsTask:
     """Say what the conditions of the league are; `recipes` name the calibration data."""
 
     recipes: tuple[Recipe, ...]
+    quantized: tuple[QuantizedCacheSettings, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Facts:
 
     Attributes:
         decoded: workloads that decode token by token before they ask, which takes longest.
+        refusals: why a cache cannot run here; empty where it can.
     """
 
     shape: ModelShape
@@ -77,6 +80,7 @@ class Facts:
     lengths: dict[str, int]
     decoded: tuple[str, ...]
     shared_windows: int
+    refusals: dict[QuantizedCacheSettings, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +101,11 @@ class PlaceTask:
 
 @dataclass(frozen=True, slots=True)
 class CellTask:
-    """Measure a plan, None for the reference, on a workload."""
+    """Measure a plan, or transformers' QuantizedCache, on a workload; neither for the reference."""
 
     workload: str
-    placed: Placed | None
+    placed: Placed | None = None
+    quantized: QuantizedCacheSettings | None = None
 
 
 Task = FactsTask | ProfileTask | PlaceTask | CellTask
@@ -186,6 +191,7 @@ class Worker:
             lengths={suite.workload: suite.context_tokens for suite in suites},
             decoded=tuple(s.workload for s in suites if any(d.generated for d in s.documents)),
             shared_windows=shared_windows(prompts, suites),
+            refusals={each: each.refusal(self.model.config) for each in task.quantized},
         )
 
     def place(self, task: PlaceTask) -> Placed:
@@ -214,31 +220,56 @@ class Worker:
         suite, suite_name = self.suite(task.workload)
         plan = None if task.placed is None else task.placed.plan
         params_hash = "" if plan is None else self.params(plan)[1]
-        json_ = None if plan is None else _nameless(plan).to_json()
-        key = cell_key(json_, params_hash, suite_name, self.weights)
+        told = None if plan is None else _nameless(plan).to_json()
+        if task.quantized is not None:
+            told = task.quantized.told()
+        key = cell_key(told, params_hash, suite_name, self.weights)
         found = self.store.load(key)
         if found is None and self.setup.finished:
             return None
         if found is None:
             begin = time.perf_counter()
-            outcome = self._run(suite, plan)
+            if task.quantized is None:
+                outcome = self._run(suite, plan)
+            else:
+                outcome = self._run_quantized(suite, task.quantized)
             seconds = round(time.perf_counter() - begin, 2)
             found = Measured(key=key, code=code_hash(), seconds=seconds, outcome=outcome)
             self.store.save(found)
         return found
 
     def _run(self, suite: WorkloadSuite, plan: Plan | None) -> WorkloadOutcome:
-        from kvcompress.evaluate.workloads_run import reference_logits, run_workload
+        from kvcompress.evaluate.workloads_run import run_workload
 
         if plan is None:
             return run_workload(self.model, self.tokenizer, suite)
+        params, reference = self.params(plan)[0], self._reference(suite)
+        return run_workload(self.model, self.tokenizer, suite, plan, params, reference=reference)
+
+    def _run_quantized(
+        self, suite: WorkloadSuite, settings: QuantizedCacheSettings
+    ) -> WorkloadOutcome:
+        from kvcompress.league.rows import run_rows
+
+        with uncompiled(settings, self.model.device):
+            return run_rows(
+                self.model,
+                self.tokenizer,
+                suite,
+                lambda: settings.make(self.model.config),
+                held_bytes,
+                target=f"QuantizedCache {settings.model_dump_json()}",
+                reference=self._reference(suite),
+            )
+
+    def _reference(self, suite: WorkloadSuite) -> Tensor | None:
+        """`reference_logits` of the suite, computed once."""
+        from kvcompress.evaluate.workloads_run import reference_logits
+
         if suite.workload not in self._logits:
             logits = reference_logits(self.model, self.tokenizer, suite)
             self._logits[suite.workload] = logits
-        reference = self._logits[suite.workload]
-        return run_workload(
-            self.model, self.tokenizer, suite, plan, self.params(plan)[0], reference=reference
-        )
+        return self._logits[suite.workload]
 
     def _row_bytes(self, plan: Plan, length_tokens: int) -> int:
         """Mean bytes of a row after a calibration prompt of `length_tokens`."""
@@ -264,7 +295,7 @@ class Worker:
 
     def _place_name(self, task: PlaceTask) -> str:
         told = (
-            task.entry.model_dump_json(exclude={"description", "same_as"}),
+            task.entry.model_dump_json(exclude={"description", "same_as", "quantized"}),
             f"{task.point:.9g} {task.length_tokens} {self.weights} {code_hash()}",
         )
         return hashlib.sha256(" ".join(told).encode()).hexdigest()[:32]

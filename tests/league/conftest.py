@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from kvcompress.evaluate.workloads_report import WorkloadOutcome
 from kvcompress.league.entries import Role, Skipped
 from kvcompress.league.result import Cell, Conditions, League, Row
+from kvcompress.league.work import Setup
+from kvcompress.recipe import Calibration
 
 FULL_BYTES = 1_000_000
 MakeCell = Callable[..., Cell]
@@ -25,6 +28,34 @@ ROLES: dict[str, Role] = {
     "int4": "quantization",
     "infllm": "recall",
 }
+
+
+SMALL = (
+    ("windows", 2),
+    ("continuation_tokens", 8),
+    ("notes", 2),
+    ("max_words", 1),
+)
+
+
+@contextmanager
+def no_bar(label, total):
+    yield lambda done: None
+
+
+@pytest.fixture
+def setup(tiny_model_dir: Path, tmp_path: Path) -> Setup:
+    return Setup(
+        model=str(tiny_model_dir),
+        device="cpu",
+        out=tmp_path / "out",
+        workloads=("hidden",),
+        samples=2,
+        context_tokens=150,
+        seed=0,
+        calibration=Calibration(prompts=2, tokens=96),
+        fewer=SMALL,
+    )
 
 
 def outcome(hits: Sequence[float], share: float, workload: str = "hidden") -> WorkloadOutcome:

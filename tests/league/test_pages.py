@@ -9,6 +9,7 @@ import pytest
 
 from kvcompress.errors import KVCompressError
 from kvcompress.league.pages import render, write_pages
+from kvcompress.league.plots import label_levels
 from kvcompress.league.result import League, LeagueError, point_name
 from kvcompress.league.verdicts import judge
 
@@ -106,6 +107,16 @@ def test_pictures_and_page_are_written_the_same_twice(league, tmp_path):
     for word in ("ours", "sink-recent", "full cache", "int4", "1/16"):
         assert word in svg
     assert "![hidden](league/hidden.png)" in first.read_text(encoding="utf-8")
+
+
+def test_names_of_codes_take_the_lowest_free_level():
+    """A letter is 0.82 % of an axis from 1 to 100; a name of nine has the room of ten."""
+    letter = 0.0082 * 2  # in decades
+    names = [10**x for x in (0.5, 0.5, 0.5 + 9 * letter, 0.5 + 10 * letter, 1.9)]
+    found = label_levels([(x, "nine-long") for x in names], 1.0, 100.0)
+    assert found == [1, 2, 3, 1, 1]
+    assert label_levels([(10**0.5, "a"), (10 ** (0.5 + 2.1 * letter), "b")], 1, 100) == [1, 1]
+    assert label_levels([], 1.0, 100.0) == []
 
 
 def test_a_missing_matplotlib_names_the_extra(league, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,35 +18,7 @@ from kvcompress.league.entries import make_entries, read_recipes
 from kvcompress.league.result import League, LeagueError
 from kvcompress.league.run import Hall, failures, run_league
 from kvcompress.league.work import FactsTask, Setup, shared_windows
-from kvcompress.recipe import Calibration
-from tests.league.conftest import outcome
-
-SMALL = (
-    ("windows", 2),
-    ("continuation_tokens", 8),
-    ("notes", 2),
-    ("max_words", 1),
-)
-
-
-@contextmanager
-def no_bar(label, total):
-    yield lambda done: None
-
-
-@pytest.fixture
-def setup(tiny_model_dir: Path, tmp_path: Path) -> Setup:
-    return Setup(
-        model=str(tiny_model_dir),
-        device="cpu",
-        out=tmp_path / "out",
-        workloads=("hidden",),
-        samples=2,
-        context_tokens=150,
-        seed=0,
-        calibration=Calibration(prompts=2, tokens=96),
-        fewer=SMALL,
-    )
+from tests.league.conftest import no_bar, outcome
 
 
 def hall(setup: Setup, recipes: Path) -> Hall:
