@@ -11,6 +11,7 @@ import typer
 
 from kvcompress import __version__
 from kvcompress.cli import (
+    bench,
     demo,
     export,
     generate,
@@ -36,6 +37,7 @@ COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "eval": evaluate.command,
     "generate": generate.command,
     "league": league.command,
+    "bench": bench.command,
 }
 USER_ERROR: Final = 2
 INTERRUPTED: Final = 130
