@@ -10,10 +10,13 @@ only read a prompt. Writes benchmarks/results/speed/decode.json, cell by cell.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from speed.cases import Place, Rivals, decode_entries, own_name, places
 from speed.claims import Claim, answers
 from speed.model import INT8, Models
 from speed.output import RUNS, Book, note, parser_of, pythons_of, rival_options, start
+from speed.planned import PLANNED
 from speed.text import against, best, load, markdown, mib, ms, of_floor
 
 from kvcompress.bench.cell import Rounds, run_cell
@@ -66,12 +69,17 @@ def report(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-def table(cell: Cell) -> str:
-    """One row per case: ours last."""
+def table(cell: Cell, quality: Callable[[str | None], str] | None = None) -> str:
+    """One row per case.
+
+    Args:
+        quality: words for a plan, None for no such column.
+    """
     static, dynamic = best(cell, STATIC), cell.row("DynamicCache float32")
     headings = [
         "cache, weights", "KV MiB", "weights MiB", "ms per token [quartiles]", "tokens/s",
         "best StaticCache =", "DynamicCache =", "floor ms (of it)", "cpu/wall",
+        *([] if quality is None else ["quality of the plan"]),
     ]  # fmt: skip
     rows = [
         [
@@ -79,6 +87,7 @@ def table(cell: Cell) -> str:
             f"{1e3 * row.batch / row.timing.wall.median:.1f}",
             against(row, static), against(row, dynamic), of_floor(cell, row),
             f"{row.timing.cpu_per_wall:.2f}",
+            *([] if quality is None else [quality(row.quality)]),
         ]
         for row in cell.rows
     ]  # fmt: skip
@@ -121,22 +130,25 @@ def claims() -> list[Claim]:
     stack = own_name(FIFTH, INT8)
     vllm, no_cache = ("vLLM bfloat16",), tuple(f"no cache to read, {w}" for w in MODEL_WEIGHTS)
     long, middle, rows = (p.name for p in places("16384x1,4096x1,1024x8"))
+    planned = tuple(own_name(PLANNED, weights) for weights in MODEL_WEIGHTS)
     found = []
     for cell in (long, middle):
         found += [
+            Claim(cell, "planned 1/8 against the best cache of transformers", planned, BEST_HF),
             Claim(cell, "int8 20 % against the best cache of transformers", fifth, BEST_HF),
             Claim(cell, "int8 20 % against the model with no cache to read", fifth, no_cache),
-            Claim(cell, "with int8 weights against the best cache of transformers", (stack,), BEST_HF),
+            Claim(cell, "int8 20 %, int8 weights, against the same", (stack,), BEST_HF),
             Claim(
-                cell, "with int8 weights against StaticCache with int8 weights", (stack,),
+                cell, "int8 20 %, int8 weights, against StaticCache with int8 weights", (stack,),
                 ("StaticCache int8 weights",),
             ),
-            Claim(cell, "with int8 weights against the floor", (stack,)),
+            Claim(cell, "int8 20 %, int8 weights, against the floor", (stack,)),
         ]  # fmt: skip
     quantized = ("QuantizedCache quanto int4", "QuantizedCache hqq int4")
     found.append(Claim(long, "int8 20 % against QuantizedCache int4", fifth, quantized))
     for cell in (middle, long, rows):
         found.append(Claim(cell, "int8 20 % against vLLM", fifth, vllm))
+        found.append(Claim(cell, "planned 1/8 against vLLM", planned, vllm))
         found.append(Claim(cell, "int8 20 %, int8 weights, against vLLM", (stack,), vllm))
     for place in places("2048x1,4096x1,16384x1"):
         found.append(Claim(place.name, "int8 100 % against the best StaticCache", whole, STATIC))

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from speed.model import INT8, Models, int8_missing
-from speed.workers import Pythons, kvpress_entry, quantized_entry, untuned_entry, vllm_entry
-
 from kvcompress.accounting import kv_bytes
 from kvcompress.bench.caches import kv_sizes
 from kvcompress.bench.entries import (
@@ -23,15 +20,20 @@ from kvcompress.bench.entries import (
     quantized_holder,
     static_holder,
 )
-from kvcompress.bench.plans import Setup, plan_of, setups
+from kvcompress.bench.plans import setups
 from kvcompress.bench.result import Missing
 from kvcompress.bench.run import GQA_DETAIL
 from kvcompress.evaluate.serving import model_shape
+from speed.model import INT8, Models, int8_missing
+from speed.planned import PLANNED, Chosen, plan_for
+from speed.workers import Pythons, kvpress_entry, quantized_entry, untuned_entry, vllm_entry
 
 LIMIT_TOKENS: Final = 32
-# int8 with every format of weights, the other storages with float32 alone
-MAIN: Final = setups((("int8", "int8"),))
-OTHERS: Final = setups((("int8", "int4"), ("int4", "int4"), ("fp8", "fp8"), ("model", "model")))
+# with every format of weights; the other storages with float32 alone
+MAIN: Final[tuple[Chosen, ...]] = (*setups((("int8", "int8"),)), PLANNED)
+OTHERS: Final[tuple[Chosen, ...]] = tuple(
+    setups((("int8", "int4"), ("int4", "int4"), ("fp8", "fp8"), ("model", "model")))
+)
 _HQQ_MOST_TOKENS: Final = 4096  # it takes minutes to quantize more
 
 
@@ -62,13 +64,13 @@ def places(text: str) -> list[Place]:
     return found
 
 
-def own_name(setup: Setup, weights: str) -> str:
+def own_name(setup: Chosen, weights: str) -> str:
     """``int8 20 %, bfloat16``; int8 weights are said in full."""
     return f"{setup.name}, {weights}" + (" weights" if weights == INT8 else "")
 
 
 def own_entries(
-    models: Models, size: Size, wanted: Sequence[tuple[Setup, str]]
+    models: Models, size: Size, wanted: Sequence[tuple[Chosen, str]]
 ) -> tuple[list[Entry], list[Missing]]:
     """Entries of ours for each (setup, weights), and those that this version cannot make."""
     made, missing = [], []
@@ -79,24 +81,28 @@ def own_entries(
             missing.append(Missing(name=name, reason=reason))
             continue
         model = models(weights)
-        plan = plan_of(model_shape(model), setup)
+        plan = plan_for(model_shape(model), setup)
         made.append(
             decode_entry(
-                name, "ours", model, compressed_holder(model, plan), size, weights=weights,
-                quality=setup.name, needs_bytes=2 * kv_bytes(plan, size.context_tokens, size.batch),
+                name,
+                "ours",
+                model,
+                compressed_holder(model, plan),
+                size,
+                weights=weights,
+                quality=setup.name,
+                needs_bytes=2 * kv_bytes(plan, size.context_tokens, size.batch),
             )  # fmt: skip
         )
     return made, missing
 
 
-def all_own() -> list[tuple[Setup, str]]:
+def all_own() -> list[tuple[Chosen, str]]:
     main = [(setup, weights) for weights in ("float32", "bfloat16", INT8) for setup in MAIN]
     return main + [(setup, "float32") for setup in OTHERS]
 
 
-def transformers_entry(
-    models: Models, cache: str, weights: str, size: Size
-) -> Entry | Missing:
+def transformers_entry(models: Models, cache: str, weights: str, size: Size) -> Entry | Missing:
     """``dynamic``, ``static`` or ``fp8`` cache of a model with such weights."""
     name = f"{_HOLDERS[cache][0]} {weights}" + (" weights" if weights == INT8 else "")
     reason = int8_missing()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from speed.text import best, ms, percent, times
-
 from kvcompress.bench.result import Cell, Result, speedup
+from speed.text import best, ms, percent, times
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,9 @@ class Claim:
             floor = cell.floor_ms(mine)
             if floor is None:
                 return "not measured: no bandwidth"
-            return f"{percent(floor / mine.timing.wall.median)} of the floor: {shown}, {floor:.1f} ms"
+            return (
+                f"{percent(floor / mine.timing.wall.median)} of the floor: {shown}, {floor:.1f} ms"
+            )
         other = best(cell, self.theirs)
         if other is None:
             return f"not measured: {_why(cell, self.theirs)}"

@@ -15,14 +15,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
-from speed.model import NAMES, Models
-from speed.protocol import Record, Replies, serve
 from transformers import DynamicCache
 
 from kvcompress.bench import caches
 from kvcompress.bench.timing import Window, stopwatch
+from speed.model import NAMES, Models
+from speed.protocol import Record, Replies, serve
 
 CACHES = ("dynamic", "static", "fp8", "quanto", "hqq", "kvpress")
 PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq", "kvpress": "kvpress"}

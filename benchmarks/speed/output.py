@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from speed.model import words
-from speed.workers import ROOT, Pythons
-
 from kvcompress.bench import process
 from kvcompress.bench.result import Cell, Conditions, Result
 from kvcompress.bench.run import conditions, today
 from kvcompress.profile.store import write_atomically
+from speed.model import words
+from speed.workers import ROOT, Pythons
 
 RESULTS: Final = ROOT / "benchmarks" / "results" / "speed"
 RUNS: Final = ROOT / "runs" / "speed"
@@ -79,7 +78,7 @@ class Book:
         kept = () if args.fresh else _same(self.path, stated)
         self.result = Result(
             benchmark=name,
-            command=shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+            command=command_words(name, args),
             date=today(),
             conditions=stated,
             frequency_mhz=process.frequency_mhz(),
@@ -101,6 +100,14 @@ class Book:
         write_atomically(self.path, self.result.to_json())
         note(f"{name}: {cell.seconds:.0f} s")
         return cell
+
+
+def command_words(name: str, args: argparse.Namespace) -> str:
+    """The command line without folders and interpreters, which are somebody's own."""
+    own = {str(value) for value in vars(args).values() if isinstance(value, Path)}
+    given = [word for word in sys.argv[1:] if word not in own]
+    kept = [word for word in given if not word.endswith("-python") and word != "--results"]
+    return shlex.join(["python", f"benchmarks/{name}.py", *kept])
 
 
 def _same(path: Path, stated: Conditions) -> tuple[Cell, ...]:

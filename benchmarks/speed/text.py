@@ -9,9 +9,7 @@ from kvcompress.bench.result import Cell, Row, Spread, Timing, speedup
 MIB = 2**20
 
 
-def markdown(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True
-) -> str:
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
     """A table; with `numbers`, all but the first column stand right."""
     marks = ["---", *("---:" if numbers else "---" for _ in headings[1:])]
     lines = [headings, marks, *rows]

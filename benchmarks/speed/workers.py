@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from speed.model import Models
-from speed.protocol import Record, Worker, WorkerError
-
 from kvcompress.bench.entries import Entry, Facts, Ready, Size, step_weight_bytes
 from kvcompress.bench.process import environment
 from kvcompress.bench.result import Kind, Timing
 from kvcompress.bench.timing import Case, Samples, Window
 from kvcompress.evaluate.quality import weights_bytes
+from speed.model import Models
+from speed.protocol import Record, Worker, WorkerError
 
 ROOT: Final = Path(__file__).parents[2]
 HF_WORKER: Final = ROOT / "benchmarks" / "speed" / "hf_worker.py"
@@ -147,6 +146,4 @@ def worker_entry(
 
 
 def window_of(record: Record) -> Window:
-    return Window(
-        record["steps"], record["wall_s"], record["cpu_s"], int(record.get("faults", 0))
-    )
+    return Window(record["steps"], record["wall_s"], record["cpu_s"], int(record.get("faults", 0)))

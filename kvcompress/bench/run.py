@@ -158,18 +158,14 @@ def conditions(model: str, device: str, malloc: str) -> Conditions:
 
 def kernel_words() -> str:
     """What computes attention over codes on a CPU."""
-    found, reason = c_library()
-    return "C library" if found is not None else f"PyTorch ({reason})"
-
-
-def c_library() -> tuple[Any, str]:
-    """The C kernels' binding, or None and why there is none."""
     try:
         module = import_module("kvcompress.kernels.cpu.library")
     except ModuleNotFoundError:
-        return None, "this version has no C kernels"
+        return "PyTorch (this version has no C kernels)"
     found = module.library()
-    return found, "" if found is not None else "the C library is not built or does not load"
+    if found is None:
+        return f"PyTorch ({module.why_not()})"
+    return f"C, {found.isa}"
 
 
 def device_words(device: torch.device) -> str:
