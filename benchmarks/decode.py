@@ -10,6 +10,7 @@ only read a prompt. Writes benchmarks/results/speed/decode.json, cell by cell.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
 from speed.cases import Place, Rivals, decode_entries, own_name, places
@@ -33,6 +34,11 @@ MODEL_WEIGHTS = ("float32", "bfloat16")
 
 
 def main() -> None:
+    args = start(options())
+    print(report(measure(args)))
+
+
+def options() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, rounds=9, steps=3)
     parser.add_argument("--cells", type=places, default=places(CELLS), help="CONTEXTxBATCH, ...")
     parser.add_argument(
@@ -41,7 +47,11 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     rival_options(parser)
-    args = start(parser)
+    return parser
+
+
+def measure(args: argparse.Namespace) -> Result:
+    """Every cell that was not measured before."""
     models = Models(args.scale)
     rounds = Rounds(args.rounds, args.steps, buffer_bytes=args.buffer * 2**20)
     book = Book("decode", args, [place.name for place in places(CELLS)])
@@ -59,7 +69,7 @@ def main() -> None:
 
     for place in args.cells:
         book.get(place.name, lambda place=place: measured(place))
-    print(report(book.result))
+    return book.result
 
 
 def report(result: Result) -> str:

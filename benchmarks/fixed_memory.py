@@ -71,6 +71,11 @@ class Method:
 
 
 def main() -> None:
+    args = start(options())
+    print(report(measure(args)))
+
+
+def options() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, rounds=5, steps=3)
     parser.add_argument("--memory", type=int, default=256, help="MiB of keys and values")
     parser.add_argument("--context", type=int, default=2048, help="tokens of each row in the end")
@@ -78,7 +83,11 @@ def main() -> None:
     parser.add_argument("--most-rows", type=int, default=128, help="largest batch")
     parser.add_argument("--threads", type=int, default=1)
     rival_options(parser)
-    args = start(parser)
+    return parser
+
+
+def measure(args: argparse.Namespace) -> Result:
+    """Both cells, if they were not measured before."""
     models = Models(args.scale)
     rounds = Rounds(args.rounds, args.steps, buffer_bytes=args.buffer * 2**20)
     book = Book("fixed_memory", args, [LARGEST, EQUAL])
@@ -96,7 +105,7 @@ def main() -> None:
 
     book.get(LARGEST, lambda: measured(LARGEST, None))
     book.get(EQUAL, lambda: measured(EQUAL, alike))
-    print(report(book.result))
+    return book.result
 
 
 def all_methods(models: Models, context: int) -> tuple[list[Method], list[Missing]]:

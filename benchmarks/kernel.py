@@ -49,10 +49,19 @@ def counts(text: str) -> tuple[int, ...]:
 
 
 def main() -> None:
+    args = start(options())
+    print(report(measure(args)))
+
+
+def options() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, rounds=9, steps=3)
     parser.add_argument("--cells", type=places, default=places(CELLS), help="CONTEXTxBATCH, ...")
     parser.add_argument("--threads", type=counts, default=(1, 2), help="numbers of them")
-    args = start(parser, max(parser.parse_args().threads))
+    return parser
+
+
+def measure(args: argparse.Namespace) -> Result:
+    """Every cell that was not measured before."""
     models = Models(args.scale)
     rounds = Rounds(args.rounds, args.steps, buffer_bytes=args.buffer * 2**20)
     book = Book("kernel", args, [place.name for place in places(CELLS)] + [LINEARS])
@@ -68,7 +77,7 @@ def main() -> None:
             ),
         )
     book.get(LINEARS, lambda: measured(LINEARS, *linears(models, rounds, args.threads)))
-    print(report(book.result))
+    return book.result
 
 
 def attention(

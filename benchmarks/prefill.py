@@ -10,6 +10,8 @@ Writes benchmarks/results/speed/prefill.json.
 
 from __future__ import annotations
 
+import argparse
+
 from decode import mark, remarks
 from speed.cases import Place, own_name, places
 from speed.model import Models
@@ -37,11 +39,20 @@ ALL_VOTE = "int8 20 %, every query votes, float32"
 
 
 def main() -> None:
+    args = start(options())
+    print(report(measure(args)))
+
+
+def options() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, rounds=3, steps=1)
     parser.add_argument("--cells", type=places, default=places(CELLS), help="CONTEXTxBATCH, ...")
     parser.add_argument("--threads", type=int, default=1)
     rival_options(parser)
-    args = start(parser)
+    return parser
+
+
+def measure(args: argparse.Namespace) -> Result:
+    """Every cell that was not measured before."""
     models = Models(args.scale)
     # a prompt takes seconds: setting a case up reads one already
     rounds = Rounds(args.rounds, args.steps, warm_rounds=0, buffer_bytes=args.buffer * 2**20)
@@ -61,7 +72,7 @@ def main() -> None:
 
     for place in args.cells:
         book.get(place.name, lambda place=place: measured(place))
-    print(report(book.result))
+    return book.result
 
 
 def entries(models: Models, size: Size) -> list[Entry]:

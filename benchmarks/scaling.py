@@ -79,12 +79,21 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def main() -> None:
+    args = start(options())
+    print(report(measure(args)))
+
+
+def options() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, rounds=7, steps=2)
     parser.add_argument("--contexts", type=numbers, default=numbers(CONTEXTS))
     parser.add_argument("--batches", type=numbers, default=numbers(BATCHES))
     parser.add_argument("--batch-context", type=int, default=BATCH_CONTEXT)
     parser.add_argument("--threads", type=int, default=1)
-    args = start(parser)
+    return parser
+
+
+def measure(args: argparse.Namespace) -> Result:
+    """Every cell that was not measured before."""
     models = Models(args.scale)
     rounds = Rounds(args.rounds, args.steps, buffer_bytes=args.buffer * 2**20)
     asked = [Place(context, 1) for context in args.contexts]
@@ -102,7 +111,7 @@ def main() -> None:
 
     for place in asked:
         book.get(place.name, lambda place=place: measured(place))
-    print(report(book.result))
+    return book.result
 
 
 def entries(models: Models, size: Size) -> tuple[list[Entry], list[Missing]]:

@@ -48,9 +48,10 @@ def pythons_of(args: argparse.Namespace) -> Pythons:
     return Pythons(args.quant_python, args.kvpress_python, args.vllm_python)
 
 
-def start(parser: argparse.ArgumentParser, threads: int = 1) -> argparse.Namespace:
+def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line, then start again with glibc's thresholds raised if they are not."""
     args = parser.parse_args()
+    threads = max(args.threads) if isinstance(args.threads, tuple) else args.threads
     os.environ["HF_HUB_OFFLINE"], os.environ["CUDA_VISIBLE_DEVICES"] = "1", ""
     process.restart_tuned(threads)
     import torch

@@ -43,12 +43,16 @@ def draw_decode(result: Result, path: Path) -> None:
     """Milliseconds per token of every case, a panel per cell, with the floor of each."""
     plt = pyplot()
     tallest = max(len(cell.rows) for cell in result.cells)
+    columns = min(2, len(result.cells))
+    lines = -(-len(result.cells) // columns)
     figure, grid = plt.subplots(
-        1, len(result.cells), figsize=(4.6 * len(result.cells), 0.27 * tallest + 1.4),
+        lines, columns, figsize=(5.4 * columns, (0.2 * tallest + 1.1) * lines),
         layout="constrained", squeeze=False,
     )  # fmt: skip
-    for axes, cell in zip(grid[0], result.cells, strict=True):
+    for axes, cell in zip(grid.flat, result.cells, strict=False):
         _bars(axes, cell)
+    for axes in grid.flat[len(result.cells) :]:
+        axes.set_visible(False)
     figure.suptitle("A decode step (bar), its quartiles (line), its floor (|)", x=0.01, ha="left")
     save(figure, path)
 
@@ -66,8 +70,8 @@ def _bars(axes: Any, cell: Cell) -> None:
         if floor is not None:
             axes.plot([floor], [place], marker="|", ms=8, color=INK, ls="")
     axes.set_yticks(list(places), [row.name for row in rows], fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
-    axes.set_xscale("log")
     axes.set_xlabel("ms per step")
     axes.set_title(cell.name, loc="left", fontsize=10)
 

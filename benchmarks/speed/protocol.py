@@ -69,6 +69,7 @@ class Worker:
                 text=True,
             )
         except OSError as error:
+            self._log.close()
             raise WorkerError(f"{command[0]}: {error.strerror}") from None
         self.facts: Record = self._answer()["ready"]
 

@@ -69,7 +69,6 @@ def stopwatch(step: Step, steps: int, wait: Callable[[], object] | None = None) 
     Args:
         wait: returns when the device has done all that was asked of it; None where nothing queues.
     """
-    gc.collect()
     collected = gc.isenabled()
     gc.disable()
     try:
@@ -141,6 +140,7 @@ def interleave(
     found = {name: Samples() for name in names}
     done = 0
     for number in range(warm_rounds + rounds):
+        gc.collect()
         for case in cases:
             window = case.measure(steps)
             if number >= warm_rounds:
