@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                   # all cells, about an hour
     python benchmarks/decode.py --cells 4096x1 --no-rivals        # one cell, no other environments
+    python benchmarks/decode.py --cells 4096x1 --only vLLM --only StaticCache --results runs/look
 
 Cases take turns in one process, and rivals that need an environment of their own take theirs in
 processes that wait in between. Caches are filled with random keys and values, but where a rival can
@@ -46,6 +47,10 @@ def options() -> argparse.ArgumentParser:
         help="of these, with rivals that have to read a real prompt (minutes at 16384)",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT",
+        help="cases whose names contain this; repeatable",
+    )  # fmt: skip
     rival_options(parser)
     return parser
 
@@ -63,6 +68,9 @@ def measure(args: argparse.Namespace) -> Result:
     def measured(place: Place) -> Cell:
         size = Size(place.context_tokens, place.batch, rounds.room_tokens, args.threads)
         entries, missing = decode_entries(models, place, size, rivals)
+        if args.only:
+            entries = [e for e in entries if any(text in e.name for text in args.only)]
+            missing = []
         return run_cell(
             place.name, entries, rounds, threads=(args.threads,), note=note, missing=missing
         )

@@ -131,12 +131,24 @@ def test_plans_that_need_a_prompt_are_refused(shape, pair):
     full = HeadPlan(full=True)
     recall = uniform(shape, full, recall=Recall(resident=Budget(tokens=64)))
     kvzip = uniform(shape, HeadPlan(frequent=Budget(tokens=16)), scorer="kvzip")
-    special = uniform(shape, HeadPlan(special=True, local=Budget(tokens=32)))
     relative = uniform(shape, HeadPlan(local=Budget(tokens=32)), positions="relative")
     assert synthetic_refusal(uniform(shape, full)) is None
     assert synthetic_refusal(recall) == "a recall tier"
     assert synthetic_refusal(kvzip) == "a rule that looks at the whole prompt"
-    assert "special tokens or punctuation" in str(synthetic_refusal(special))
     assert synthetic_refusal(relative) == "relative positions"
     with pytest.raises(KVCompressError, match="random keys cannot stand for a prompt.*recall tier"):
         fill_compressed(recall, None, pair)
+
+
+def test_class_tokens_are_drawn_at_the_shares_of_the_plan(shape, pair):
+    head = HeadPlan(punct=True)
+    settings = {"punct_ids": (5,), "punct_share": 0.5}
+    plan = uniform(shape, head, **settings)
+    cache = fill_compressed(plan, None, pair)
+    (group,) = cache.compressed_layers[0].state.groups
+    leaving = CONTEXT - plan.sink_tokens - plan.recent_tokens
+    for row in group.store.capacities:
+        assert len(set(row)) == 1  # every head keeps the punctuation that is there
+        assert 0.3 * leaving < row[0] < 0.7 * leaving
+    none = fill_compressed(uniform(shape, head, punct_ids=(5,)), None, pair)
+    assert none.compressed_layers[0].state.groups[0].store.capacities == [[0, 0], [0, 0]]
