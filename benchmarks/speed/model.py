@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 MAX_POSITION: Final = 2**20
 NAMES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 INT8: Final = "int8"
+LINEAR8: Final = "kvcompress.runtime.linear8"
 
 
 def config(scale: str = "full") -> LlamaConfig:
@@ -75,7 +76,7 @@ class Models:
             torch.manual_seed(0)
             return LlamaForCausalLM(config(self.scale)).eval()
         if weights == INT8:  # the module may not be there: asked for before anything is copied
-            quantize = import_module("kvcompress.quant.weights.linear8").quantize_linears
+            quantize = import_module(LINEAR8).quantize_linears
             return quantize(copy.deepcopy(self("float32"))).eval()
         return copy.deepcopy(self("float32")).to(NAMES[weights])
 
@@ -88,8 +89,11 @@ class Models:
 
 def int8_missing() -> str | None:
     """Why int8 weights cannot be timed, None where they can."""
+    from kvcompress.bench.run import kernel_words  # not there in rivals' environments
+
     try:
-        import_module("kvcompress.quant.weights.linear8")
+        import_module(LINEAR8)
     except ModuleNotFoundError:
-        return "this version has no int8 linears (kvcompress.quant.weights.linear8)"
-    return None
+        return f"this version has no int8 linears ({LINEAR8})"
+    words = kernel_words()
+    return None if words.startswith("C") else f"int8 linears need compiled kernels: {words}"
