@@ -68,8 +68,8 @@ def others(benchmark, folder) -> dict[str, Result]:
         ),
         "prefill": measured(benchmark, folder, "prefill", "--cells", "48x1", "--no-rivals"),
         "fixed_memory": measured(
-            benchmark, folder, "fixed_memory", "--context", "128", "--memory", "1", "--prompts",
-            "1", "--most-rows", "12", "--no-rivals",
+            benchmark, folder, "fixed_memory", "--context", "256", "--memory", "1", "--prompts",
+            "1", "--most-rows", "20", "--no-rivals",
         ),
         "scaling": measured(
             benchmark, folder, "scaling", "--contexts", "48,64,96", "--batches", "2",
@@ -146,13 +146,14 @@ def test_every_method_takes_the_largest_batch_that_fits(benchmark, others):
     script = benchmark("fixed_memory")
     largest, equal = others["fixed_memory"].cells
     models = benchmark("speed.model").Models("tiny")
-    methods = {m.name: m for m in script.all_methods(models, 128)[0]}
+    methods = {m.name: m for m in script.all_methods(models, 256)[0]}
     for row in largest.rows:
         method = methods[row.name]
         assert method.row_bytes(row.batch) <= 2**20
-        assert row.batch == 12 or method.row_bytes(row.batch + 1) > 2**20
+        assert row.batch == 20 or method.row_bytes(row.batch + 1) > 2**20
         assert row.kv_bytes <= 2**20 + 64  # counters of how much of a static layer is used
         assert row.prompt is not None and len(row.prompt.wall_ms) == 1
+    assert largest.row(script.STATIC).batch == 8  # rows of 128 KiB in a MiB
     assert {row.batch for row in equal.rows} == {largest.row(script.STATIC).batch}
 
 

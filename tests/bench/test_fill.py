@@ -117,6 +117,12 @@ def test_transformers_caches_count_every_tensor(model, pair):
     assert caches.storage_bytes(fp8.layers) == one // 4 + scales
 
 
+def test_a_quantizers_tensor_counts_its_parts_and_not_itself():
+    outer = torch.zeros(100)
+    outer._data, outer._scale = torch.zeros(8, dtype=torch.uint8), torch.zeros(2)
+    assert caches.storage_bytes([outer, (outer, {"again": outer._scale})]) == 8 + 2 * 4
+
+
 def test_budgets_differ_by_head_and_keep_their_mean():
     ratios = ragged_ratios(128, 0.2, 0)
     assert sum(ratios) / 128 == pytest.approx(0.2, abs=1e-9)
