@@ -5,7 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvcompress-setup
 
-.PHONY: demo test test-slow setup lint format types peak-memory under-eviction league peers heavy-hitters fastgen test-parity test-compat train-demo-model clean
+.PHONY: demo test test-slow setup lint format types peak-memory under-eviction league peers heavy-hitters fastgen test-parity test-compat train-demo-model clean \
+	bench-decode bench-kernel bench-prefill bench-fixed-memory bench-scaling bench-vllm performance-page
 
 demo: setup
 	$(BIN)/kvcompress demo
@@ -97,6 +98,37 @@ peers: setup .venv-kvpress/.setup
 # Side by side on the shipped model, half an hour each on one core: docs/heavy-hitters.md, docs/fastgen.md.
 heavy-hitters fastgen: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(subst -,_,$@).py
+
+# Speed beside transformers' caches, kvpress and vLLM: benchmarks/results/speed/ and docs/performance.md.
+# Leave the machine alone meanwhile. Stopped, a benchmark goes on with the cells that it lacks.
+SPEED := benchmarks/speed
+.venv-quant/.setup: $(SPEED)/requirements-quant.txt
+	test -x .venv-quant/bin/python || $(PYTHON) -m venv .venv-quant
+	.venv-quant/bin/python -m pip install --quiet -r $(SPEED)/requirements-quant.txt
+	@touch $@
+
+# vLLM without the packages for pictures and sound, which would bring another build of torch.
+VLLM := benchmarks/vllm_cpu
+.venv-vllm/.setup: $(VLLM)/requirements.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -r $(VLLM)/requirements.txt
+	.venv-vllm/bin/python $(VLLM)/requirements.py > .venv-vllm/more.txt
+	.venv-vllm/bin/python -m pip install --quiet -r .venv-vllm/more.txt torch==2.13.0
+	@touch $@
+
+bench-decode bench-prefill bench-fixed-memory: setup .venv-quant/.setup .venv-kvpress/.setup .venv-vllm/.setup
+bench-kernel bench-scaling: setup
+bench-decode bench-kernel bench-prefill bench-fixed-memory bench-scaling:
+	$(BIN)/python benchmarks/$(subst -,_,$(@:bench-%=%)).py
+
+# A look at vLLM beside the fastest of the others; not the committed results.
+bench-vllm: setup .venv-vllm/.setup
+	$(BIN)/python benchmarks/decode.py --cells 4096x1,16384x1,1024x8 --results runs/speed/vllm \
+		--only vLLM --only StaticCache --only 'int8 20 %' --only 'planned 1/8'
+
+performance-page: setup
+	$(BIN)/python benchmarks/performance_page.py
 
 # Hours on a CPU, minutes on a GPU; goes on from its last checkpoint when run again.
 MINUTES ?= 100

@@ -40,8 +40,9 @@ MAY_IMPORT = {
     "evaluate": VALUES | {"accounting", "evict", "quant", "runtime", "bundle"},
     "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant"},
     "league": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "evict"},
+    "bench": VALUES | {"accounting", "evaluate", "evict", "quant", "runtime"},
     "cli": VALUES
-    | {"accounting", "profile", "bundle", "runtime", "evaluate", "demo", "league"}
+    | {"accounting", "profile", "bundle", "runtime", "evaluate", "demo", "league", "bench"}
     | {"quant.keystats"},
     "__main__": {"cli"},
 }

@@ -11,6 +11,7 @@ import typer
 
 from kvcompress import __version__
 from kvcompress.cli import (
+    bench,
     demo,
     doctor,
     export,
@@ -38,6 +39,7 @@ COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "generate": generate.command,
     "league": league.command,
     "doctor": doctor.command,
+    "bench": bench.command,
 }
 USER_ERROR: Final = 2
 INTERRUPTED: Final = 130

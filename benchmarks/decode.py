@@ -1,0 +1,199 @@
+"""A decode step of a 222 M model: every recipe beside transformers' caches, kvpress and vLLM.
+
+    python benchmarks/decode.py                                   # all cells, about an hour
+    python benchmarks/decode.py --cells 4096x1 --no-rivals        # one cell, no other environments
+    python benchmarks/decode.py --cells 4096x1 --only vLLM --only StaticCache --results runs/look
+
+Cases take turns in one process, and rivals that need an environment of their own take theirs in
+processes that wait in between. Caches are filled with random keys and values, but where a rival can
+only read a prompt. Writes benchmarks/results/speed/decode.json, cell by cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from speed.cases import Place, Rivals, decode_entries, own_name, places
+from speed.claims import Claim, answers
+from speed.model import INT8, Models
+from speed.output import RUNS, Book, note, parser_of, pythons_of, rival_options, start
+from speed.planned import PLANNED
+from speed.text import against, best, load, markdown, mib, ms, of_floor
+
+from kvcompress.bench.cell import Rounds, run_cell
+from kvcompress.bench.entries import Size
+from kvcompress.bench.plans import Setup
+from kvcompress.bench.result import Cell, Result, Row
+
+CELLS = "1024x1,2048x1,4096x1,16384x1,1024x8"
+PROMPT_CELLS = "4096x1,16384x1,1024x8"
+STATIC = ("StaticCache float32", "StaticCache bfloat16")
+BEST_HF = ("DynamicCache float32", *STATIC, "QuantizedCache fp8 float32")
+WHOLE, FIFTH = Setup("int8", "int8", 1.0), Setup("int8", "int8", 0.2)
+MODEL_WEIGHTS = ("float32", "bfloat16")
+
+
+def main() -> None:
+    args = start(options())
+    print(report(measure(args)))
+
+
+def options() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__, rounds=9, steps=3)
+    parser.add_argument("--cells", type=places, default=places(CELLS), help="CONTEXTxBATCH, ...")
+    parser.add_argument(
+        "--prompt-cells", type=places, default=places(PROMPT_CELLS),
+        help="of these, with rivals that have to read a real prompt (minutes at 16384)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT",
+        help="cases whose names contain this; repeatable",
+    )  # fmt: skip
+    rival_options(parser)
+    return parser
+
+
+def measure(args: argparse.Namespace) -> Result:
+    """Every cell that was not measured before."""
+    models = Models(args.scale)
+    rounds = Rounds(args.rounds, args.steps, buffer_bytes=args.buffer * 2**20)
+    book = Book("decode", args, [place.name for place in places(CELLS)])
+    rivals = None
+    if not args.no_rivals:
+        folder = RUNS / f"model-{args.scale}"
+        rivals = Rivals(pythons_of(args), folder, tuple(args.prompt_cells))
+
+    def measured(place: Place) -> Cell:
+        size = Size(place.context_tokens, place.batch, rounds.room_tokens, args.threads)
+        entries, missing = decode_entries(models, place, size, rivals)
+        if args.only:
+            entries = [e for e in entries if any(text in e.name for text in args.only)]
+            missing = []
+        return run_cell(
+            place.name, entries, rounds, threads=(args.threads,), note=note, missing=missing
+        )
+
+    for place in args.cells:
+        book.get(place.name, lambda place=place: measured(place))
+    return book.result
+
+
+def report(result: Result) -> str:
+    """Every table, and what was asked, as text."""
+    parts = [f"## {cell.name}\n\n{table(cell)}\n\n{remarks(cell)}" for cell in result.cells]
+    parts.append("## Asked\n\n" + asked(result))
+    return "\n\n".join(parts)
+
+
+def table(cell: Cell, quality: Callable[[str | None], str] | None = None) -> str:
+    """One row per case.
+
+    Args:
+        quality: words for a plan, None for no such column.
+    """
+    static, dynamic = best(cell, STATIC), cell.row("DynamicCache float32")
+    headings = [
+        "cache, weights", "KV MiB", "weights MiB", "ms per token [quartiles]", "tokens/s",
+        "best StaticCache =", "DynamicCache =", "floor ms (of it)", "cpu/wall",
+        *([] if quality is None else ["quality of the plan"]),
+    ]  # fmt: skip
+    rows = [
+        [
+            row.name + mark(row), mib(row.kv_bytes), mib(row.weights_bytes), ms(row.timing),
+            f"{1e3 * row.batch / row.timing.wall.median:.1f}",
+            against(row, static), against(row, dynamic), of_floor(cell, row),
+            f"{row.timing.cpu_per_wall:.2f}",
+            *([] if quality is None else [quality(row.quality)]),
+        ]
+        for row in cell.rows
+    ]  # fmt: skip
+    return markdown(headings, rows)
+
+
+def mark(row: Row) -> str:
+    """What keeps a row from being an ordinary rival."""
+    marks = {"artefact": " (artefact)", "limit": " (limit)"}
+    own = " (own process" + (", real prompt)" if row.fill == "prompt" else ")")
+    return marks.get(row.kind, "") + (own if row.process == "own" else "")
+
+
+def remarks(cell: Cell) -> str:
+    """Bandwidth, load, what was left out."""
+    lines = [
+        f"{threads_words(found.threads)} reads {found.read_gb_s:.1f} GB/s, copies "
+        f"{found.copy_gb_s:.1f}; "
+        for found in cell.bandwidths
+    ]
+    lines.append(
+        f"load {load(cell.load_before)} before and {load(cell.load_after)} after; "
+        f"{cell.rounds} rounds, {cell.warm_rounds} unrecorded before them."
+    )
+    text = "".join(lines)
+    details = dict.fromkeys(f"{row.name}: {row.detail}" for row in cell.rows if row.detail)
+    notes = [f"- {each}" for each in details]
+    notes += [f"- not timed: {each.name}: {each.reason}" for each in cell.missing]
+    return "\n".join([text, "", *notes]) if notes else text
+
+
+def threads_words(count: int) -> str:
+    return "one thread" if count == 1 else f"{count} threads together"
+
+
+def claims() -> list[Claim]:
+    """What decode is built to decide."""
+    fifth = tuple(own_name(FIFTH, weights) for weights in MODEL_WEIGHTS)
+    whole = tuple(own_name(WHOLE, weights) for weights in MODEL_WEIGHTS)
+    stack = own_name(FIFTH, INT8)
+    vllm, no_cache = ("vLLM bfloat16",), tuple(f"no cache to read, {w}" for w in MODEL_WEIGHTS)
+    long, middle, rows = (p.name for p in places("16384x1,4096x1,1024x8"))
+    planned = tuple(own_name(PLANNED, weights) for weights in MODEL_WEIGHTS)
+    found = []
+    for cell in (long, middle):
+        found += [
+            Claim(cell, "planned 1/8 against the best cache of transformers", planned, BEST_HF),
+            Claim(cell, "int8 20 % against the best cache of transformers", fifth, BEST_HF),
+            Claim(cell, "int8 20 % against the model with no cache to read", fifth, no_cache),
+            Claim(cell, "int8 20 %, int8 weights, against the same", (stack,), BEST_HF),
+            Claim(
+                cell, "int8 20 %, int8 weights, against StaticCache with int8 weights", (stack,),
+                ("StaticCache int8 weights",),
+            ),
+            Claim(cell, "int8 20 %, int8 weights, against the floor", (stack,)),
+        ]  # fmt: skip
+    quantized = ("QuantizedCache quanto int4", "QuantizedCache hqq int4")
+    found.append(Claim(long, "int8 20 % against QuantizedCache int4", fifth, quantized))
+    for cell in (middle, long, rows):
+        found.append(Claim(cell, "int8 20 % against vLLM", fifth, vllm))
+        found.append(Claim(cell, "planned 1/8 against vLLM", planned, vllm))
+        found.append(Claim(cell, "int8 20 %, int8 weights, against vLLM", (stack,), vllm))
+    for place in places("2048x1,4096x1,16384x1"):
+        found.append(Claim(place.name, "int8 100 % against the best StaticCache", whole, STATIC))
+    return found
+
+
+def asked(result: Result) -> str:
+    """The claims as a table, and whether every recipe beats DynamicCache."""
+    lines = [[cell, title, answer] for cell, title, answer in answers(result, claims())]
+    for cell in result.cells:
+        lines.append([cell.name, "every recipe against DynamicCache float32", worst(cell)])
+    return markdown(["where", "asked", "answer"], lines, numbers=False)
+
+
+def worst(cell: Cell) -> str:
+    """The recipe of ours that gains least on DynamicCache."""
+    peer = cell.row("DynamicCache float32")
+    own = [row for row in cell.rows if row.kind == "ours"]
+    if peer is None or not own:
+        return "not measured"
+    slowest = max(own, key=lambda row: row.timing.wall.median)
+    behind = [row for row in own if row.timing.wall.median > peer.timing.wall.median]
+    return (
+        f"{len(own) - len(behind)} of {len(own)} are faster; the slowest, {slowest.name}: "
+        f"{against(slowest, peer)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the speed benchmarks share beside `kvcompress.bench`: the model, the rivals, the page."""

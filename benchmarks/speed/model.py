@@ -1,0 +1,99 @@
+"""The Llama-shaped model of 222 million parameters that the speed benchmarks run, random weights.
+
+Speed does not depend on what the weights say; quality does, and comes from the shipped model.
+"""
+
+from __future__ import annotations
+
+import copy
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+MAX_POSITION: Final = 2**20
+NAMES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+INT8: Final = "int8"
+LINEAR8: Final = "kvcompress.runtime.linear8"
+
+
+def config(scale: str = "full") -> LlamaConfig:
+    """``full`` is the model of the results, ``tiny`` of the smoke tests."""
+    sizes = {
+        "full": (32000, 1024, 2816, 16, 16, 8),
+        "tiny": (256, 128, 192, 2, 4, 2),
+    }
+    vocabulary, hidden, inner, layers, heads, kv_heads = sizes[scale]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=MAX_POSITION,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def words(scale: str) -> str:
+    """The model in one line, for conditions."""
+    made = config(scale)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in LlamaForCausalLM(made).parameters())
+    return (
+        f"Llama-shaped, {parameters / 1e6:.3g} M parameters with random weights: hidden "
+        f"{made.hidden_size}, {made.num_hidden_layers} layers, {made.num_attention_heads} query on "
+        f"{made.num_key_value_heads} KV heads of {made.head_dim}, MLP {made.intermediate_size}, "
+        f"vocabulary {made.vocab_size}, tied"
+    )
+
+
+class Models:
+    """The model in each format of weights, made when first asked for."""
+
+    def __init__(self, scale: str = "full") -> None:
+        self.scale = scale
+        self._made: dict[str, Any] = {}
+
+    def __call__(self, weights: str) -> Any:
+        """The model with weights in ``float32``, ``bfloat16`` or ``int8``.
+
+        Raises:
+            ModuleNotFoundError: for int8 where this version cannot quantize linears.
+        """
+        if weights not in self._made:
+            self._made[weights] = self._make(weights)
+        return self._made[weights]
+
+    def _make(self, weights: str) -> Any:
+        if weights == "float32":
+            torch.manual_seed(0)
+            return LlamaForCausalLM(config(self.scale)).eval()
+        if weights == INT8:  # the module may not be there: asked for before anything is copied
+            quantize = import_module(LINEAR8).quantize_linears
+            return quantize(copy.deepcopy(self("float32"))).eval()
+        return copy.deepcopy(self("float32")).to(NAMES[weights])
+
+    def saved(self, folder: Path) -> Path:
+        """The bfloat16 model as a directory, for processes of other environments."""
+        if not (folder / "config.json").is_file():
+            self("bfloat16").save_pretrained(folder)
+        return folder
+
+
+def int8_missing() -> str | None:
+    """Why int8 weights cannot be timed, None where they can."""
+    from kvcompress.bench.run import kernel_words  # not there in rivals' environments
+
+    try:
+        import_module(LINEAR8)
+    except ModuleNotFoundError:
+        return f"this version has no int8 linears ({LINEAR8})"
+    words = kernel_words()
+    return None if words.startswith("C") else f"int8 linears need compiled kernels: {words}"
