@@ -11,6 +11,9 @@
 
 KVC_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2")
 #define KVC_WIDTH 16
+#define KVC_INTS_OF_BYTES(p) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define KVC_INTS_OF_HALVES(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
+#define KVC_FLOATS_OF_HALVES(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #include "inner.inc.h"
 
 /* The first `count` of 64 bytes. */
@@ -29,15 +32,28 @@ static inline __attribute__((always_inline)) __m512i multiply_add(__m512i sum, _
 static void unpack_nibbles(const kvc_codes *c, int64_t first, int64_t count, uint8_t *restrict out) {
     const int part = c->dim / 2;
     const __m512i nibble = _mm512_set1_epi8(15);
-    for (int64_t t = 0; t < count; t++) {
-        const uint8_t *row = (const uint8_t *)c->data + (first + t) * c->row_bytes;
+    const uint8_t *row = (const uint8_t *)c->data + first * c->row_bytes;
+    int64_t t = 0;
+    for (; part == 32 && t + 2 <= count; t += 2, row += 64) { /* two rows at a time */
+        const __m512i x = _mm512_loadu_si512(row), low = _mm512_and_si512(x, nibble);
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble);
+        _mm512_storeu_si512(out + t * 64, _mm512_shuffle_i64x2(low, high, 0x44));
+        _mm512_storeu_si512(out + t * 64 + 64, _mm512_shuffle_i64x2(low, high, 0xee));
+    }
+    for (; t < count; t++, row += c->row_bytes) {
         uint8_t *to = out + t * c->dim;
         for (int i = 0; i < part; i += 64) {
             const __mmask64 some = first_bytes(part - i);
             const __m512i x = _mm512_maskz_loadu_epi8(some, row + i);
-            _mm512_mask_storeu_epi8(to + i, some, _mm512_and_si512(x, nibble));
-            _mm512_mask_storeu_epi8(to + part + i, some,
-                                    _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble));
+            const __m512i low = _mm512_and_si512(x, nibble);
+            const __m512i high = _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble);
+            if (some == ~0ull) { /* a plain store is several times faster than a masked one */
+                _mm512_storeu_si512(to + i, low);
+                _mm512_storeu_si512(to + part + i, high);
+            } else {
+                _mm512_mask_storeu_epi8(to + i, some, low);
+                _mm512_mask_storeu_epi8(to + part + i, some, high);
+            }
         }
     }
 }

@@ -1,6 +1,8 @@
 /* The inner loops in GCC's vector extensions, compiled once for each instruction set.
  *
- * The including file sets KVC_NAME(x), KVC_WIDTH (floats of one vector) and the compiler's target.
+ * The including file sets the compiler's target and KVC_WIDTH, the floats of one vector. It may set
+ * KVC_INTS_OF_BYTES(p), KVC_INTS_OF_HALVES(p) and KVC_FLOATS_OF_HALVES(p), which load and widen that
+ * many numbers, where the compiler does not find the instruction by itself.
  */
 #include <math.h>
 #include <string.h>
@@ -62,27 +64,40 @@ static inline void totals(vf a, vf b, vf c, vf d, float *out) {
 #endif
 }
 
-static inline vf from_bf16(const uint16_t *p) {
-    vh h;
-    memcpy(&h, p, sizeof h);
-    return as_float(__builtin_convertvector(h, vi) << 16);
-}
-
-static inline vf from_half(const uint16_t *p) {
-    vh h;
-    memcpy(&h, p, sizeof h);
-    vi x = __builtin_convertvector(h, vi);
-    vi sign = (x & 0x8000) << 16, size = (x & 0x7fff) << 13;
-    vf scaled = as_float(size) * all(0x1p112f); /* the exponents' biases differ by 112 */
-    vi special = size >= all_i(0x7c00 << 13);   /* infinity and NaN keep their largest exponent */
-    return as_float(sign | as_int(choose(special, as_float(size | all_i(0x7f800000)), scaled)));
-}
-
-static inline vf from_bytes(const uint8_t *p) {
+static inline vi ints_of_bytes(const uint8_t *p) {
+#ifdef KVC_INTS_OF_BYTES
+    return (vi)KVC_INTS_OF_BYTES(p);
+#else
     vb b;
     memcpy(&b, p, sizeof b);
-    return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+    return __builtin_convertvector(b, vi);
+#endif
 }
+
+static inline vi ints_of_halves(const uint16_t *p) {
+#ifdef KVC_INTS_OF_HALVES
+    return (vi)KVC_INTS_OF_HALVES(p);
+#else
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, vi);
+#endif
+}
+
+static inline vf from_bf16(const uint16_t *p) { return as_float(ints_of_halves(p) << 16); }
+
+static inline vf from_half(const uint16_t *p) {
+#ifdef KVC_FLOATS_OF_HALVES
+    return (vf)KVC_FLOATS_OF_HALVES(p);
+#else
+    const vi x = ints_of_halves(p), sign = (x & 0x8000) << 16, size = (x & 0x7fff) << 13;
+    const vf scaled = as_float(size) * all(0x1p112f); /* the exponents' biases differ by 112 */
+    const vi special = size >= all_i(0x7c00 << 13);   /* infinity and NaN keep their largest exponent */
+    return as_float(sign | as_int(choose(special, as_float(size | all_i(0x7f800000)), scaled)));
+#endif
+}
+
+static inline vf from_bytes(const uint8_t *p) { return __builtin_convertvector(ints_of_bytes(p), vf); }
 
 /* e^x with a relative error below 2e-7; 0 for −inf. x ≤ 0 is all that softmax asks for. */
 static inline vf exponential(vf x) {
@@ -107,21 +122,11 @@ static inline vf exponential(vf x) {
 static inline float exponential_one(float x) { return exponential(all(x))[0]; }
 
 /* ---- vectors of any kind as floats */
-static float from_fp8(uint8_t code) {
-    int32_t exponent = (code >> 3) & 15, fraction = code & 7;
-    float size = exponent ? ldexpf((float)(8 + fraction), exponent - 10) : ldexpf((float)fraction, -9);
-    if ((code & 0x7f) == 0x7f) size = NAN;
-    return code & 0x80 ? -size : size;
-}
-
-static const float *fp8_table(void) {
-    static float table[256];
-    static int ready; /* racing threads write the same numbers */
-    if (!__atomic_load_n(&ready, __ATOMIC_ACQUIRE)) {
-        for (int i = 0; i < 256; i++) table[i] = from_fp8((uint8_t)i);
-        __atomic_store_n(&ready, 1, __ATOMIC_RELEASE);
-    }
-    return table;
+/* e4m3: its exponent's bias is 7, a float's 127 */
+static inline vf from_fp8s(const uint8_t *p) {
+    const vi x = ints_of_bytes(p), sign = (x & 0x80) << 24, size = (x & 0x7f) << 20;
+    const vf scaled = choose((x & 0x7f) == 0x7f, all(NAN), as_float(size) * all(0x1p120f));
+    return as_float(sign | as_int(scaled));
 }
 
 static float half_to_float(uint16_t h) {
@@ -158,10 +163,12 @@ static void widen(const kvc_codes *c, int64_t slot, float *restrict out) {
         for (; i < part; i++) out[i] = (float)(row[i] & 15);
         for (i = 0; i < part; i++) out[part + i] = (float)(row[i] >> 4);
         break;
-    default: {
-        const float *table = fp8_table();
-        for (; i < dim; i++) out[i] = table[row[i]];
-    }
+    default:
+        for (; i + W <= dim; i += W) store(out + i, from_fp8s(row + i));
+        for (; i < dim; i++) {
+            uint8_t padded[W] = {row[i]};
+            out[i] = from_fp8s(padded)[0];
+        }
     }
 }
 
@@ -184,34 +191,44 @@ static inline float dot_of(const float *x, const float *y, int64_t n) {
 
 static float dot(const float *x, const float *y, int64_t n) { return dot_of(x, y, n); }
 
+/* One or two queries, `dim` apart, over `count` rows. */
+static inline __attribute__((always_inline)) void dots_of_rows(const float *rows, int64_t count, int dim,
+                                                               const float *query, int pair, float *out,
+                                                               int64_t stride) {
+    int64_t t = 0;
+    for (; t + 4 <= count; t += 4) { /* four rows at once hide the latency of an addition */
+        const float *k = rows + t * dim;
+        vf sum[2][4];
+        float s[4];
+        for (int r = 0; r <= pair; r++)
+            for (int j = 0; j < 4; j++) sum[r][j] = all(0.0f);
+        int i = 0;
+        for (; i + W <= dim; i += W)
+            for (int j = 0; j < 4; j++) {
+                const vf x = load(k + j * dim + i);
+                for (int r = 0; r <= pair; r++) sum[r][j] += x * load(query + r * dim + i);
+            }
+        for (int r = 0; r <= pair; r++) {
+            totals(sum[r][0], sum[r][1], sum[r][2], sum[r][3], s);
+            for (int rest = i; rest < dim; rest++)
+                for (int j = 0; j < 4; j++) s[j] += query[r * dim + rest] * k[j * dim + rest];
+            memcpy(out + r * stride + t, s, sizeof s);
+        }
+    }
+    for (; t < count; t++)
+        for (int r = 0; r <= pair; r++) out[r * stride + t] = dot_of(query + r * dim, rows + t * dim, dim);
+}
+
 static void dots(const kvc_codes *c, int64_t first, int64_t n, const kvc_query *q, float *out,
                  int64_t stride, uint8_t *tile) {
     const int dim = c->dim;
     for (int64_t low = 0; low < n; low += KVC_TILE) {
         const int64_t count = n - low < KVC_TILE ? n - low : KVC_TILE;
         const float *rows = rows_of(c, first + low, count, tile);
-        for (int r = 0; r < q->rows; r++) {
+        for (int r = 0; r < q->rows; r += 2) {
             const float *query = q->value + (int64_t)r * dim;
-            float *to = out + r * stride + low;
-            int64_t t = 0;
-            for (; t + 4 <= count; t += 4) { /* four sums at once hide the latency of an addition */
-                const float *k = rows + t * dim;
-                vf a = all(0.0f), b = a, d = a, e = a;
-                int i = 0;
-                for (; i + W <= dim; i += W) {
-                    vf x = load(query + i);
-                    a += x * load(k + i);
-                    b += x * load(k + dim + i);
-                    d += x * load(k + 2 * dim + i);
-                    e += x * load(k + 3 * dim + i);
-                }
-                float s[4];
-                totals(a, b, d, e, s);
-                for (; i < dim; i++)
-                    for (int j = 0; j < 4; j++) s[j] += query[i] * k[j * dim + i];
-                memcpy(to + t, s, sizeof s);
-            }
-            for (; t < count; t++) to[t] = dot_of(query, rows + t * dim, dim);
+            if (r + 1 < q->rows) dots_of_rows(rows, count, dim, query, 1, out + r * stride + low, stride);
+            else dots_of_rows(rows, count, dim, query, 0, out + r * stride + low, stride);
         }
     }
 }
@@ -225,30 +242,45 @@ static inline void add_scaled_to(float *restrict x, const float *restrict y, int
 
 static void add_scaled(float *x, const float *y, int64_t n, float factor) { add_scaled_to(x, y, n, factor); }
 
+/* `count` rows of `width` channels into the sums of one or two query rows. */
+static inline __attribute__((always_inline)) void weigh_rows(const float *rows, int64_t row_stride,
+                                                             int64_t count, int width, const float *weight,
+                                                             int64_t stride, int pair, float *sum,
+                                                             int64_t sum_stride) {
+    int i = 0;
+    for (; i + 4 * W <= width; i += 4 * W) {
+        vf a[2][4];
+        for (int r = 0; r <= pair; r++)
+            for (int j = 0; j < 4; j++) a[r][j] = load(sum + r * sum_stride + i + j * W);
+        for (int64_t t = 0; t < count; t++) {
+            const float *v = rows + t * row_stride + i;
+            const vf x = all(weight[t]), y = all(pair ? weight[stride + t] : 0.0f);
+            for (int j = 0; j < 4; j++) {
+                const vf u = load(v + j * W);
+                a[0][j] += x * u;
+                if (pair) a[1][j] += y * u;
+            }
+        }
+        for (int r = 0; r <= pair; r++)
+            for (int j = 0; j < 4; j++) store(sum + r * sum_stride + i + j * W, a[r][j]);
+    }
+    for (int64_t t = 0; i < width && t < count; t++)
+        for (int r = 0; r <= pair; r++)
+            add_scaled_to(sum + r * sum_stride + i, rows + t * row_stride + i, width - i,
+                          weight[r * stride + t]);
+}
+
 static void weigh(const kvc_codes *c, int64_t first, int64_t n, int32_t low, int32_t width,
                   const float *weight, int64_t stride, int32_t rows, float *sum, int64_t sum_stride,
                   uint8_t *tile) {
     for (int64_t from = 0; from < n; from += KVC_TILE) {
         const int64_t count = n - from < KVC_TILE ? n - from : KVC_TILE;
         const float *wide = rows_of(c, first + from, count, tile) + low;
-        for (int r = 0; r < rows; r++) {
+        for (int r = 0; r < rows; r += 2) {
             const float *w = weight + r * stride + from;
             float *to = sum + r * sum_stride + low;
-            int i = 0;
-            for (; i + 4 * W <= width; i += 4 * W) {
-                vf a = load(to + i), b = load(to + i + W), d = load(to + i + 2 * W), e = load(to + i + 3 * W);
-                for (int64_t t = 0; t < count; t++) {
-                    const float *v = wide + t * c->dim + i;
-                    vf x = all(w[t]);
-                    a += x * load(v);
-                    b += x * load(v + W);
-                    d += x * load(v + 2 * W);
-                    e += x * load(v + 3 * W);
-                }
-                store(to + i, a), store(to + i + W, b), store(to + i + 2 * W, d), store(to + i + 3 * W, e);
-            }
-            for (int64_t t = 0; i < width && t < count; t++)
-                add_scaled_to(to + i, wide + t * c->dim + i, width - i, w[t]);
+            if (r + 1 < rows) weigh_rows(wide, c->dim, count, width, w, stride, 1, to, sum_stride);
+            else weigh_rows(wide, c->dim, count, width, w, stride, 0, to, sum_stride);
         }
     }
 }
