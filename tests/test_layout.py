@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "evaluate": VALUES | {"accounting", "evict", "quant", "runtime", "bundle"},
     "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant"},
     "league": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "evict"},
-    "bench": VALUES | {"accounting", "evaluate", "evict", "quant", "runtime"},
+    "bench": VALUES | {"accounting", "evaluate", "evict", "kernels", "quant", "runtime"},
     "cli": VALUES
     | {"accounting", "profile", "bundle", "runtime", "evaluate", "demo", "league", "bench"}
     | {"quant.keystats"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any, Final
 
 import torch
@@ -27,6 +26,7 @@ from kvcompress.bench.result import Conditions, Kind, Result
 from kvcompress.errors import KVCompressError
 from kvcompress.evaluate.compare import Row as PlanRow
 from kvcompress.evaluate.serving import model_shape
+from kvcompress.kernels.cpu.library import library, why_not
 
 PEERS: Final[dict[str, Callable[[Any], Holder]]] = {
     "dynamic": dynamic_holder,
@@ -158,13 +158,9 @@ def conditions(model: str, device: str, malloc: str) -> Conditions:
 
 def kernel_words() -> str:
     """What computes attention over codes on a CPU."""
-    try:
-        module = import_module("kvcompress.kernels.cpu.library")
-    except ModuleNotFoundError:
-        return "PyTorch (this version has no C kernels)"
-    found = module.library()
+    found = library()
     if found is None:
-        return f"PyTorch ({module.why_not()})"
+        return f"PyTorch ({why_not()})"
     return f"C, {found.isa}"
 
 
