@@ -17,7 +17,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Check a bundle, load it and attach its plan; `model.generate` then works as usual.
 
-    On the CPU int8 weights are served by the compiled kernels, see `kvcompress doctor`.
+    On the CPU int8 and 16-bit weights are served by the compiled kernels where there are any, see
+    `kvcompress doctor`.
 
     Args:
         device_map: as in `from_pretrained`; None is the CPU.
@@ -29,11 +30,14 @@ def load(
     from kvcompress.kernels.cpu.library import library
     from kvcompress.runtime.hf import attach
     from kvcompress.runtime.linear8 import serve_bitsandbytes
+    from kvcompress.runtime.linear16 import serve_16_bit
 
     checked = open_bundle(bundle)
     model = load_weights(checked, device_map, dtype)
-    if checked.manifest.weights.format == "int8" and library() is not None:
-        serve_bitsandbytes(model)
+    if library() is not None:
+        if checked.manifest.weights.format == "int8":
+            serve_bitsandbytes(model)
+        serve_16_bit(model)
     return attach(model, checked.plan, checked.params), load_tokenizer(checked)
 
 

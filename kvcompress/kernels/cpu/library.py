@@ -91,6 +91,31 @@ class Library:
             raise MemoryError("no memory for the scratch arrays of a product with int8 weights")
         return y
 
+    def linear16(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``[M, out]``: ``x Wᵀ + bias``, summed as floats, in the dtype of `x`.
+
+        Args:
+            x: ``[M, in]``; weight: ``[out, in]``; bias: ``[out]``; all bfloat16 or all float16.
+
+        Raises:
+            MemoryError: where there is none for the scratch arrays.
+        """
+        import torch
+
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        outer, inner = weight.shape
+        y = x.new_empty(x.shape[0], outer)
+        wide = None if bias is None else bias.float()
+        failed = self._library.kvc_linear16(
+            *(weight.data_ptr(), outer, inner),
+            *(x.data_ptr(), DTYPES[str(x.dtype)[6:]], x.shape[0], x.stride(0)),
+            None if wide is None else wide.data_ptr(),
+            *(y.data_ptr(), outer, torch.get_num_threads()),
+        )
+        if failed:
+            raise MemoryError("no memory for the scratch arrays of a product with 16-bit weights")
+        return y
+
 
 @dataclass(frozen=True)
 class Absent:
@@ -143,6 +168,11 @@ def _declare(library: CDLL) -> None:
     library.kvc_linear8.argtypes = [
         *(c_void_p, c_int64, c_int64, c_void_p, c_void_p),  # the weight
         *(c_void_p, c_int32, c_int64, c_int64, c_void_p),  # the activations and the bias
+        *(c_void_p, c_int64, c_int32),
+    ]
+    library.kvc_linear16.argtypes = [
+        *(c_void_p, c_int64, c_int64),
+        *(c_void_p, c_int32, c_int64, c_int64, c_void_p),
         *(c_void_p, c_int64, c_int32),
     ]
 

@@ -14,6 +14,6 @@ KVC_TARGET_END
 
 const kvc_isa kvc_avx2 = {
     "avx2", 0,      dots,     weigh,    settle,     halves, logits, maximum,
-    exponentials, scale_by, dot, add_scaled, seen, victim, linear8,
+    exponentials, scale_by, dot, add_scaled, seen, victim, linear8, linear16,
 };
 #endif

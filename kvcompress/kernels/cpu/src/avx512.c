@@ -413,10 +413,69 @@ static void linear8_vnni(const int8_t *w, int64_t first, int64_t stop, int64_t i
                              y + i * y_stride + n);
     }
 }
+
+/* ---- bfloat16 weights: of 32 in a vector those of odd channels are floats already, once the others'
+ * bits are cleared, and those of even channels a shift away */
+static inline __attribute__((always_inline)) void linear16_rows(const uint16_t *w, int64_t inner, int rows,
+                                                                int pair, int fetch, const float *even,
+                                                                const float *odd, int64_t stride, float *y,
+                                                                int64_t y_stride) {
+    __m512 sum[2][ROWS];
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    for (int i = 0; i <= pair; i++)
+        for (int r = 0; r < ROWS; r++) sum[i][r] = _mm512_setzero_ps();
+    for (int r = 0; r < rows; r++, w += inner) {
+        __m512 a[2], b[2];
+        for (int i = 0; i <= pair; i++) a[i] = b[i] = _mm512_setzero_ps();
+        int64_t k = 0;
+        for (; k + 32 <= inner; k += 32) {
+            const __m512i x = _mm512_loadu_si512(w + k);
+            if (fetch) _mm_prefetch((const char *)(w + k) + AHEAD_BYTES, _MM_HINT_T0);
+            const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+            const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(x, upper));
+            for (int i = 0; i <= pair; i++) {
+                a[i] = _mm512_fmadd_ps(low, _mm512_loadu_ps(even + i * stride + k / 2), a[i]);
+                b[i] = _mm512_fmadd_ps(high, _mm512_loadu_ps(odd + i * stride + k / 2), b[i]);
+            }
+        }
+        if (k < inner) {
+            const __m512i x = _mm512_maskz_loadu_epi16((__mmask32)((1ull << (inner - k)) - 1), w + k);
+            const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+            const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(x, upper));
+            for (int i = 0; i <= pair; i++) {
+                a[i] = _mm512_fmadd_ps(low, _mm512_loadu_ps(even + i * stride + k / 2), a[i]);
+                b[i] = _mm512_fmadd_ps(high, _mm512_loadu_ps(odd + i * stride + k / 2), b[i]);
+            }
+        }
+        for (int i = 0; i <= pair; i++) sum[i][r] = _mm512_add_ps(a[i], b[i]);
+    }
+    for (int i = 0; i <= pair; i++)
+        _mm256_mask_storeu_ps(y + i * y_stride, (__mmask8)((1u << rows) - 1), sums_of_8(sum[i]));
+}
+
+static void linear16_wide(const uint16_t *w, int32_t dtype, int64_t first, int64_t stop, int64_t inner,
+                          const float *x, const float *even, const float *odd, int64_t half_stride,
+                          int64_t m, float *y, int64_t y_stride) {
+    if (dtype != KVC_BF16) {
+        linear16(w, dtype, first, stop, inner, x, even, odd, half_stride, m, y, y_stride);
+        return;
+    }
+    for (int64_t n = first; n < stop; n += ROWS) {
+        const int rows = stop - n < ROWS ? (int)(stop - n) : ROWS;
+        for (int64_t i = 0; i < m; i += 2) {
+            const float *e = even + i * half_stride, *o = odd + i * half_stride;
+            float *to = y + i * y_stride + n;
+            if (i + 1 < m)
+                linear16_rows(w + n * inner, inner, rows, 1, i == 0, e, o, half_stride, to, y_stride);
+            else
+                linear16_rows(w + n * inner, inner, rows, 0, i == 0, e, o, half_stride, to, y_stride);
+        }
+    }
+}
 KVC_TARGET_END
 
 const kvc_isa kvc_avx512 = {
     "avx512-vnni", 1,   dots_vnni, weigh_vnni, settle_vnni, halves, logits, maximum,
-    exponentials, scale_by, dot, add_scaled, seen, victim, linear8_vnni,
+    exponentials, scale_by, dot, add_scaled, seen, victim, linear8_vnni, linear16_wide,
 };
 #endif

@@ -446,3 +446,29 @@ static void linear8(const int8_t *w, int64_t first, int64_t stop, int64_t inner,
         }
     }
 }
+
+/* ---- 16-bit weights */
+static void linear16(const uint16_t *w, int32_t dtype, int64_t first, int64_t stop, int64_t inner,
+                     const float *x, const float *even, const float *odd, int64_t half_stride, int64_t m,
+                     float *y, int64_t y_stride) {
+    (void)even, (void)odd, (void)half_stride;
+    for (int64_t n = first; n < stop; n++) {
+        const uint16_t *row = w + n * inner;
+        for (int64_t from = 0; from < m; from += 4) {
+            const int rows = m - from < 4 ? (int)(m - from) : 4;
+            vf sum[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+            float rest[4] = {0};
+            int64_t k = 0;
+            for (; k + W <= inner; k += W) {
+                const vf wide = dtype == KVC_BF16 ? from_bf16(row + k) : from_half(row + k);
+                for (int r = 0; r < rows; r++) sum[r] += wide * load(x + (from + r) * inner + k);
+            }
+            for (; k < inner; k++) {
+                uint16_t padded[W] = {row[k]};
+                const float one = dtype == KVC_BF16 ? from_bf16(padded)[0] : from_half(padded)[0];
+                for (int r = 0; r < rows; r++) rest[r] += one * x[(from + r) * inner + k];
+            }
+            for (int r = 0; r < rows; r++) y[(from + r) * y_stride + n] = total(sum[r]) + rest[r];
+        }
+    }
+}

@@ -103,6 +103,11 @@ typedef struct {
     void (*linear8)(const int8_t *w, int64_t first, int64_t stop, int64_t inner, const float *scale,
                     const int32_t *row_sum, const float *x, const uint8_t *high, const uint8_t *low,
                     const float *unit, const float *shift, int64_t m, float *y, int64_t y_stride);
+    /* The same for rows of KVC_BF16 or KVC_F16, without a scale; x of even and of odd channels, each
+     * [m, half_stride], stand beside x [m, inner] */
+    void (*linear16)(const uint16_t *w, int32_t dtype, int64_t first, int64_t stop, int64_t inner,
+                     const float *x, const float *even, const float *odd, int64_t half_stride, int64_t m,
+                     float *y, int64_t y_stride);
 } kvc_isa;
 
 extern const kvc_isa kvc_portable;

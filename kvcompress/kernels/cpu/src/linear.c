@@ -1,4 +1,4 @@
-/* Products with int8 weights, for few rows of activations. */
+/* Products with int8 and 16-bit weights, for few rows of activations. */
 #include <math.h>
 #include <string.h>
 
@@ -71,6 +71,48 @@ KVC_EXPORT int32_t kvc_linear8(const int8_t *weight, int64_t outer, int64_t inne
         float *own = out + r * outer;
         for (int64_t n = 0; bias && n < outer; n++) own[n] += bias[n];
         kvc_to_model(own, dtype, outer, (char *)y + r * y_stride * size);
+    }
+    return 0;
+}
+
+typedef struct {
+    const kvc_isa *isa;
+    const uint16_t *weight;
+    int32_t dtype;
+    int64_t outer, inner, rows, half_stride;
+    const float *x, *even, *odd;
+    float *y;
+} job16;
+
+static void one_block16(void *context, int64_t item) {
+    const job16 *j = context;
+    const int64_t first = item * BLOCK, stop = first + BLOCK < j->outer ? first + BLOCK : j->outer;
+    j->isa->linear16(j->weight, j->dtype, first, stop, j->inner, j->x, j->even, j->odd, j->half_stride,
+                     j->rows, j->y, j->outer);
+}
+
+/* y = x Wᵀ with weights, activations and results of one dtype, KVC_BF16 or KVC_F16, and sums of
+ * floats; arguments as above. */
+KVC_EXPORT int32_t kvc_linear16(const uint16_t *weight, int64_t outer, int64_t inner, const void *x,
+                                int32_t dtype, int64_t rows, int64_t x_stride, const float *bias, void *y,
+                                int64_t y_stride, int32_t threads) {
+    const int64_t half = (inner + 31) / 32 * 16;
+    uint8_t *memory = kvc_scratch(0, (size_t)(rows * (inner + 2 * half + outer) * 4 + 256));
+    if (!memory) return -1;
+    float *even = (float *)memory, *odd = even + rows * half, *wide = odd + rows * half;
+    float *out = wide + rows * inner;
+    job16 j = {kvc_current(), weight, dtype, outer, inner, rows, half, wide, even, odd, out};
+    memset(even, 0, (size_t)(2 * rows * half) * 4);
+    for (int64_t r = 0; r < rows; r++) {
+        float *own = wide + r * inner;
+        kvc_from_model((const char *)x + r * x_stride * 2, dtype, inner, own);
+        for (int64_t k = 0; k < inner; k++) (k % 2 ? odd : even)[r * half + k / 2] = own[k];
+    }
+    kvc_parallel((outer + BLOCK - 1) / BLOCK, outer * inner > (1 << 16) ? threads : 1, one_block16, &j);
+    for (int64_t r = 0; r < rows; r++) {
+        float *own = out + r * outer;
+        for (int64_t n = 0; bias && n < outer; n++) own[n] += bias[n];
+        kvc_to_model(own, dtype, outer, (char *)y + r * y_stride * 2);
     }
     return 0;
 }

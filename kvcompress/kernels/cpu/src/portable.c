@@ -4,5 +4,5 @@
 
 const kvc_isa kvc_portable = {
     "portable", 0,      dots,     weigh,    settle,     halves, logits, maximum,
-    exponentials, scale_by, dot, add_scaled, seen, victim, linear8,
+    exponentials, scale_by, dot, add_scaled, seen, victim, linear8, linear16,
 };
