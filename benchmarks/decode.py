@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from speed.cases import Place, Rivals, decode_entries, own_name, places
 from speed.claims import Claim, answers
-from speed.model import INT8, Models
+from speed.model import COMPILED, INT8, Models
 from speed.output import RUNS, Book, note, parser_of, pythons_of, rival_options, start
 from speed.planned import PLANNED
 from speed.text import against, best, load, markdown, mib, ms, of_floor
@@ -145,17 +145,22 @@ def claims() -> list[Claim]:
     """What decode is built to decide."""
     fifth = tuple(own_name(FIFTH, weights) for weights in MODEL_WEIGHTS)
     whole = tuple(own_name(WHOLE, weights) for weights in MODEL_WEIGHTS)
-    stack = own_name(FIFTH, INT8)
+    stack, compiled = own_name(FIFTH, INT8), own_name(FIFTH, COMPILED)
     vllm, no_cache = ("vLLM bfloat16",), tuple(f"no cache to read, {w}" for w in MODEL_WEIGHTS)
     long, middle, rows = (p.name for p in places("16384x1,4096x1,1024x8"))
     planned = tuple(own_name(PLANNED, weights) for weights in MODEL_WEIGHTS)
-    found = []
+    found: list[Claim] = []
     for cell in (long, middle):
         found += [
             Claim(cell, "planned 1/8 against the best cache of transformers", planned, BEST_HF),
             Claim(cell, "int8 20 % against the best cache of transformers", fifth, BEST_HF),
             Claim(cell, "int8 20 % against the model with no cache to read", fifth, no_cache),
-            Claim(cell, "int8 20 %, int8 weights, against the same", (stack,), BEST_HF),
+            Claim(cell, "int8 20 %, compiled bfloat16, against the same caches", (compiled,), BEST_HF),
+            Claim(
+                cell, "int8 20 %, compiled bfloat16, against StaticCache with these products",
+                (compiled,), ("StaticCache compiled bfloat16",),
+            ),
+            Claim(cell, "int8 20 %, int8 weights, against the same caches", (stack,), BEST_HF),
             Claim(
                 cell, "int8 20 %, int8 weights, against StaticCache with int8 weights", (stack,),
                 ("StaticCache int8 weights",),
@@ -167,6 +172,7 @@ def claims() -> list[Claim]:
     for cell in (middle, long, rows):
         found.append(Claim(cell, "int8 20 % against vLLM", fifth, vllm))
         found.append(Claim(cell, "planned 1/8 against vLLM", planned, vllm))
+        found.append(Claim(cell, "int8 20 %, compiled bfloat16, against vLLM", (compiled,), vllm))
         found.append(Claim(cell, "int8 20 %, int8 weights, against vLLM", (stack,), vllm))
     for place in places("2048x1,4096x1,16384x1"):
         found.append(Claim(place.name, "int8 100 % against the best StaticCache", whole, STATIC))

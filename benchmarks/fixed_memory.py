@@ -19,7 +19,7 @@ from typing import Any
 
 from decode import mark, remarks
 from speed.cases import own_name
-from speed.model import INT8, Models, int8_missing
+from speed.model import INT8, Models, kernels_missing
 from speed.output import Book, note, parser_of, pythons_of, rival_options, start
 from speed.planned import PLANNED, Chosen, plan_for
 from speed.text import best, markdown, mib, ms, times
@@ -123,7 +123,7 @@ def all_methods(models: Models, context: int) -> tuple[list[Method], list[Missin
     ]  # fmt: skip
     for setup in SETUPS:
         made.append(_own(model, setup, "bfloat16", context))
-    reason = int8_missing()
+    reason = kernels_missing(INT8)
     if reason is not None:
         return made, [Missing(name=own_name(FIFTH, INT8), reason=reason)]
     return [*made, _own(models(INT8), FIFTH, INT8, context)], []

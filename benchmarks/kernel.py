@@ -24,7 +24,7 @@ from speed.layers import (
     sdpa_pairs,
     with_threads,
 )
-from speed.model import INT8, Models, int8_missing
+from speed.model import COMPILED, INT8, Models, kernels_missing
 from speed.output import Book, note, parser_of, start
 from speed.text import best, markdown, mib, ms, percent, times
 
@@ -104,8 +104,8 @@ def linears(
     models: Models, rounds: Rounds, threads: tuple[int, ...]
 ) -> tuple[list[Entry], list[Missing]]:
     """The model's linear layers in each format of weights."""
-    reason = int8_missing()
-    formats = ["float32", "bfloat16", *([] if reason else [INT8])]
+    reason = kernels_missing(INT8)
+    formats = ["float32", "bfloat16", *([] if reason else [COMPILED, INT8])]
     made = [
         linears_entry(models, weights, Size(0, 1, 0, count))
         for weights in formats

@@ -24,7 +24,7 @@ from kvcompress.bench.plans import setups
 from kvcompress.bench.result import Missing
 from kvcompress.bench.run import GQA_DETAIL
 from kvcompress.evaluate.serving import model_shape
-from speed.model import INT8, Models, int8_missing
+from speed.model import COMPILED, INT8, Models, kernels_missing
 from speed.planned import PLANNED, Chosen, plan_for
 from speed.workers import Pythons, kvpress_entry, quantized_entry, untuned_entry, vllm_entry
 
@@ -74,10 +74,9 @@ def own_entries(
 ) -> tuple[list[Entry], list[Missing]]:
     """Entries of ours for each (setup, weights), and those that this version cannot make."""
     made, missing = [], []
-    reason = int8_missing()
     for setup, weights in wanted:
-        name = own_name(setup, weights)
-        if weights == INT8 and reason is not None:
+        name, reason = own_name(setup, weights), kernels_missing(weights)
+        if reason is not None:
             missing.append(Missing(name=name, reason=reason))
             continue
         model = models(weights)
@@ -98,15 +97,16 @@ def own_entries(
 
 
 def all_own() -> list[tuple[Chosen, str]]:
-    main = [(setup, weights) for weights in ("float32", "bfloat16", INT8) for setup in MAIN]
+    formats = ("float32", "bfloat16", COMPILED, INT8)
+    main = [(setup, weights) for weights in formats for setup in MAIN]
     return main + [(setup, "float32") for setup in OTHERS]
 
 
 def transformers_entry(models: Models, cache: str, weights: str, size: Size) -> Entry | Missing:
     """``dynamic``, ``static`` or ``fp8`` cache of a model with such weights."""
     name = f"{_HOLDERS[cache][0]} {weights}" + (" weights" if weights == INT8 else "")
-    reason = int8_missing()
-    if weights == INT8 and reason is not None:
+    reason = kernels_missing(weights)
+    if reason is not None:
         return Missing(name=name, reason=reason)
     model = models(weights)
     artefact = cache == "dynamic" and weights == "bfloat16"
@@ -125,8 +125,8 @@ def transformers_entry(models: Models, cache: str, weights: str, size: Size) -> 
 def limit_entry(models: Models, weights: str, size: Size) -> Entry | Missing:
     """The model with next to no cache to read."""
     name = f"no cache to read, {weights}" + (" weights" if weights == INT8 else "")
-    reason = int8_missing()
-    if weights == INT8 and reason is not None:
+    reason = kernels_missing(weights)
+    if reason is not None:
         return Missing(name=name, reason=reason)
     model = models(weights)
     short = Size(LIMIT_TOKENS, size.batch, size.room_tokens, size.threads)
@@ -166,9 +166,10 @@ def decode_entries(
         transformers_entry(models, "dynamic", "bfloat16", size),
         transformers_entry(models, "static", "float32", size),
         transformers_entry(models, "static", "bfloat16", size),
+        transformers_entry(models, "static", COMPILED, size),
         transformers_entry(models, "static", INT8, size),
         transformers_entry(models, "fp8", "float32", size),
-        *(limit_entry(models, weights, size) for weights in ("float32", "bfloat16", INT8)),
+        *(limit_entry(models, w, size) for w in ("float32", "bfloat16", COMPILED, INT8)),
     ]
     own, missing = own_entries(models, size, all_own())
     made = [each for each in asked if isinstance(each, Entry)] + own

@@ -17,7 +17,7 @@ from kvcompress.bench.result import Kind
 from kvcompress.bench.timing import case_of
 from kvcompress.evaluate.quality import weights_bytes
 from kvcompress.evaluate.serving import model_shape
-from speed.model import INT8, NAMES, Models
+from speed.model import COMPILED, INT8, NAMES, Models
 
 PACKED: Final = "queries of a group as rows"
 GROUPED: Final = "enable_gqa"
@@ -116,11 +116,11 @@ def sdpa_entry(models: Models, made: Shared, dtype: str, grouping: str, size: Si
 def linears_entry(models: Models, weights: str, size: Size) -> Entry:
     """Every linear layer of the model on one row, the output head included."""
     name = with_threads(size.threads, f"linears {weights}")
-    kind: Kind = "ours" if weights == INT8 else "peer"
+    kind: Kind = "ours" if weights in (COMPILED, INT8) else "peer"
 
     def make() -> Ready:
         model = models(weights)
-        dtype = NAMES.get(weights, torch.float32)
+        dtype = torch.float32 if weights == INT8 else model.dtype
         found = [(module, width_of(module)) for module in linears_of(model)]
         rows = {width: torch.randn(size.batch, width, dtype=dtype) for _, width in found}
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 MAX_POSITION: Final = 2**20
 NAMES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 INT8: Final = "int8"
+COMPILED: Final = "compiled bfloat16"  # products of the compiled kernels, as bundles have them
 
 
 def config(scale: str = "full") -> LlamaConfig:
@@ -60,11 +61,7 @@ class Models:
         self._made: dict[str, Any] = {}
 
     def __call__(self, weights: str) -> Any:
-        """The model with weights in ``float32``, ``bfloat16`` or ``int8``.
-
-        Raises:
-            ModuleNotFoundError: for int8 where this version cannot quantize linears.
-        """
+        """The model with weights in ``float32``, ``bfloat16``, `COMPILED` or `INT8`."""
         if weights not in self._made:
             self._made[weights] = self._make(weights)
         return self._made[weights]
@@ -77,6 +74,10 @@ class Models:
             from kvcompress.runtime.linear8 import quantize_linears  # not in rivals' environments
 
             return quantize_linears(copy.deepcopy(self("float32"))).eval()
+        if weights == COMPILED:
+            from kvcompress.runtime.linear16 import serve_16_bit  # not in rivals' environments
+
+            return serve_16_bit(copy.deepcopy(self("bfloat16")))
         return copy.deepcopy(self("float32")).to(NAMES[weights])
 
     def saved(self, folder: Path) -> Path:
@@ -86,9 +87,11 @@ class Models:
         return folder
 
 
-def int8_missing() -> str | None:
-    """Why int8 weights cannot be timed, None where they can."""
+def kernels_missing(weights: str) -> str | None:
+    """Why a model with such weights cannot be timed, None where it can."""
+    if weights not in (INT8, COMPILED):
+        return None
     from kvcompress.bench.run import kernel_words  # not there in rivals' environments
 
     words = kernel_words()
-    return None if words.startswith("C") else f"int8 linears need compiled kernels: {words}"
+    return None if words.startswith("C") else f"{weights} weights need compiled kernels: {words}"
