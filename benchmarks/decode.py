@@ -155,12 +155,12 @@ def claims() -> list[Claim]:
             Claim(cell, "planned 1/8 against the best cache of transformers", planned, BEST_HF),
             Claim(cell, "int8 20 % against the best cache of transformers", fifth, BEST_HF),
             Claim(cell, "int8 20 % against the model with no cache to read", fifth, no_cache),
-            Claim(cell, "int8 20 %, compiled bfloat16, against the same caches", (compiled,), BEST_HF),
+            Claim(cell, "int8 20 %, compiled bfloat16, against them", (compiled,), BEST_HF),
             Claim(
                 cell, "int8 20 %, compiled bfloat16, against StaticCache with these products",
                 (compiled,), ("StaticCache compiled bfloat16",),
             ),
-            Claim(cell, "int8 20 %, int8 weights, against the same caches", (stack,), BEST_HF),
+            Claim(cell, "int8 20 %, int8 weights, against them", (stack,), BEST_HF),
             Claim(
                 cell, "int8 20 %, int8 weights, against StaticCache with int8 weights", (stack,),
                 ("StaticCache int8 weights",),
