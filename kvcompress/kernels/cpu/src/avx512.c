@@ -97,10 +97,18 @@ static inline __attribute__((always_inline)) void add_group(__m512i a, __m512i b
     }
 }
 
+enum { AHEAD_BYTES = 2048 }; /* memory is asked for this far ahead of where it is read */
+
+/* Ask for 64 channels of 4 rows that lie ahead; all at once they would wait for one another. */
+static inline __attribute__((always_inline)) void fetch_rows(const uint8_t *p, int64_t row_bytes) {
+    for (int i = 0; i < 4; i++) _mm_prefetch((const char *)p + i * row_bytes + AHEAD_BYTES, _MM_HINT_T0);
+}
+
 /* Query row r and, if `pair`, r + 1 over up to 64 rows of bytes. A query's 64 channels stay in
  * registers while they meet all rows. */
-static inline __attribute__((always_inline)) void dots_of_tile(const uint8_t *rows, int64_t count, int dim, const kvc_query *q, int r,
-                                int pair, float *out, int64_t stride) {
+static inline __attribute__((always_inline)) void dots_of_tile(const uint8_t *rows, int64_t count, int dim, int fetch,
+                                                               const kvc_query *q, int r, int pair,
+                                                               float *out, int64_t stride) {
     __m512i high[2][4], low[2][4], sum[2][KVC_TILE / 4];
     const __m512i zero = _mm512_setzero_si512();
     const int64_t groups = (count + 3) / 4, whole = count / 4;
@@ -114,10 +122,12 @@ static inline __attribute__((always_inline)) void dots_of_tile(const uint8_t *ro
                 low[k][j] = _mm512_load_si512(q->low + at);
             }
         const uint8_t *p = rows + i;
-        for (int64_t g = 0; g < whole; g++, p += 4 * dim)
+        for (int64_t g = 0; g < whole; g++, p += 4 * dim) {
+            if (fetch) fetch_rows(p, dim);
             add_group(_mm512_maskz_loadu_epi8(some, p), _mm512_maskz_loadu_epi8(some, p + dim),
                       _mm512_maskz_loadu_epi8(some, p + 2 * dim),
                       _mm512_maskz_loadu_epi8(some, p + 3 * dim), high, low, pair, i == 0, (int)g, sum);
+        }
         if (whole < groups)
             add_group(_mm512_maskz_loadu_epi8(some, p),
                       count % 4 > 1 ? _mm512_maskz_loadu_epi8(some, p + dim) : zero,
@@ -150,14 +160,12 @@ static void dots_vnni(const kvc_codes *c, int64_t first, int64_t n, const kvc_qu
         if (c->dtype == KVC_INT4) {
             unpack_nibbles(c, first + from, count, tile);
             rows = tile;
-        } else {
-            for (int64_t ahead = 0; ahead < count * c->row_bytes; ahead += 64)
-                _mm_prefetch((const char *)rows + KVC_TILE * c->row_bytes + ahead, _MM_HINT_T0);
         }
         for (int r = 0; r < q->rows; r += 2) {
             float *to = out + r * stride + from;
-            if (r + 1 < q->rows) dots_of_tile(rows, count, c->dim, q, r, 1, to, stride);
-            else dots_of_tile(rows, count, c->dim, q, r, 0, to, stride);
+            const int fetch = r == 0 && c->dtype == KVC_INT8;
+            if (r + 1 < q->rows) dots_of_tile(rows, count, c->dim, fetch, q, r, 1, to, stride);
+            else dots_of_tile(rows, count, c->dim, fetch, q, r, 0, to, stride);
         }
     }
 }
@@ -174,7 +182,7 @@ static inline four_rows interleave(__m512i a, __m512i b, __m512i c, __m512i d) {
 }
 
 /* Add 64 tokens, or fewer, of up to 64 channels to the sums of one or two query rows. */
-static inline __attribute__((always_inline)) void weigh_tile(const uint8_t *rows, int64_t row_bytes, int64_t count, __mmask64 some,
+static inline __attribute__((always_inline)) void weigh_tile(const uint8_t *rows, int64_t row_bytes, int64_t count, int fetch, __mmask64 some,
                               const int32_t *high, const int32_t *low, const float *unit,
                               const float *rest, int pair, float *sum, int64_t sum_stride) {
     __m512i h[2][4], l[2][4];
@@ -184,6 +192,7 @@ static inline __attribute__((always_inline)) void weigh_tile(const uint8_t *rows
     for (int64_t t = 0; t < count; t += 4) {
         const uint8_t *p = rows + t * row_bytes;
         const int64_t left = count - t;
+        if (fetch) fetch_rows(p, row_bytes);
         const four_rows f = interleave(
             _mm512_maskz_loadu_epi8(some, p),
             left > 1 ? _mm512_maskz_loadu_epi8(some, p + row_bytes) : zero,
@@ -250,12 +259,9 @@ static void weigh_vnni(const kvc_codes *c, int64_t first, int64_t n, int32_t low
         if (c->dtype == KVC_INT4) {
             unpack_nibbles(c, first + from, count, tile);
             codes = tile, row_bytes = c->dim;
-        } else {
-            for (int64_t ahead = 0; ahead < count * row_bytes; ahead += 64)
-                _mm_prefetch((const char *)codes + KVC_TILE * row_bytes + ahead, _MM_HINT_T0);
         }
         for (int r = 0; r < rows; r += 2) {
-            const int pair = r + 1 < rows;
+            const int pair = r + 1 < rows, fetch = r == 0 && c->dtype == KVC_INT8;
             float unit[2] = {0, 0}, rest[2] = {0, 0};
             for (int j = 0; j <= pair; j++)
                 unit[j] = split_weights(weight + (r + j) * stride + from, count,
@@ -266,10 +272,10 @@ static void weigh_vnni(const kvc_codes *c, int64_t first, int64_t n, int32_t low
                 float *to = sum + r * sum_stride + 2 * low + i;
                 const __mmask64 some = first_bytes(width - i);
                 if (pair)
-                    weigh_tile(codes + low + i, row_bytes, count, some, high_parts, low_parts, unit, rest,
+                    weigh_tile(codes + low + i, row_bytes, count, fetch, some, high_parts, low_parts, unit, rest,
                                1, to, sum_stride);
                 else
-                    weigh_tile(codes + low + i, row_bytes, count, some, high_parts, low_parts, unit, rest,
+                    weigh_tile(codes + low + i, row_bytes, count, fetch, some, high_parts, low_parts, unit, rest,
                                0, to, sum_stride);
             }
         }
@@ -291,7 +297,7 @@ static void settle_vnni(const kvc_codes *c, int32_t low, int32_t width, int32_t 
 }
 
 /* ---- int8 weights: activations as 16-bit integers above an offset, in two parts of 8 bits */
-enum { ROWS = 8, AHEAD_BYTES = 2048 };
+enum { ROWS = 8 };
 
 /* Lane r: the sum of the lanes of a[r], for 8 vectors. */
 static inline __m256 sums_of_8(const __m512 *a) {
@@ -475,7 +481,7 @@ static void linear16_wide(const uint16_t *w, int32_t dtype, int64_t first, int64
 KVC_TARGET_END
 
 const kvc_isa kvc_avx512 = {
-    "avx512-vnni", 1,   dots_vnni, weigh_vnni, settle_vnni, halves, logits, maximum,
-    exponentials, scale_by, dot, add_scaled, seen, victim, linear8_vnni, linear16_wide,
+    "avx512-vnni", 1,   dots_vnni, weigh_vnni, settle_vnni, logits, maximum, exponentials,
+    scale_by, dot, add_scaled, victim, linear8_vnni, linear16_wide,
 };
 #endif

@@ -119,31 +119,28 @@ static int32_t first_seen(const kvc_layer *y, int32_t row, int64_t now) {
     return (int32_t)(first < 0 ? 0 : first);
 }
 
-/* Scale or minimum of one group of channels, as floats. */
-static void meta_of(const job *j, const kvc_codes *c, const uint16_t *meta, int64_t slot, int64_t n,
-                    int group, float *out) {
-    if (c->groups == 1) {
-        j->isa->halves(meta + slot, n, out);
-        return;
-    }
+/* Scales or minima of one group of channels, side by side: themselves, or gathered in `room`. */
+static const uint16_t *meta_of(const kvc_codes *c, const uint16_t *meta, int64_t slot, int64_t n, int group,
+                               uint16_t *room) {
+    if (!meta || c->groups == 1) return meta ? meta + slot : NULL;
     const uint16_t *from = meta + slot * c->groups + group;
-    for (int64_t t = 0; t < n; t++) out[t] = kvc_from_half(from[t * c->groups]);
+    for (int64_t t = 0; t < n; t++) room[t] = from[t * c->groups];
+    return room;
 }
 
 typedef struct {
-    float *scale, *minimum, *visible; /* [KVC_CHUNK] */
-    float *scaled;                    /* [G, KVC_CHUNK] */
-    float *logits;                    /* [G, exact + 1] */
-    float *sum;                       /* [G, value_dim] */
-    uint8_t *tile;                    /* KVC_TILE rows as floats */
+    uint16_t *scale, *minimum; /* [KVC_CHUNK] */
+    float *scaled;             /* [G, KVC_CHUNK] */
+    float *logits;             /* [G, exact + 1] */
+    float *sum;                /* [G, value_dim] */
+    uint8_t *tile;             /* KVC_TILE rows as floats */
 } workspace;
 
 static int workspace_of(const kvc_layer *y, uint8_t *memory, workspace *w, int64_t *bytes) {
     uint8_t *at = memory;
     const int64_t widest = y->dim > y->value_dim ? y->dim : y->value_dim;
-    w->scale = take(&at, KVC_CHUNK * 4);
-    w->minimum = take(&at, KVC_CHUNK * 4);
-    w->visible = take(&at, KVC_CHUNK * 4);
+    w->scale = take(&at, KVC_CHUNK * 2);
+    w->minimum = take(&at, KVC_CHUNK * 2);
     w->scaled = take(&at, (int64_t)y->queries * KVC_CHUNK * 4);
     w->logits = take(&at, (int64_t)y->queries * (y->exact + 1) * 4);
     w->sum = take(&at, (int64_t)y->queries * y->value_dim * 4);
@@ -162,37 +159,36 @@ static void attend_chunk(const job *j, const kvc_segment *s, partial *p, int64_t
     const int64_t n = s->capacity - low < KVC_CHUNK ? s->capacity - low : KVC_CHUNK;
     const int g = y->queries;
     float *weight = p->weight + low, *sum = p->sum + chunk * g * j->sum_stride;
-    isa->seen(group->position + slot, n, first_seen(y, s->row, j->step->position), w->visible);
-    if (keys->scale) meta_of(j, keys, keys->scale, slot, n, 0, w->scale);
-    if (keys->minimum) meta_of(j, keys, keys->minimum, slot, n, 0, w->minimum);
+    const int32_t *position = group->position + slot, first = first_seen(y, s->row, j->step->position);
+    const uint16_t *k_scale = meta_of(keys, keys->scale, slot, n, 0, w->scale);
+    const uint16_t *k_minimum = meta_of(keys, keys->minimum, slot, n, 0, w->minimum);
     isa->dots(keys, slot, n, &p->query, weight, p->stride, w->tile);
-    for (int r = 0; r < g; r++) {
-        float *x = weight + r * p->stride;
-        isa->logits(x, n, keys->scale ? w->scale : NULL, keys->minimum ? w->minimum : NULL,
-                    p->query.sum[r], p->offset[r], j->step->softcap, w->visible);
-        const float top = isa->maximum(x, n);
-        p->top[chunk * g + r] = top;
-        p->total[chunk * g + r] = isa->exponentials(x, n, top == -INFINITY ? 0 : top);
-    }
+    for (int r = 0; r < g; r++)
+        p->top[chunk * g + r] = isa->logits(weight + r * p->stride, n, k_scale, k_minimum, p->query.sum[r],
+                                            p->offset[r], j->step->softcap, position, first);
     memset(sum, 0, (size_t)(g * j->sum_stride) * 4);
     const int width = values->dim / values->groups;
     for (int part = 0; part < values->groups; part++) {
-        const float *scaled = weight;
-        int64_t stride = p->stride;
-        if (values->scale) {
-            meta_of(j, values, values->scale, slot, n, part, w->scale);
-            for (int r = 0; r < g; r++)
-                isa->scale_by(weight + r * p->stride, w->scale, n, w->scaled + r * KVC_CHUNK);
-            scaled = w->scaled, stride = KVC_CHUNK;
-        }
-        isa->weigh(values, slot, n, part * width, width, scaled, stride, g, sum, j->sum_stride, w->tile);
-        isa->settle(values, part * width, width, g, sum, j->sum_stride);
-        if (!values->minimum) continue;
-        meta_of(j, values, values->minimum, slot, n, part, w->minimum);
+        const uint16_t *scale = meta_of(values, values->scale, slot, n, part, w->scale);
+        const uint16_t *minimum = meta_of(values, values->minimum, slot, n, part, w->minimum);
+        float shift[KVC_MAX_ROWS] = {0};
         for (int r = 0; r < g; r++) {
-            const float shift = isa->dot(weight + r * p->stride, w->minimum, n);
+            float *x = weight + r * p->stride, *scaled = w->scaled + r * KVC_CHUNK;
+            const float top = p->top[chunk * g + r];
+            if (part == 0) {
+                p->total[chunk * g + r] =
+                    isa->exponentials(x, n, top == -INFINITY ? 0 : top, scale, minimum, scaled, shift + r);
+                continue;
+            }
+            isa->scale_by(x, scale, n, scaled);
+            if (minimum) shift[r] = isa->dot(x, minimum, n);
+        }
+        isa->weigh(values, slot, n, part * width, width, scale ? w->scaled : weight,
+                   scale ? KVC_CHUNK : p->stride, g, sum, j->sum_stride, w->tile);
+        isa->settle(values, part * width, width, g, sum, j->sum_stride);
+        for (int r = 0; minimum && r < g; r++) {
             float *to = sum + r * j->sum_stride + part * width;
-            for (int i = 0; i < width; i++) to[i] += shift;
+            for (int i = 0; i < width; i++) to[i] += shift[r];
         }
     }
 }
@@ -213,15 +209,11 @@ static void attend_exact(const job *j, const kvc_segment *s, const partial *p, w
     q.value = p->exact_query;
     j->isa->dots(&exact, 0, y->exact, &q, w->logits, stride, w->tile);
     j->isa->dots(&own, 0, 1, &q, w->logits + y->exact, stride, w->tile);
-    const float visible = 0;
-    for (int64_t from = 0; from < y->exact; from += KVC_CHUNK) {
-        const int64_t n = y->exact - from < KVC_CHUNK ? y->exact - from : KVC_CHUNK;
-        j->isa->seen(position + from, n, first, w->visible);
-        for (int r = 0; r < g; r++)
-            j->isa->logits(w->logits + r * stride + from, n, NULL, NULL, 0, 0, step->softcap, w->visible);
+    for (int r = 0; r < g; r++) {
+        float *x = w->logits + r * stride;
+        j->isa->logits(x, y->exact, NULL, NULL, 0, 0, step->softcap, position, first);
+        j->isa->logits(x + y->exact, 1, NULL, NULL, 0, 0, step->softcap, NULL, 0);
     }
-    for (int r = 0; r < g; r++)
-        j->isa->logits(w->logits + r * stride + y->exact, 1, NULL, NULL, 0, 0, step->softcap, &visible);
 }
 
 /* Merge everything that a query row sees; leaves p->factor, and in w->logits the probabilities of the
@@ -235,7 +227,7 @@ static void merge(const job *j, const kvc_segment *s, partial *p, int r, workspa
     float *factor = p->factor, top = j->isa->maximum(x, y->exact + 1);
     for (int64_t c = 0; c < p->chunks; c++) top = p->top[c * g + r] > top ? p->top[c * g + r] : top;
     if (step->sinks && step->sinks[query] > top) top = step->sinks[query];
-    float total = j->isa->exponentials(x, y->exact + 1, top);
+    float total = j->isa->exponentials(x, y->exact + 1, top, NULL, NULL, NULL, NULL);
     if (step->sinks) total += expf(step->sinks[query] - top);
     for (int64_t c = 0; c < p->chunks; c++) {
         factor[c] = p->top[c * g + r] == -INFINITY ? 0 : expf(p->top[c * g + r] - top);

@@ -119,8 +119,6 @@ static inline vf exponential(vf x) {
     return choose(tiny, all(0.0f), y);
 }
 
-static inline float exponential_one(float x) { return exponential(all(x))[0]; }
-
 /* ---- vectors of any kind as floats */
 /* e4m3: its exponent's bias is 7, a float's 127 */
 static inline vf from_fp8s(const uint8_t *p) {
@@ -188,8 +186,6 @@ static inline float dot_of(const float *x, const float *y, int64_t n) {
     for (; i < n; i++) rest += x[i] * y[i];
     return rest;
 }
-
-static float dot(const float *x, const float *y, int64_t n) { return dot_of(x, y, n); }
 
 /* One or two queries, `dim` apart, over `count` rows. */
 static inline __attribute__((always_inline)) void dots_of_rows(const float *rows, int64_t count, int dim,
@@ -291,12 +287,6 @@ static void settle(const kvc_codes *c, int32_t low, int32_t width, int32_t rows,
 }
 
 /* ---- the softmax */
-static void halves(const uint16_t *half, int64_t n, float *out) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) store(out + i, from_half(half + i));
-    for (; i < n; i++) out[i] = half_to_float(half[i]);
-}
-
 static inline vf capped(vf x, float softcap) { /* softcap · tanh(x / softcap) */
     vf y = x * all(1.0f / softcap);
     vi negative = y < all(0.0f);
@@ -310,22 +300,52 @@ static inline vf capped(vf x, float softcap) { /* softcap · tanh(x / softcap) *
     return choose(negative, -bend, bend) * all(softcap);
 }
 
-static inline vf logit(vf x, vf scale, vf minimum, float sum, float offset, float softcap, vf visible) {
-    x = x * scale + minimum * all(sum) + all(offset);
-    if (softcap > 0) x = capped(x, softcap);
-    return x + visible;
+/* The last n < W numbers of an array, with something harmless behind them. */
+static inline vf last_floats(const float *x, int64_t n) {
+    float padded[W] = {0};
+    memcpy(padded, x, (size_t)n * 4);
+    return load(padded);
 }
 
-static void logits(float *x, int64_t n, const float *scale, const float *minimum, float sum,
-                   float offset, float softcap, const float *visible) {
+static inline vf last_halves(const uint16_t *x, int64_t n) {
+    uint16_t padded[W] = {0};
+    memcpy(padded, x, (size_t)n * 2);
+    return from_half(padded);
+}
+
+static inline void store_last(float *x, int64_t n, vf value) { memcpy(x, &value, (size_t)n * 4); }
+
+static inline vf logit(vf x, vf scale, vf minimum, float sum, float offset, float softcap) {
+    x = x * scale + minimum * all(sum) + all(offset);
+    return softcap > 0 ? capped(x, softcap) : x;
+}
+
+static float logits(float *x, int64_t n, const uint16_t *scale, const uint16_t *minimum, float sum,
+                    float offset, float softcap, const int32_t *position, int32_t first) {
+    const vf one = all(1.0f), zero = all(0.0f), hidden = all(-INFINITY);
+    vf top = hidden;
     int64_t i = 0;
-    vf one = all(1.0f), zero = all(0.0f);
-    for (; i + W <= n; i += W)
-        store(x + i, logit(load(x + i), scale ? load(scale + i) : one,
-                           minimum ? load(minimum + i) : zero, sum, offset, softcap, load(visible + i)));
-    for (; i < n; i++)
-        x[i] = logit(all(x[i]), all(scale ? scale[i] : 1.0f), all(minimum ? minimum[i] : 0.0f), sum,
-                     offset, softcap, all(visible[i]))[0];
+    first = first < 0 ? 0 : first;
+    for (; i + W <= n; i += W) {
+        vf y = logit(load(x + i), scale ? from_half(scale + i) : one, minimum ? from_half(minimum + i) : zero,
+                     sum, offset, softcap);
+        if (position) y = choose(load_i(position + i) >= all_i(first), y, hidden);
+        top = larger(y, top);
+        store(x + i, y);
+    }
+    float best = -INFINITY;
+    for (int j = 0; j < W; j++) best = top[j] > best ? top[j] : best;
+    if (i < n) {
+        const int64_t rest = n - i;
+        vf y = logit(last_floats(x + i, rest), scale ? last_halves(scale + i, rest) : one,
+                     minimum ? last_halves(minimum + i, rest) : zero, sum, offset, softcap);
+        for (int64_t j = 0; j < rest; j++) {
+            if (position && position[i + j] < first) y[j] = -INFINITY;
+            best = y[j] > best ? y[j] : best;
+        }
+        store_last(x + i, rest, y);
+    }
+    return best;
 }
 
 static float maximum(const float *x, int64_t n) {
@@ -338,28 +358,43 @@ static float maximum(const float *x, int64_t n) {
     return best;
 }
 
-static float exponentials(float *x, int64_t n, float top) {
-    vf sum = all(0.0f), shift = all(top);
+static float exponentials(float *x, int64_t n, float top, const uint16_t *scale, const uint16_t *minimum,
+                          float *scaled, float *shift) {
+    vf sum = all(0.0f), moved = sum;
+    const vf at = all(top);
     int64_t i = 0;
     for (; i + W <= n; i += W) {
-        vf e = exponential(load(x + i) - shift);
+        const vf e = exponential(load(x + i) - at);
         store(x + i, e);
         sum += e;
+        if (scale) store(scaled + i, e * from_half(scale + i));
+        if (minimum) moved += e * from_half(minimum + i);
     }
-    float rest = total(sum);
-    for (; i < n; i++) rest += x[i] = exponential_one(x[i] - top);
-    return rest;
+    float all_of = total(sum), all_moved = total(moved);
+    if (i < n) {
+        const int64_t rest = n - i;
+        const vf e = exponential(last_floats(x + i, rest) - at);
+        store_last(x + i, rest, e);
+        if (scale) store_last(scaled + i, rest, e * last_halves(scale + i, rest));
+        const vf m = minimum ? e * last_halves(minimum + i, rest) : all(0.0f);
+        for (int64_t j = 0; j < rest; j++) all_of += e[j], all_moved += m[j];
+    }
+    if (minimum) *shift = all_moved;
+    return all_of;
 }
 
-static void scale_by(const float *x, const float *factor, int64_t n, float *out) {
+static void scale_by(const float *x, const uint16_t *factor, int64_t n, float *out) {
     int64_t i = 0;
-    for (; i + W <= n; i += W) store(out + i, load(x + i) * load(factor + i));
-    for (; i < n; i++) out[i] = x[i] * factor[i];
+    for (; i + W <= n; i += W) store(out + i, load(x + i) * from_half(factor + i));
+    if (i < n) store_last(out + i, n - i, last_floats(x + i, n - i) * last_halves(factor + i, n - i));
 }
 
-static void seen(const int32_t *position, int64_t n, int32_t first, float *out) {
-    first = first < 0 ? 0 : first;
-    for (int64_t i = 0; i < n; i++) out[i] = position[i] >= first ? 0.0f : -INFINITY;
+static float dot(const float *x, const uint16_t *y, int64_t n) {
+    vf sum = all(0.0f);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) sum += load(x + i) * from_half(y + i);
+    if (i < n) sum += last_floats(x + i, n - i) * last_halves(y + i, n - i);
+    return total(sum);
 }
 
 /* ---- the rank */

@@ -85,17 +85,18 @@ typedef struct {
     /* `sum` of `weigh` in the order of the channels */
     void (*settle)(const kvc_codes *, int32_t low, int32_t width, int32_t rows, float *sum,
                    int64_t sum_stride);
-    void (*halves)(const uint16_t *half, int64_t n, float *out);
-    /* out = scale · dot + minimum · sum + offset, softcap, and −inf where not visible */
-    void (*logits)(float *x, int64_t n, const float *scale, const float *minimum, float sum,
-                   float offset, float softcap, const float *visible);
+    /* x = scale · x + minimum · sum + offset, softcap, and −inf for positions before `first`; gives
+     * the largest. scale, minimum: float16 or NULL; position: NULL where every token is seen */
+    float (*logits)(float *x, int64_t n, const uint16_t *scale, const uint16_t *minimum, float sum,
+                    float offset, float softcap, const int32_t *position, int32_t first);
     float (*maximum)(const float *x, int64_t n);
-    float (*exponentials)(float *x, int64_t n, float maximum); /* in place; gives their sum */
-    void (*scale_by)(const float *x, const float *factor, int64_t n, float *out);
-    float (*dot)(const float *x, const float *y, int64_t n);
+    /* x = e^(x − top); gives their sum. With `scale`, scaled = x · scale, and with `minimum` *shift is
+     * the sum of x · minimum */
+    float (*exponentials)(float *x, int64_t n, float top, const uint16_t *scale, const uint16_t *minimum,
+                          float *scaled, float *shift);
+    void (*scale_by)(const float *x, const uint16_t *factor, int64_t n, float *out);
+    float (*dot)(const float *x, const uint16_t *y, int64_t n);
     void (*add_scaled)(float *x, const float *y, int64_t n, float factor); /* x += factor · y */
-    /* out = 0 for tokens at `first` or later, −inf for earlier ones and empty slots */
-    void (*seen)(const int32_t *position, int64_t n, int32_t first, float *out);
     /* Place of the lowest rank among n tokens, the first one of equals; 0 for n = 0 */
     int64_t (*victim)(const int32_t *position, const float *score, int64_t n, const kvc_rules *,
                       float *rank);
