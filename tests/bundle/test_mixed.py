@@ -11,6 +11,7 @@ import pytest
 import kvcompress
 from kvcompress.bundle.write import export
 from kvcompress.errors import BundleError
+from kvcompress.kernels.cpu.library import library
 from kvcompress.plan import Plan
 from kvcompress.profile.source import load_model, weight_bytes
 from kvcompress.profile.store import LayerWeights, Profile
@@ -53,14 +54,9 @@ def test_a_bundle_has_the_formats_and_bytes_of_its_plan(
     model, _ = kvcompress.load(tmp_path / "bundle")
     for number, scheme in enumerate(weights):
         query = model.model.layers[number].self_attn.q_proj
-        assert (
-            type(query).__name__
-            == {
-                "bf16": "Linear",
-                "int8": "Linear8bitLt",
-                "nf4": "Linear4bit",
-            }[scheme]
-        )
+        plain = {"bf16": "Linear", "int8": "Linear8bitLt", "nf4": "Linear4bit"}
+        served = {"bf16": "Linear16", "int8": "Int8Linear", "nf4": "Linear4bit"}
+        assert type(query).__name__ == (plain if library() is None else served)[scheme]
     config = json.loads((tmp_path / "bundle" / "config.json").read_text())
     kept = config["quantization_config"]["llm_int8_skip_modules"]
     whole = weights.index("bf16")

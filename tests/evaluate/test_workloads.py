@@ -178,10 +178,11 @@ def test_a_long_generation_goes_through_the_decode_path(
         Session, "feed", lambda self, tokens: lengths.append(tokens.shape[1]) or feed(self, tokens)
     )
     inserted = []
-    from kvcompress.runtime import layer
+    from kvcompress.runtime import fused, layer
 
-    insert = layer.insert
-    monkeypatch.setattr(layer, "insert", lambda *args: inserted.append(1) or insert(*args))
+    for owner, name in ((layer, "insert"), (fused.FusedStep, "run")):  # without kernels, with them
+        take = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, take=take: inserted.append(1) or take(*args))
     run_workload(tiny_llama, tiny_tokenizer, suite, whole(tiny_llama))
     steps = len(suite.documents[0].generated)
     assert steps == pytest.approx(136, abs=8)
