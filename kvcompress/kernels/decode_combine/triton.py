@@ -43,8 +43,8 @@ def _combine(
     p_logits = LOGITS + (i_s * G + i_g) * (exact + 1)
 
     # the token itself
-    b_k = tl.load(KEY + i_b * k_b + head * k_h + o_d, mask=m_d, other=0.0).to(tl.float32)
-    own = capped(tl.sum(b_q * b_k, 0), softcap, SOFTCAP)
+    b_own = tl.load(KEY + i_b * k_b + head * k_h + o_d, mask=m_d, other=0.0).to(tl.float32)
+    own = capped(tl.sum(b_q * b_own, 0), softcap, SOFTCAP)
     if HAS_VALID:
         own = tl.where(tl.load(VALID + i_b) != 0, own, float("-inf"))
     tl.store(p_logits + exact, own)
