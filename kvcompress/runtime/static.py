@@ -290,6 +290,8 @@ class StaticCompressedCache(CompressedCache):
         _refuse_plan(plan)
         super().__init__(plan, params, protect=protect)
         self.sizes = sizes
+        self.prompts = 0  # forwards that were no decode step
+        self.checks_steps = True  # False while the caller counts the steps itself
         self._step_classes = _StepClasses(plan)
         self.layers = [
             StaticCompressedLayer(layer.settings, layer._spans, sizes, self._step_classes, kernels)
@@ -309,22 +311,28 @@ class StaticCompressedCache(CompressedCache):
     ) -> None:
         first = self.static_layers[0]
         if first.frozen and length == 1:
-            if not torch.compiler.is_compiling():
+            if self.checks_steps and not torch.compiler.is_compiling():
                 self._check_step()
             self._step_classes.ids = input_ids
             return
         if not torch.compiler.is_compiling():
             first.check_prompt(None if input_ids is None else input_ids.shape[0], length)
+            self.prompts += 1
             for layer in self.static_layers:
                 layer.thaw()
             super().note_forward(input_ids, length, attention_mask, logits_to_keep)
 
     def _check_step(self) -> None:
         """Refuse a step beyond `max_tokens`, and warn beyond `max_position`."""
-        total, limit = int(self.get_seq_length()) + 1, self.plan.max_position
+        total = int(self.get_seq_length()) + 1
         self.check_length(total)
         fixed = self.static_layers[0].fixed
-        if total > limit and fixed is not None and int(fixed.row_seen.max()) >= limit:
+        if total > self.plan.max_position and fixed is not None:
+            self.check_reach(int(fixed.row_seen.max()) + 1)
+
+    def check_reach(self, tokens: int) -> None:
+        """Warn once where the longest row has more real tokens than the plan's `max_position`."""
+        if tokens > self.plan.max_position:
             self._check_position(1, None)
 
     def check_length(self, total_tokens: int) -> None:
