@@ -202,7 +202,7 @@ def priority(
     PUNCT_TIER: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """float32 priority of tokens; `score` is 0 in heads without scores, `in_class` false in others."""
+    """float32 priority of tokens; `score` is 0 in heads without any, `in_class` false in others."""
     age = position.to(tl.float32)
     recency = 1.0 + age * 1.1920928955078125e-07
     plain = tl.where(score >= PUNCT_SCORE / 2, 0.0, score)

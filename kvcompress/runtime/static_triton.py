@@ -75,7 +75,8 @@ def _refuses(settings: LayerSettings, head_dim: int, value_dim: int) -> str | No
         reason = tuning.refuses(head.k_dtype, head.v_dtype, head_dim, value_dim)
         if reason is not None:
             return reason
-    return None if _vote(settings.scorer) else f"the scorer {settings.scorer.name!r} ranks otherwise"
+    scorer = settings.scorer
+    return None if _vote(scorer) else f"the scorer {scorer.name!r} ranks otherwise"
 
 
 def _vote(scorer: Scorer) -> tuple[str, bool] | None:

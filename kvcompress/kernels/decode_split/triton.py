@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kvcompress.kernels.available import interpreting
 from kvcompress.kernels.triton_tiles import (
-    INT4,
     KINDS,
     MODEL,
     capped,

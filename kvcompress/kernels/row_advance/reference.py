@@ -1,4 +1,4 @@
-"""One decoded token per row on its way into the exact slots: what it displaces, and room in heads."""
+"""One decoded token per row enters the exact slots: what it displaces, and room in heads."""
 
 from __future__ import annotations
 

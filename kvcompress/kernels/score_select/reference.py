@@ -20,7 +20,7 @@ def scorer_of(mean: bool) -> Scorer:
 
 
 def vote_weight(now: Tensor, start: Tensor, valid: Tensor | None, vote: str, rows: int) -> Tensor:
-    """``[B]`` weight of each query's attention: nothing, ``one``, or ``index`` + 1 as lift has it."""
+    """``[B]`` weight of each query's attention: nothing, ``one``, or ``index`` + 1 as in lift."""
     weight = torch.zeros_like(start, dtype=torch.float32)
     if vote != "none":
         weight += 1.0 if vote == "one" else (now - start).float() + 1.0
