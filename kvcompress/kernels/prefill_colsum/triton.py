@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcompress.kernels.triton_tiles import capped, operand_types
 
-_KEYS, _ROWS = 64, 32
+_TILE = {2: (64, 32), 4: (32, 16)}  # keys and query rows by bytes of an element
 
 
 @triton.jit
@@ -63,7 +63,8 @@ def prefill_colsum(
     batch, heads, keys, dim = key.shape
     rows = query.shape[2]
     out = lse.new_empty(batch, heads, keys)
-    _colsum[(triton.cdiv(keys, _KEYS), batch * heads)](
+    key_tile, row_tile = _TILE[query.element_size()]
+    _colsum[(triton.cdiv(keys, key_tile), batch * heads)](
         query,
         query.stride(0),
         query.stride(1),
@@ -85,11 +86,12 @@ def prefill_colsum(
         DP=max(16, triton.next_power_of_2(dim)),
         H=heads,
         G=query.shape[1] // heads,
-        BN=_KEYS,
-        BR=_ROWS,
+        BN=key_tile,
+        BR=row_tile,
         WINDOW=window,
         SOFTCAP=softcap > 0,
         T=operand_types(query.dtype)[0],
         num_warps=4,
+        num_stages=2,
     )
     return out
