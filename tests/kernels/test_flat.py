@@ -48,7 +48,7 @@ def test_what_a_query_may_see(settings):
     ],
 )
 def test_a_step_by_the_references_equals_the_step_by_torch(family, names, settings, monkeypatch):
-    """So the references are right where the kernels are held to them, classes and spans included."""
+    """So what the kernels are held to is right, classes and protected spans included."""
     monkeypatch.setattr(static_triton, "triton_status", lambda device: by_reference.READY)
     monkeypatch.setattr(static_triton, "ops", by_reference)
     model, inputs = build(family), prompts(2, 30, [3, 0])

@@ -28,7 +28,7 @@ from kvcompress.kernels.triton_tiles import (
     words_of,
     zero_of,
 )
-from kvcompress.kernels.tuning import split_config, words
+from kvcompress.kernels.tuning import SplitConfig, split_config, words
 from kvcompress.plan import KVDtype
 from kvcompress.quant.codec import Codes
 
@@ -286,13 +286,18 @@ def decode_split(
     window: int,
     block: int,
     chunk: int,
+    config: SplitConfig | None = None,
 ) -> None:
-    """As `kvcompress.kernels.decode_split.flat.decode_split`."""
+    """As `kvcompress.kernels.decode_split.flat.decode_split`.
+
+    Args:
+        config: None is what the table has for this device; its `chunk_tokens` is not used here.
+    """
     if not len(work):
         return
     dim, value_dim = query.shape[-1], accumulated.shape[-1]
     group = accumulated.shape[1]
-    config = split_config(k_dtype, v_dtype, dim, query.device)
+    config = config or split_config(k_dtype, v_dtype, max(dim, value_dim), query.device)
     model, codes = operand_types(query.dtype)
     missing = position  # never read
     groups = 1 if values.scale is None else values.scale.shape[-1]
