@@ -76,7 +76,7 @@ def test_protected_spans_and_padding_in_a_step():
     model, inputs = one_layer("llama"), prompts(2, 28, PADS)
     plan = plan_for(model, HEADS["frequent"], HEADS["capped"])
     attach(model, plan)
-    spans = [[(3, 6), (10, 14)], []]
+    spans = [[(0, 4), (10, 14)], []]
     mask = torch.cat([inputs["attention_mask"], torch.tensor([[1], [0]])], 1)
     caches = []
     for kernels in ("triton", "torch"):
