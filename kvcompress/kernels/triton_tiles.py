@@ -152,6 +152,12 @@ def power_below(x):
     return (bits & 0x7F800000).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def inverse_of(power):
+    """One over a normal power of two, exactly."""
+    return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
 # ---- numbers to codes, bit for bit as `kvcompress.quant.codec.encode`
 @triton.jit
 def round_even(x):

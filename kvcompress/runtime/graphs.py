@@ -140,9 +140,8 @@ class DecodeGraph:
                 self._logits = self._run()
         except RuntimeError as error:
             raise KVCompressError(
-                f"a decode step cannot be captured: {str(error).splitlines()[0]} (the model or "
-                "what is hooked into it asks the device for a value, or allocates on the host; "
-                "the cache is now out of step: reset it)"
+                f"a decode step cannot be captured: {str(error).splitlines()[0]} (the model, or "
+                "what is hooked into it, asks the device for a value; give capture=False)"
             ) from error
         return graph
 

@@ -44,7 +44,9 @@ def rows() -> dict[str, Any]:
 
 
 def bits(heads: list[tuple[int, int, bool, bool, bool]]) -> Tensor:
-    _, classes, by_score, rest, scored = (torch.tensor(column) for column in zip(*heads, strict=True))
+    _, classes, by_score, rest, scored = (
+        torch.tensor(column) for column in zip(*heads, strict=True)
+    )
     return rule_bits(classes, by_score, rest, scored)
 
 

@@ -20,6 +20,7 @@ from kvcompress.kernels.triton_tiles import (
     capped,
     channel_of,
     factor_of,
+    inverse_of,
     operand_types,
     parts_of,
     power_below,
@@ -130,7 +131,7 @@ def _split(
         b_q3, more = _query_part(p_q, p_center, p_scale, o_k, o_g, m_kg, m_k, q_g, 3, K, D)
         b_top, b_offset = tl.maximum(b_top, tl.max(tl.abs(b_q3), 0)), b_offset + more
     b_top = power_below(b_top)
-    b_unit = (1.0 / b_top)[None, :]
+    b_unit = inverse_of(b_top)[None, :]
     # the sum is of the rounded query, so that rounding cancels in scale·(q·code) + minimum·Σq
     b_h0 = (b_q0 * b_unit).to(TK)
     b_sum += tl.sum(b_h0.to(tl.float32), 0)
