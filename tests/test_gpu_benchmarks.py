@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 from kvcompress.kernels.tuning import lookup
 
@@ -51,13 +55,29 @@ def test_gpu(tmp_path):
     assert split["bytes"] == (2 * 2 * 40 + 1) * (2 * (16 + 2 + 2) + 4)
 
 
-def test_a_run_without_time_says_what_it_left_out(tmp_path):
+def test_rows_say_why_they_were_not_measured(tmp_path):
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
     out = tmp_path / "gpu.json"
-    run("gpu.py", out, "--dry", "--minutes", "0.2")
+
+    def out_of_memory():
+        raise torch.cuda.OutOfMemoryError("tried to allocate")
+
+    def broken():
+        raise ImportError("no hqq here\nat all")
+
+    late = gpu.Run(out, minutes=0.1, dry=True)
+    late.row("model", 60, lambda: {"ms": 1.0}, cache="ours")
+    late.row("model", 1, lambda: {"ms": 2.0}, cache="ours")
+    late.row("model", 1, out_of_memory, cache="theirs")
+    late.row("peers", 1, broken, cache="theirs", may_fail=True)
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    assert rows[0]["section"] == "copy"
-    skipped = [row for row in rows if row.get("not_run") == "out of time"]
-    assert {row["section"] for row in skipped} >= {"split", "model"}
+    assert [row.get("not_run") for row in rows] == ["out of time", None, "out of memory", None]
+    assert [row.get("ms") for row in rows] == [None, 2.0, None, None]
+    assert rows[3]["error"] == "ImportError: no hqq here"
+    with pytest.raises(ImportError, match="no hqq here"):  # a dry run hides nothing of ours
+        late.row("model", 1, broken, cache="ours")
 
 
 def test_tuning(tmp_path):
