@@ -153,15 +153,76 @@ def triton_step(
     query, key, value = (_rows(t) for t in (query, key, value))
     valid = None if valid is None else valid.contiguous()
     flags = None if flags is None else flags.contiguous()
-    rows = query.shape[1] // key.shape[1]
-    cap, window, block = softcap or 0.0, settings.window or 0, settings.block or 0
+    parts = _attend_codes(state, tables, query, value, scaling, softcap)
+    out, lse, exact_logits = ops.decode_combine(
+        query,
+        key,
+        value,
+        state.exact_k,
+        state.exact_v,
+        state.exact_position,
+        state.heads,
+        parts.accumulated,
+        parts.maximum,
+        parts.total,
+        tables.chunks,
+        state.start,
+        state.counter,
+        valid,
+        sinks,
+        scaling,
+        softcap or 0.0,
+        settings.window or 0,
+        settings.block or 0,
+    )
+    notes, granted = ops.row_advance(
+        state.exact_position,
+        state.exact_class,
+        state.row_seen,
+        state.start,
+        state.class_counts,
+        state.counter,
+        valid,
+        flags,
+        state.budget,
+        state.cap,
+        state.capacity,
+        tables.bits,
+        state.spans,
+        settings.sink_tokens,
+    )
+    for number in range(len(state.groups)):
+        weakest = _weakest(state, tables, number, parts.logits[number], lse, granted, valid)
+        softmax = (exact_logits, lse, notes, granted)
+        _append(state, tables, number, key, value, softmax, weakest, valid)
+    return out
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What `decode_split` leaves of a layer, and per group the logits of scored slots."""
+
+    accumulated: Tensor
+    maximum: Tensor
+    total: Tensor
+    logits: list[Tensor | None]
+
+
+def _attend_codes(
+    state: StaticState,
+    tables: StepTables,
+    query: Tensor,
+    value: Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> _Parts:
+    rows, settings = query.shape[1] // value.shape[1], state.settings
     accumulated = state.center.new_empty(tables.pieces, rows, value.shape[-1])
     maximum = state.center.new_empty(tables.pieces, rows)
     total = torch.empty_like(maximum)
-    votes = tables.vote != "none"
     logits = [
         group.score.new_empty(rows, group.score.shape[0] - 1)
-        if votes and group.score is not None
+        if tables.vote != "none" and group.score is not None
         else None
         for group in state.groups
     ]
@@ -182,108 +243,92 @@ def triton_step(
             logits[number],
             tables.first_work[number],
             scaling,
-            cap,
-            window,
-            block,
+            softcap or 0.0,
+            settings.window or 0,
+            settings.block or 0,
             tables.chunk[number],
         )
-    out, lse, exact_logits = ops.decode_combine(
-        query,
+    return _Parts(accumulated, maximum, total, logits)
+
+
+def _weakest(
+    state: StaticState,
+    tables: StepTables,
+    number: int,
+    logits: Tensor | None,
+    lse: Tensor,
+    granted: Tensor,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Votes of the token, then rank and slot of the weakest stored one in each piece of a group."""
+    group, settings = state.groups[number], state.settings
+    return ops.score_select(
+        logits,
+        lse,
+        group.score,
+        group.position,
+        tables.work[number],
+        group.base,
+        granted,
+        state.windows,
+        tables.bits,
+        state.start,
+        state.counter,
+        state.first_vote,
+        valid,
+        state.spans,
+        group.span.start,
+        tables.vote,
+        tables.mean,
+        settings.window or 0,
+        settings.block or 0,
+        tables.chunk[number],
+    )
+
+
+def _append(
+    state: StaticState,
+    tables: StepTables,
+    number: int,
+    key: Tensor,
+    value: Tensor,
+    softmax: tuple[Tensor, Tensor, Tensor, Tensor],
+    weakest: tuple[Tensor, Tensor],
+    valid: Tensor | None,
+) -> None:
+    group, settings = state.groups[number], state.settings
+    ops.kv_append(
         key,
         value,
         state.exact_k,
         state.exact_v,
-        state.exact_position,
         state.heads,
-        accumulated,
-        maximum,
-        total,
+        state.center,
+        state.scale,
+        *_parts(group),
+        group.position,
+        group.score,
+        group.recent_score,
+        _initial(state, group, key),
+        *softmax,
+        *weakest,
         tables.chunks,
-        state.start,
-        state.counter,
-        valid,
-        sinks,
-        scaling,
-        cap,
-        window,
-        block,
-    )
-    notes, granted = ops.row_advance(
-        state.exact_position,
-        state.exact_class,
-        state.row_seen,
-        state.start,
-        state.class_counts,
-        state.counter,
-        valid,
-        flags,
-        state.budget,
-        state.cap,
-        state.capacity,
+        state.windows,
         tables.bits,
+        state.start,
+        state.counter,
+        state.first_vote,
+        valid,
         state.spans,
+        group.span.start,
+        group.base.shape[1],
+        tables.first_work[number],
         settings.sink_tokens,
+        tables.vote,
+        tables.mean,
+        settings.window or 0,
+        settings.block or 0,
     )
-    for number, group in enumerate(state.groups):
-        rank, slot = ops.score_select(
-            logits[number],
-            lse,
-            group.score,
-            group.position,
-            tables.work[number],
-            group.base,
-            granted,
-            state.windows,
-            tables.bits,
-            state.start,
-            state.counter,
-            state.first_vote,
-            valid,
-            state.spans,
-            group.span.start,
-            tables.vote,
-            tables.mean,
-            window,
-            block,
-            tables.chunk[number],
-        )
-        ops.kv_append(
-            key,
-            value,
-            state.exact_k,
-            state.exact_v,
-            state.heads,
-            state.center,
-            state.scale,
-            *_parts(group),
-            group.position,
-            group.score,
-            group.recent_score,
-            _initial(state, group, key),
-            exact_logits,
-            lse,
-            notes,
-            granted,
-            rank,
-            slot,
-            tables.chunks,
-            state.windows,
-            tables.bits,
-            state.start,
-            state.counter,
-            state.first_vote,
-            valid,
-            state.spans,
-            group.span.start,
-            group.base.shape[1],
-            tables.first_work[number],
-            settings.sink_tokens,
-            tables.vote,
-            tables.mean,
-            window,
-            block,
-        )
-    return out
 
 
 def _rows(t: Tensor) -> Tensor:
