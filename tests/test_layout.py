@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "rules": {"head_plan"},
     "plan": {"errors", "evict.registry", "head_plan", "rules"},
     "recipe": {"errors", "plan"},
-    "kernels": {"errors", "plan", "quant.codec"},  # they read codes in place
+    # they read codes in place, and rank by the one keep rule
+    "kernels": {"errors", "plan", "quant.codec", "evict.keepset", "evict.scorers"},
     "quant": VALUES,
     "evict": VALUES | {"quant.keystats"},  # the rotary embedding, to undo it
     "accounting": VALUES | {"quant.codec"},

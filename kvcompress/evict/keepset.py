@@ -28,9 +28,9 @@ PUNCT_FLAG: Final = 2
 SPECIAL_SCORE: Final = 2.0**120
 PUNCT_SCORE: Final = 2.0**110
 # Ranks: a tier times a float32 in [1, 2), exact for positions below 2**23, above any score.
-_SPECIAL: Final = 2.0**100
-_LOCAL: Final = 2.0**66
-_PUNCT: Final = 2.0**40
+SPECIAL_TIER: Final = 2.0**100
+LOCAL_TIER: Final = 2.0**66
+PUNCT_TIER: Final = 2.0**40
 
 
 def class_mask(head: HeadPlan) -> int:
@@ -110,14 +110,14 @@ def priority(
     if score is not None:
         plain = score.masked_fill(score >= PUNCT_SCORE / 2, 0.0)
         rest = torch.where(rules.by_score[head], scorer.rank(plain, votes, now), rest)
-    value = torch.where(position > now - window_tokens, _LOCAL * recency, rest)
+    value = torch.where(position > now - window_tokens, LOCAL_TIER * recency, rest)
     value = torch.where(rules.keeps_rest[head], value, -torch.inf)
     if score is not None:
         punct = (score >= PUNCT_SCORE / 2) & (score < SPECIAL_SCORE / 2)
-        value = torch.where(punct, torch.maximum(value, _PUNCT * recency), value)
-        value = torch.where(score >= SPECIAL_SCORE / 2, _SPECIAL * recency, value)
+        value = torch.where(punct, torch.maximum(value, PUNCT_TIER * recency), value)
+        value = torch.where(score >= SPECIAL_SCORE / 2, SPECIAL_TIER * recency, value)
     elif in_class is not None:
-        value = torch.where(in_class, _SPECIAL * recency, value)
+        value = torch.where(in_class, SPECIAL_TIER * recency, value)
     if pinned is not None:
         value = torch.where(pinned, torch.inf, value)
     return torch.where(position < 0, -torch.inf, value)

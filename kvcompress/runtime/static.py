@@ -13,7 +13,7 @@ keep their addresses for the cache's life. A forward with one token then follows
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn, cast, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ from kvcompress.runtime.state import LayerSettings
 from kvcompress.runtime.static_moves import freeze, thaw
 from kvcompress.runtime.static_state import Sizes, StaticState, static_cache_bytes
 from kvcompress.runtime.static_step import decode_step
+from kvcompress.runtime.static_triton import (
+    Kernels,
+    StepTables,
+    choose_kernels,
+    step_tables,
+    triton_step,
+)
 
 __all__ = ["StaticCompressedCache", "static_cache_bytes"]
 
@@ -47,11 +54,13 @@ class StaticCompressedLayer(CompressedLayer):
         spans: list[tuple[range, ...]] | tuple[range, ...],
         sizes: Sizes,
         classes: _StepClasses,
+        kernels: Kernels,
     ) -> None:
         super().__init__(settings, spans)
-        self.sizes, self.classes = sizes, classes
+        self.sizes, self.classes, self.kernels = sizes, classes, kernels
         self.frozen = False
         self.fixed: StaticState | None = None
+        self.tables: StepTables | None = None  # where the Triton kernels decode
 
     # ---- storage
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -69,6 +78,9 @@ class StaticCompressedLayer(CompressedLayer):
             self.fixed = StaticState.empty(
                 self.settings, key_states, value_states, self.sizes, spans
             )
+            dims = key_states.shape[-1], value_states.shape[-1]
+            if choose_kernels(self.kernels, self.settings, *dims, key_states.device):
+                self.tables = step_tables(self.fixed, *dims)
 
     def check_prompt(self, batch: int | None, length: int) -> None:
         """Refuse a forward of `length` tokens that the arrays have no room for.
@@ -141,6 +153,19 @@ class StaticCompressedLayer(CompressedLayer):
             )
         valid = None if mask is None else mask[:, 0, 0, 0].expand(self.sizes.batch)
         flags = self.classes.flags() if self.settings.uses_classes else None
+        if self.tables is not None:
+            return triton_step(
+                self.fixed,
+                self.tables,
+                query,
+                key,
+                value,
+                valid,
+                flags,
+                scaling,
+                softcap,
+                sinks,
+            )
         return decode_step(self.fixed, query, key, value, valid, flags, scaling, softcap, sinks)
 
     # ---- what transformers calls
@@ -238,6 +263,8 @@ class StaticCompressedCache(CompressedCache):
         max_tokens: of one row, the prompt with its padding and all new tokens.
         prompt_tokens: of the longest prompt with its padding, all turns together; ratio budgets
             get room for it. None is `max_tokens`.
+        kernels: ``auto`` decodes by the Triton kernels on a CUDA device that can run them, by torch
+            elsewhere; ``triton`` and ``torch`` want the one or the other.
 
     Raises:
         KVCompressError: for a plan with relative positions or turn quotas, or a model whose layers
@@ -253,16 +280,21 @@ class StaticCompressedCache(CompressedCache):
         max_tokens: int,
         prompt_tokens: int | None = None,
         protect: Sequence[Span] | Sequence[Sequence[Span]] = (),
+        kernels: Kernels = "auto",
     ) -> None:
+        if kernels not in get_args(Kernels):
+            raise ValueError(f"kernels={kernels!r}: give one of {', '.join(get_args(Kernels))}")
         sizes = Sizes(batch, max_tokens, max_tokens if prompt_tokens is None else prompt_tokens)
         if not (batch >= 1 and 1 <= sizes.prompt_tokens <= max_tokens):
             raise ValueError(f"{sizes}: give batch ≥ 1 and 1 ≤ prompt_tokens ≤ max_tokens")
         _refuse_plan(plan)
         super().__init__(plan, params, protect=protect)
         self.sizes = sizes
+        self.prompts = 0  # forwards that were no decode step
+        self.checks_steps = True  # False while the caller counts the steps itself
         self._step_classes = _StepClasses(plan)
         self.layers = [
-            StaticCompressedLayer(layer.settings, layer._spans, sizes, self._step_classes)
+            StaticCompressedLayer(layer.settings, layer._spans, sizes, self._step_classes, kernels)
             for layer in self.compressed_layers
         ]
 
@@ -279,22 +311,28 @@ class StaticCompressedCache(CompressedCache):
     ) -> None:
         first = self.static_layers[0]
         if first.frozen and length == 1:
-            if not torch.compiler.is_compiling():
+            if self.checks_steps and not torch.compiler.is_compiling():
                 self._check_step()
             self._step_classes.ids = input_ids
             return
         if not torch.compiler.is_compiling():
             first.check_prompt(None if input_ids is None else input_ids.shape[0], length)
+            self.prompts += 1
             for layer in self.static_layers:
                 layer.thaw()
             super().note_forward(input_ids, length, attention_mask, logits_to_keep)
 
     def _check_step(self) -> None:
         """Refuse a step beyond `max_tokens`, and warn beyond `max_position`."""
-        total, limit = int(self.get_seq_length()) + 1, self.plan.max_position
+        total = int(self.get_seq_length()) + 1
         self.check_length(total)
         fixed = self.static_layers[0].fixed
-        if total > limit and fixed is not None and int(fixed.row_seen.max()) >= limit:
+        if total > self.plan.max_position and fixed is not None:
+            self.check_reach(int(fixed.row_seen.max()) + 1)
+
+    def check_reach(self, tokens: int) -> None:
+        """Warn once where the longest row has more real tokens than the plan's `max_position`."""
+        if tokens > self.plan.max_position:
             self._check_position(1, None)
 
     def check_length(self, total_tokens: int) -> None:

@@ -1,0 +1,103 @@
+"""Vectors to stored rows of codes in Triton, bit for bit as `kvcompress.quant.codec.encode`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvcompress.kernels.triton_tiles import (
+    FP8,
+    INT4,
+    INT8,
+    e4m3_bits,
+    integer_codes,
+    scale_of,
+)
+from kvcompress.plan import KVDtype
+
+
+def row_tile(dtype: KVDtype, dim: int) -> int:
+    """WIDE of `encode_rows`."""
+    size: int = triton.next_power_of_2(dim // 2 if dtype == "int4" else dim)
+    return size
+
+
+@triton.jit
+def _coded(p_x, p_center, p_scale, o, m, CENTERED: tl.constexpr):
+    """Channels `o` of vectors in code space, ``[BT, channels]`` float32."""
+    x = tl.load(p_x[:, None] + o[None, :], mask=m, other=0.0).to(tl.float32)
+    if CENTERED:
+        center = tl.load(p_center[:, None] + o[None, :], mask=m, other=0.0)
+        scale = tl.load(p_scale[:, None] + o[None, :], mask=m, other=1.0)
+        x = tl.div_rn(x - center, scale)
+    return x
+
+
+@triton.jit
+def encode_rows(
+    p_x, p_center, p_scale, m_t, DATA, SCALE, MIN, slot, KIND: tl.constexpr,
+    GROUPS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, CENTERED: tl.constexpr,
+):  # fmt: skip
+    """Store vectors at flat slots.
+
+    Args:
+        p_x: ``[BT]`` pointers to the first channels; p_center, p_scale: to the key constants.
+        m_t: ``[BT]`` which of them; slot: ``[BT]`` int64.
+        WIDE: power of two at least D, or at least D / 2 for int4.
+    """
+    o = tl.arange(0, WIDE)
+    if KIND == INT4:
+        half: tl.constexpr = D // 2
+        width: tl.constexpr = D // GROUPS
+        m = m_t[:, None] & (o < half)[None, :]
+        low_x = _coded(p_x, p_center, p_scale, o, m, CENTERED)
+        high_x = _coded(p_x + half, p_center + half, p_scale + half, o, m, CENTERED)
+        low_code = tl.zeros(low_x.shape, tl.int32)
+        high_code = low_code
+        for group in tl.static_range(GROUPS):
+            in_low = m & (o // width == group)[None, :]
+            in_high = m & ((o + half) // width == group)[None, :]
+            least = tl.minimum(
+                tl.min(tl.where(in_low, low_x, float("inf")), 1),
+                tl.min(tl.where(in_high, high_x, float("inf")), 1),
+            )
+            most = tl.maximum(
+                tl.max(tl.where(in_low, low_x, float("-inf")), 1),
+                tl.max(tl.where(in_high, high_x, float("-inf")), 1),
+            )
+            least, scale = _range(least, most, m_t, 15.0)
+            tl.store(SCALE + slot * GROUPS + group, scale, mask=m_t)
+            tl.store(MIN + slot * GROUPS + group, least, mask=m_t)
+            least, scale = least.to(tl.float32)[:, None], scale.to(tl.float32)[:, None]
+            low_code = tl.where(in_low, integer_codes(low_x, least, scale, 15.0), low_code)
+            high_code = tl.where(in_high, integer_codes(high_x, least, scale, 15.0), high_code)
+        byte = (low_code | (high_code << 4)).to(tl.uint8)
+        tl.store(DATA + slot[:, None] * half + o[None, :], byte, mask=m)
+    else:
+        m = m_t[:, None] & (o < D)[None, :]
+        x = _coded(p_x, p_center, p_scale, o, m, CENTERED)
+        p_data = DATA + slot[:, None] * D + o[None, :]
+        if KIND == INT8:
+            least = tl.min(tl.where(m, x, float("inf")), 1)
+            most = tl.max(tl.where(m, x, float("-inf")), 1)
+            least, scale = _range(least, most, m_t, 255.0)
+            tl.store(SCALE + slot, scale, mask=m_t)
+            tl.store(MIN + slot, least, mask=m_t)
+            least, scale = least.to(tl.float32)[:, None], scale.to(tl.float32)[:, None]
+            tl.store(p_data, integer_codes(x, least, scale, 255.0).to(tl.uint8), mask=m)
+        elif KIND == FP8:
+            scale = scale_of(tl.max(tl.where(m, tl.abs(x), 0.0), 1), 448.0)
+            tl.store(SCALE + slot, scale, mask=m_t)
+            scaled = tl.div_rn(x, scale.to(tl.float32)[:, None] + tl.zeros_like(x))
+            scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
+            tl.store(p_data, e4m3_bits(scaled).to(tl.uint8), mask=m)
+        else:
+            tl.store(p_data, x.to(DATA.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _range(least, most, m_t, LEVELS: tl.constexpr):
+    """float16 minimum and scale; the codes absorb the rounding of the minimum."""
+    least = tl.where(m_t, least, 0.0).to(tl.float16)
+    span = tl.where(m_t, most, 0.0) - least.to(tl.float32)
+    return least, scale_of(span, LEVELS)

@@ -1,0 +1,224 @@
+"""What the Triton kernels share: stored words to numbers and numbers to codes, sight, ranks.
+
+Rows of codes are read as 16-bit words, so that matrix units get them by the same loads as bfloat16
+numbers. A word of a row holds `parts_of` codes, each of another channel (see `channel_of`):
+
+    model  1   the number itself
+    int8   2   channels 2w and 2w + 1
+    fp8    2   the same
+    int4   4   channels 2w, 2w + D/2, 2w + 1, 2w + 1 + D/2
+
+A part becomes float16 exactly by bit operations: an integer below 1024 in the mantissa of 1024.0,
+less 1024 and less the middle code, which `zero_of` gives back; e4m3 bits as float16 bits of 2**-8
+times the number. ASM packs two elements into each instruction; the plain form beside it gives the
+same bits and is what the interpreter runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kvcompress.kernels.available import interpreting
+
+MODEL = tl.constexpr(0)
+INT8 = tl.constexpr(1)
+INT4 = tl.constexpr(2)
+FP8 = tl.constexpr(3)
+KINDS = {"model": 0, "int8": 1, "int4": 2, "fp8": 3}
+PARTS = {"model": 1, "int8": 2, "int4": 4, "fp8": 2}
+
+
+def operand_types(dtype):
+    """(type of the model's own numbers, type of codes) as operands of the matrix units.
+
+    A float32 model is served in float32. The interpreter cannot multiply bfloat16, so it does
+    that in float32 too.
+    """
+    if dtype == torch.float32:
+        return tl.float32, tl.float32
+    if dtype == torch.bfloat16:
+        return tl.float32 if interpreting() else tl.bfloat16, tl.float16
+    return tl.float16, tl.float16
+
+
+@triton.constexpr_function
+def parts_of(kind):
+    """Codes in a word."""
+    return {0: 1, 1: 2, 2: 4, 3: 2}[kind]
+
+
+@triton.constexpr_function
+def words_of(kind, dim):
+    """Words of a row of `dim` channels."""
+    return dim // {0: 1, 1: 2, 2: 4, 3: 2}[kind]
+
+
+@triton.constexpr_function
+def factor_of(kind, part):
+    """Number over what `widen` gives: the high nibble is left where it lies, times 16."""
+    if kind == 3:
+        return 256.0
+    return 1 / 16 if kind == 2 and part % 2 else 1.0
+
+
+@triton.constexpr_function
+def zero_of(kind):
+    """Code that `widen` gives as 0."""
+    return {0: 0.0, 1: 128.0, 2: 8.0, 3: 0.0}[kind]
+
+
+@triton.jit
+def channel_of(word, kind: tl.constexpr, part: tl.constexpr, D: tl.constexpr):
+    """Channels of a part of the words."""
+    if kind == MODEL:
+        return word
+    elif kind == INT4:
+        return 2 * word + part // 2 + (part % 2) * (D // 2)
+    else:
+        return 2 * word + part
+
+
+@triton.constexpr_function
+def unpacking(kind, part):
+    """Instructions that make a part of two words, in one register, two float16 numbers."""
+    if kind == 3:
+        move = (
+            "shl.b32 s, $1, 8; shl.b32 t, $1, 7; and.b32 s, s, 0x80008000;"
+            if part == 0
+            else "shr.u32 t, $1, 1; and.b32 s, $1, 0x80008000;"
+        )
+        return "{ .reg .b32 s, t; " + move + " lop3.b32 $0, t, 0x3f803f80, s, 0xEA; }"
+    if kind == 1 and part == 1:
+        pick = "prmt.b32 t, $1, 0x64646464, 0x4341;"
+    else:
+        mask = "0x00ff00ff" if kind == 1 else "0x00f000f0" if part % 2 else "0x000f000f"
+        move = "shr.u32 t, $1, 8;" if part // 2 else "mov.b32 t, $1;"
+        pick = move + " lop3.b32 t, t, " + mask + ", 0x64006400, 0xEA;"
+    bias = "0x64086408" if kind == 2 and part % 2 == 0 else "0x64806480"
+    return "{ .reg .b32 t, c; mov.b32 c, " + bias + "; " + pick + " sub.f16x2 $0, t, c; }"
+
+
+@triton.jit
+def widen(x, kind: tl.constexpr, part: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+    """A part of words ``x`` as numbers of type T, see `factor_of` and `zero_of`."""
+    if kind == MODEL:
+        return x.to(T)
+    elif ASM and T == tl.float16:
+        return tl.inline_asm_elementwise(
+            unpacking(kind, part), "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2
+        )
+    elif kind == FP8:
+        if part == 0:
+            bits = ((x << 8) & -32768) | ((x << 7) & 0x3F80)
+        else:
+            bits = (x & -32768) | ((x >> 1) & 0x3F80)
+        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(T)
+    else:
+        if kind == INT8:
+            code = (x >> (8 * part)) & 255
+            bias = 1152.0
+        else:
+            code = (x >> (8 * (part // 2))) & (240 if part % 2 else 15)
+            bias = 1152.0 if part % 2 else 1032.0
+        return ((code | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - bias).to(T)
+
+
+# ---- what a query sees
+@triton.jit
+def sees(now, position, start, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether the architecture lets the query at `now` see a stored token; −1 is none."""
+    seen = position >= 0
+    if WINDOW > 0:
+        seen = seen & (position > now - WINDOW)
+    if BLOCK > 0:
+        seen = seen & (((position - start) // BLOCK) == ((now - start) // BLOCK))
+    return seen
+
+
+@triton.jit
+def capped(logit, softcap, SOFTCAP: tl.constexpr):
+    """softcap·tanh(logit / softcap), with tanh by exp."""
+    if SOFTCAP:
+        logit = softcap - 2.0 * softcap / (tl.exp(2.0 * logit / softcap) + 1.0)
+    return logit
+
+
+@triton.jit
+def power_below(x):
+    """Largest power of two at most `x` ≥ 0, at least 2**-100: scaling by it rounds nothing."""
+    bits = tl.maximum(x, 7.888609052210118e-31).to(tl.int32, bitcast=True)
+    return (bits & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_of(power):
+    """One over a normal power of two, exactly."""
+    return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+# ---- numbers to codes, bit for bit as `kvcompress.quant.codec.encode`
+@triton.jit
+def round_even(x):
+    """`x` in [0, 2**22) to the nearest integer, halves to even."""
+    return (x + 8388608.0) - 8388608.0
+
+
+@triton.jit
+def scale_of(span, LEVELS: tl.constexpr):
+    """float16 scale of values that span `span`: never zero, never infinite."""
+    scale = tl.div_rn(span, tl.zeros_like(span) + LEVELS)
+    return tl.minimum(tl.maximum(scale, 6.103515625e-05), 65504.0).to(tl.float16)
+
+
+@triton.jit
+def integer_codes(x, low, scale, LEVELS: tl.constexpr):
+    """Codes 0..LEVELS of `x`, as int32; `low` and `scale` are float16 numbers in float32."""
+    steps = tl.div_rn(x - low, scale + tl.zeros_like(x))
+    return round_even(tl.minimum(tl.maximum(steps, 0.0), LEVELS)).to(tl.int32)
+
+
+@triton.jit
+def e4m3_bits(x):
+    """e4m3 bits of `x` in [−448, 448], rounded to nearest, halves to even, as int32."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    small = round_even(size.to(tl.float32, bitcast=True) * 512.0).to(tl.int32)
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
+    return tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 128)
+
+
+# ---- the keep rule, as `kvcompress.evict.keepset.priority`
+@triton.jit
+def priority(
+    position,
+    score,
+    votes,
+    now,
+    window,
+    by_score,
+    keeps_rest,
+    in_class,
+    pinned,
+    SPECIAL_SCORE: tl.constexpr,
+    PUNCT_SCORE: tl.constexpr,
+    SPECIAL_TIER: tl.constexpr,
+    LOCAL_TIER: tl.constexpr,
+    PUNCT_TIER: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """float32 priority of tokens; `score` is 0 in heads without any, `in_class` false in others."""
+    age = position.to(tl.float32)
+    recency = 1.0 + age * 1.1920928955078125e-07
+    plain = tl.where(score >= PUNCT_SCORE / 2, 0.0, score)
+    if MEAN:
+        plain = tl.div_rn(plain, tl.maximum(votes, 1).to(tl.float32))
+    value = tl.where(by_score, plain, age)
+    value = tl.where(position > now - window, LOCAL_TIER * recency, value)
+    value = tl.where(keeps_rest, value, float("-inf"))
+    punct = (score >= PUNCT_SCORE / 2) & (score < SPECIAL_SCORE / 2)
+    value = tl.where(punct, tl.maximum(value, PUNCT_TIER * recency), value)
+    value = tl.where((score >= SPECIAL_SCORE / 2) | in_class, SPECIAL_TIER * recency, value)
+    value = tl.where(pinned, float("inf"), value)
+    return tl.where(position < 0, float("-inf"), value)

@@ -1,0 +1,196 @@
+"""The Triton kernels on a CUDA device: the cases of the interpreter, and larger ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kvcompress.kernels.compact_quantize import reference as compact
+from kvcompress.kernels.decode_combine import flat
+from kvcompress.kernels.prefill_colsum import reference as colsum
+from kvcompress.kernels.tuning import refuses
+from kvcompress.quant.codec import value_groups
+from tests.kernels.cases import (
+    SHAPES,
+    awkward,
+    check_split,
+    empty_codes,
+    random,
+    run_split,
+    same_codes,
+    split,
+    to,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+TOLERANCE = 5e-5  # float32 sums of codes up to 255 with their minimum
+HALF = 4e-3  # the query and the weights of values are float16
+COARSE = 4e-2  # keys and values of the model are bfloat16, and so are query and weights
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("k", "v", "dim", "value_dim", "rows"), SHAPES)
+def test_split(k, v, dim, value_dim, rows, dtype):
+    from kvcompress.kernels.decode_split.triton import decode_split
+
+    case = split(k, v, dim, value_dim, rows, dtype, batch=2, device="cuda")
+    bound = HALF if dtype == torch.float16 or "model" not in (k, v) else COARSE
+    check_split(decode_split, case, TOLERANCE if dtype == torch.float32 else bound)
+
+
+@pytest.mark.parametrize("dim", [32, 48, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("storage", ["model", "int8", "int4", "fp8"])
+def test_split_at_every_width(storage, dim):
+    from kvcompress.kernels.decode_split.triton import decode_split
+
+    assert refuses(storage, storage, dim, dim) is None
+    for rows in (1, 3, 8):
+        case = split(storage, storage, dim, dim, rows, torch.bfloat16, device="cuda")
+        check_split(decode_split, case, COARSE if storage == "model" else HALF)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"softcap": 5.0},
+        {"window": 120},
+        {"block": 64, "batch": 2},
+        {"chunk": 1024, "capacities": (280, 1, 65)},
+    ],
+    ids=str,
+)
+def test_what_a_query_may_see(settings):
+    from kvcompress.kernels.decode_split.triton import decode_split
+
+    case = split("int8", "int4", 64, 64, 3, torch.float16, device="cuda", **settings)
+    check_split(decode_split, case, HALF)
+
+
+def test_addresses_beyond_two_to_the_31():
+    """Slots whose rows begin past 2**31 elements."""
+    from kvcompress.kernels.decode_split.triton import decode_split
+    from kvcompress.quant.codec import Codes
+
+    dim, far = 256, 2**23 + 70  # rows of 256 bytes: 2**31 bytes and some
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of device memory")
+    near = split("int8", "int8", dim, dim, 4, torch.float16, capacities=(70,), device="cuda")
+    expected = run_split(decode_split, near)
+    a = dict(near.arguments)
+    for name in ("keys", "values"):
+        parts = []
+        for t in (a[name].data, a[name].scale, a[name].minimum):
+            moved = torch.zeros(far + 71, *t.shape[1:], dtype=t.dtype, device="cuda")
+            moved[far : far + 71] = t
+            parts.append(moved)
+        a[name] = Codes(*parts)
+    position = torch.full((far + 71,), -1, dtype=torch.int32, device="cuda")
+    position[far : far + 71] = a["position"]
+    a["position"] = position
+    a["work"] = a["work"] + torch.tensor([far, 0, 0, 0], device="cuda")
+    rows = a.pop("rows")
+    found = near.outputs()
+    found["logits"] = torch.full((rows, far + 70), torch.nan, device="cuda")
+    decode_split(**a, **found)
+    for name in ("accumulated", "maximum", "total"):
+        assert torch.equal(found[name].cpu()[1:-1], expected[name][1:-1])
+    logits = found["logits"][:, far:].cpu()
+    seen = near.visible
+    assert torch.equal(logits[:, seen], expected["logits"][:, seen])
+
+
+@pytest.mark.parametrize("pieces", [1, 40])
+def test_combine(pieces):
+    from kvcompress.kernels.decode_combine.triton import decode_combine
+
+    batch, heads, rows, dim, exact = 2, 3, 4, 128, 20
+    arguments = {
+        "query": random(batch, heads * rows, 1, dim, seed=1),
+        "key": random(batch, heads, 1, dim, seed=2),
+        "value": random(batch, heads, 1, dim, seed=3),
+        "exact_k": random(batch, heads, exact, dim, seed=4),
+        "exact_v": random(batch, heads, exact, dim, seed=5),
+        "exact_position": torch.arange(exact, dtype=torch.int32).repeat(batch, 1),
+        "heads": torch.tensor([2, 0, 1]),
+        "accumulated": random(batch * heads * pieces, rows, dim, seed=6),
+        "maximum": random(batch * heads * pieces, rows, seed=7),
+        "total": random(batch * heads * pieces, rows, seed=8).abs() + 0.1,
+        "chunks": torch.stack(
+            [
+                torch.arange(batch * heads).view(batch, heads) * pieces,
+                torch.full((batch, heads), pieces),
+            ],
+            -1,
+        ),
+        "start": torch.zeros(batch, dtype=torch.int32),
+        "seen": torch.tensor(exact + 1),
+        "valid": torch.tensor([True, False]),
+        "sinks": random(heads * rows, seed=9),
+        "scaling": dim**-0.5,
+        "softcap": 0.0,
+        "window": 0,
+        "block": 0,
+    }
+    expected = flat.decode_combine(**arguments)
+    moved = {name: to(value, "cuda") for name, value in arguments.items()}
+    for mine, theirs in zip(decode_combine(**moved), expected, strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("storage", ["model", "int8", "int4", "fp8"])
+def test_codes_are_those_of_the_codec_to_the_last_bit(storage, dtype):
+    """Of the codec on the CPU: torch divides by a constant through its reciprocal on a device."""
+    from kvcompress.kernels.compact_quantize.triton import compact_quantize
+
+    batch, heads, tokens, dim, count = 2, 3, 200, 128, 1000
+    key = awkward(batch, heads, tokens, dim, seed=1).to(dtype)
+    value = awkward(batch, heads, tokens, dim, seed=2).to(dtype)
+    index = torch.randperm(batch * heads * tokens, generator=torch.Generator().manual_seed(3))
+    index = index[:count]
+    kept = torch.stack([index // (heads * tokens), index // tokens % heads, index % tokens])
+    slots = torch.randperm(count + 1, generator=torch.Generator().manual_seed(4))[:count]
+    constants = random(heads, dim, seed=5), random(heads, dim, seed=6).abs() + 0.3
+    results = []
+    for kernel, device in ((compact_quantize, "cuda"), (compact.compact_quantize, "cpu")):
+        keys = empty_codes(storage, count + 1, dim, 1, dtype)
+        values = empty_codes(storage, count + 1, dim, value_groups(storage, dim), dtype)
+        keys, values = to(keys, device), to(values, device)
+        parts = [t.to(device) for t in (key, value, kept, slots, *constants)]
+        kernel(*parts, keys, values, storage, storage)
+        results.append((keys, values))
+    for ours, theirs in zip(*results, strict=True):
+        same_codes(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 1e-4), (torch.bfloat16, 1e-4)]
+)
+def test_column_sums(dtype, tolerance):
+    from kvcompress.kernels.prefill_colsum.triton import prefill_colsum
+
+    batch, heads, rows, tokens, chosen, dim = 2, 2, 4, 700, 130, 128
+    query = random(batch, heads * rows, chosen, dim, seed=1).to(dtype)
+    key = random(batch, heads, tokens, dim, seed=2).to(dtype)
+    position = torch.arange(tokens - chosen, tokens)
+    weight, first = random(batch, chosen, seed=3).abs(), torch.tensor([0, 40])
+    logits = query.double().unflatten(1, (heads, rows)) @ key.double().unsqueeze(2).mT * dim**-0.5
+    keys = torch.arange(tokens)
+    visible = (keys <= position[:, None]) & (keys >= first[:, None, None])
+    lse = logits.masked_fill(~visible[:, None, None], -torch.inf).logsumexp(-1)
+    lse = lse.flatten(1, 2).float()
+    arguments = (query, key, lse, position, weight, first, dim**-0.5, 0.0, 0)
+    expected = colsum.prefill_colsum(*arguments)
+    got = prefill_colsum(*(to(a, "cuda") for a in arguments))
+    torch.testing.assert_close(got.cpu(), expected, atol=tolerance, rtol=tolerance)
