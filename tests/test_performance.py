@@ -95,6 +95,7 @@ def test_decode_times_every_recipe_beside_its_bytes(benchmark, decode):
     assert cell.row("DynamicCache bfloat16").kind == "artefact"
     assert cell.row("int8 20 %, float32").kv_bytes < cell.row("int8 100 %, float32").kv_bytes < full
     assert {row.quality for row in own} == recipes
+    assert "OffloadedCache" in {each.name for each in cell.missing}
     cells = benchmark("performance_page").qualities(RESULTS)["cells"]
     assert recipes <= set(cells)
 

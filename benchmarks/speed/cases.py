@@ -174,6 +174,8 @@ def decode_entries(
     own, missing = own_entries(models, size, all_own())
     made = [each for each in asked if isinstance(each, Entry)] + own
     missing += [each for each in asked if isinstance(each, Missing)]
+    offloaded = "it moves layers between a GPU and the host, and there is no GPU"
+    missing.append(Missing(name="OffloadedCache", reason=offloaded))
     if rivals is not None:
         made += rival_entries(models, place, size, rivals, missing)
     return made, missing
