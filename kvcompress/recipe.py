@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from kvcompress.errors import RecipeError
 from kvcompress.plan import (
@@ -20,8 +26,11 @@ from kvcompress.plan import (
     Recall,
     ScorerName,
     StrictModel,
+    Stride,
     WeightScheme,
+    check_stride,
     explain,
+    without_unset_stride,
 )
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -67,11 +76,21 @@ class Keep(StrictModel):
     recent_tokens: PositiveInt = 16
     scorer: ScorerName = "lift"
     score_rows: PositiveInt | None = None
+    score_stride: Stride | None = None
     pool_tokens: PositiveInt = 1
     per_request: PerRequest | None = None
     positions: Literal["original", "relative"] = "original"
     turn_tokens: NonNegativeInt = 0
     recall: Recall | None = None
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> Self:
+        check_stride(self.scorer, self.score_rows, self.score_stride)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset_stride(handler(self))
 
 
 class UniformPolicy(StrictModel):

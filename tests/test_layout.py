@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "evict": VALUES | {"quant.keystats"},  # the rotary embedding, to undo it
     "accounting": VALUES | {"quant.codec"},
     "profile": VALUES
-    | {"accounting", "evict.chain", "evict.finish", "evict.scorers"}
+    | {"accounting", "evict.chain", "evict.finish", "evict.scorers", "evict.voters"}
     | {"quant.codec", "quant.keystats", "quant.weights"}
     | {"evaluate.tasks", "evaluate.words", "runtime.families", "runtime.hf", "runtime.rotation"},
     "runtime": VALUES | {"accounting", "evict", "kernels", "quant", "bundle"},

@@ -134,5 +134,6 @@ def _uniform(
         recent_tokens=keep.recent_tokens,
         scorer=scorer or keep.scorer,
         score_rows=None if scorer else keep.score_rows,
+        score_stride=None if scorer else keep.score_stride,
         target=target,
     )

@@ -20,6 +20,7 @@ from kvcompress.runtime.protocol import leaving_plain_tensors
 from kvcompress.runtime.relative import attend_relative, in_order, parts
 from kvcompress.runtime.speculate import Journal
 from kvcompress.runtime.state import LayerSettings, LayerState
+from kvcompress.runtime.voters import attend_prompt
 
 _NEVER: Final = 1 << 60  # a first vote that no position reaches
 _MOST_DRAFTED: Final = 256
@@ -332,6 +333,8 @@ class CompressedLayer(HoldingLayer):
         if settings.relative and not in_order(state, chunk):
             out = attend_relative(state, chunk, scores, settings.rotation)
             return out.transpose(1, 2).contiguous()
+        if voting and settings.sums and not any(state.row_seen):
+            return attend_prompt(state, chunk, scores, fast_attention, self._late, late)
         if not any(state.row_seen) and not chunk.held and fast_attention is not None:
             if voting and rows is not None and not late:
                 score_rows(state, chunk, scores, first)
@@ -344,7 +347,7 @@ class CompressedLayer(HoldingLayer):
         """In a first prompt only the last `score_rows` queries vote; gives the first of them."""
         state, rows = self.state, self.settings.plan.score_rows
         assert state is not None
-        if rows is None or any(state.row_seen):
+        if rows is None or any(state.row_seen) or self.settings.plan.score_stride is not None:
             return 0
         first = max(0, chunk.length - rows)
         state.first_vote = _NEVER if self._votes_late() else chunk.position + first
@@ -352,7 +355,8 @@ class CompressedLayer(HoldingLayer):
 
     def nbytes(self) -> int:
         """Bytes of every tensor that this layer holds."""
-        return super().nbytes() + (0 if self._held is None else self._held.nbytes())
+        held = 0 if self._held is None else self._held.nbytes()
+        return super().nbytes() + held + self._late.nbytes()
 
 
 def _decodes(state: LayerState, chunk: Chunk) -> bool:
