@@ -289,8 +289,7 @@ class CompressedLayer(HoldingLayer):
     def _store(self, waiting: Waiting) -> None:
         state, chunk = self.state, waiting.chunk
         assert state is not None
-        prompt = chunk.length > 1 or self.arrival.in_prompt or self._held is not None
-        if (self._hold_prompt and prompt) or (self.record_past and self._drafts_wait):
+        if self._waits(chunk) or (self.record_past and self._drafts_wait):
             self._hold(waiting)
             return
         if _decodes(state, chunk):
@@ -298,6 +297,11 @@ class CompressedLayer(HoldingLayer):
         else:
             commit(state, chunk, waiting.scores, self.evidence)
         self.evidence = NOTHING
+
+    def _waits(self, chunk: Chunk) -> bool:
+        """Whether a chunk is held until its prompt ends."""
+        prompt = chunk.length > 1 or self.arrival.in_prompt or self._held is not None
+        return self._hold_prompt and prompt
 
     def _take_drafted(self, chunk: Chunk, first: int) -> list[Tensor]:
         """The tokens from `first` on, one after the other, each of which `crop` can take back."""
@@ -327,9 +331,9 @@ class CompressedLayer(HoldingLayer):
         """``[B, T, Hq, D]``, with the votes of the chunk's queries."""
         state, settings = self.state, self.settings
         assert state is not None
-        rows, first = settings.plan.score_rows, self._set_first_vote(chunk)
+        late = self._votes_late() and self._waits(chunk)
+        rows, first = settings.plan.score_rows, self._set_first_vote(chunk, late)
         voting = settings.scorer.uses_attention and any(kind.scored for kind, _ in settings.groups)
-        late = self._votes_late()
         if settings.relative and not in_order(state, chunk):
             out = attend_relative(state, chunk, scores, settings.rotation)
             return out.transpose(1, 2).contiguous()
@@ -343,14 +347,14 @@ class CompressedLayer(HoldingLayer):
                 return fast_attention()
         return attend(state, chunk, scores).transpose(1, 2).contiguous()
 
-    def _set_first_vote(self, chunk: Chunk) -> int:
+    def _set_first_vote(self, chunk: Chunk, late: bool = False) -> int:
         """In a first prompt only the last `score_rows` queries vote; gives the first of them."""
         state, rows = self.state, self.settings.plan.score_rows
         assert state is not None
         if rows is None or any(state.row_seen) or self.settings.plan.score_stride is not None:
             return 0
         first = max(0, chunk.length - rows)
-        state.first_vote = _NEVER if self._votes_late() else chunk.position + first
+        state.first_vote = _NEVER if late else chunk.position + first
         return first
 
     def nbytes(self) -> int:
