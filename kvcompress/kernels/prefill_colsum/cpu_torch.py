@@ -60,10 +60,10 @@ class Sight:
             seen = max(0, min(len(keys), int(self.place[rows.start]) - self.least + 1 - keys.start))
         device = logits.device
         key = torch.arange(keys.start + seen, keys.stop, device=device)
-        back = self.place[rows].to(device)[:, None] - key
-        hidden = back < self.least
+        place = self.place[rows].to(device)[:, None]
+        hidden = key > place - self.least
         if self.most is not None:
-            hidden |= back >= self.most
+            hidden |= key <= place - self.most
         if self.hidden is not None:
             hidden |= self.hidden(torch.arange(rows.start, rows.stop, device=device), key)
         logits[..., seen:].masked_fill_(hidden, -torch.inf)
