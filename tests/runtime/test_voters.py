@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.profile.collect import forward, watching_rows
 from kvcompress.recipe import Keep
@@ -224,3 +225,20 @@ def test_a_prompt_of_one_token_is_not_held_and_later_tokens_vote(voters):
 
 def test_late_voters_of_an_empty_layer_are_nothing():
     assert LateVoters().nbytes() == 0
+
+
+@pytest.mark.parametrize("compress", ["per_chunk", "after_prefill"])
+def test_latent_layers_let_all_rows_vote(compress):
+    """Their attention is computed row by row in any case: nothing has to be estimated."""
+    model, inputs = build("deepseek_v3"), prompts(2, 60, [7, 0])
+    tokens = prompts(2, 72)["input_ids"][:, 60:]
+    logits = []
+    for settings in ({}, ESTIMATED):
+        attach(model, plan_for(model, KEEP_SETS["frequent"], **settings))
+        cache = new_cache(model, compress=compress)
+        logits.append(oracle.feed(model, cache, inputs, tokens))
+        detach(model)
+    assert torch.equal(*logits)
+    attach(model, plan_for(model, KEEP_SETS["frequent"], score_rows=5))
+    with pytest.raises(KVCompressError, match="score_rows cannot hold the prompts of latent"):
+        new_cache(model, compress="after_prefill")

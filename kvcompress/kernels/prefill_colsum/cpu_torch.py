@@ -189,10 +189,13 @@ class _Blocks:
         self.query, self.key, self.softmax, self.sight = query, key, softmax, sight
         self.heads, keys = key.shape[:2]
         self.groups = query.shape[0] // self.heads
+        most = _MOST_ROWS
         if sight.most is not None and sight.side_by_side:
-            keys = min(keys, sight.most + _MOST_ROWS)
+            # a block of n rows has most + n keys, of which each row sees `most`
+            most = max(_FEWEST_ROWS, min(most, sight.most))
+            keys = min(keys, sight.most + most)
         limit = BLOCK_ELEMENTS if key.device.type == "cpu" else _DEVICE_ELEMENTS
-        rows = max(_FEWEST_ROWS, min(_MOST_ROWS, limit // max(1, self.groups * keys)))
+        rows = max(_FEWEST_ROWS, min(most, limit // max(1, self.groups * keys)))
         self.rows = max(1, min(rows, query.shape[1]))
         self.step = max(1, min(self.heads, limit // max(1, self.groups * self.rows * keys)))
         self.size = self.step * self.groups * self.rows * keys
