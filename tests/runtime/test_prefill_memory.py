@@ -9,9 +9,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvcompress.accounting import kv_bytes, prefill_bytes
 from kvcompress.plan import Budget, HeadPlan, uniform
+from kvcompress.runtime.attend import Chunk
+from kvcompress.runtime.evidence import new_scores
 from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf import attach, detach, new_cache
 from kvcompress.runtime.layer import CompressedLayer
+from kvcompress.runtime.state import LayerSettings, LayerState
 from tests.runtime.live import LiveBytes
 
 TOKENS = 1536
@@ -119,3 +122,14 @@ def _plan(layers: int, name: str):
     head, settings = PLANS[name]
     model = model_of(layers)
     return uniform(shape_of(model.config, model.dtype), head, **settings)
+
+
+def test_new_scores_copy_no_keys():
+    """Where all heads are one group, a scorer is shown the chunk's own keys and values."""
+    plan = _plan(1, "all rows vote")
+    key = torch.randn(1, 4, TOKENS, 64)
+    chunk = Chunk(key, key, key.clone(), 0, None, None, None, 0.1, None)
+    state = LayerState.empty(LayerSettings(plan, None, 0), key, key, [()])
+    with LiveBytes(key, chunk.value) as live:
+        new_scores(state, chunk)
+    assert live.peak < key.nbytes / 8

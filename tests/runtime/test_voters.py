@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvcompress.errors import KVCompressError
+from kvcompress.evict.voters import pair_weight
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.profile.collect import forward, watching_rows
 from kvcompress.recipe import Keep
@@ -242,3 +243,27 @@ def test_latent_layers_let_all_rows_vote(compress):
     attach(model, plan_for(model, KEEP_SETS["frequent"], score_rows=5))
     with pytest.raises(KVCompressError, match="score_rows cannot hold the prompts of latent"):
         new_cache(model, compress="after_prefill")
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_rows_that_a_mask_takes_out_do_not_vote(hold, seen):
+    """Holes in a mask, behind a row's first token: no votes of theirs and none for them."""
+    model, inputs = build("llama"), prompts(1, 60)
+    inputs["attention_mask"][0, [3, 18, 19, 20, 21, 22, 40, 59]] = 0
+    attach(model, plan_for(model, *SCORED, scorer="raw", **ESTIMATED))
+    cache = new_cache(model, compress="after_prefill" if hold else "per_chunk")
+    feed(model, cache, inputs)
+    valid = inputs["attention_mask"][0].bool()
+    number = torch.arange(60)
+    counts = pair_weight(number, number, 55, 5, 4) * valid[:, None]
+    for layer, (_, chunk, scores, _) in zip(cache.compressed_layers, seen, strict=True):
+        if hold:
+            scores = layer._held.scores
+            layer._late.vote(layer.state, layer._held.chunk, scores)
+        logits = chunk.query @ chunk.key.repeat_interleave(2, 1).mT * chunk.scaling
+        hidden = (number[:, None] < number) | ~valid
+        share = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
+        expected = (share.unflatten(1, (2, 2)).mean(2) * counts).sum(2)
+        for index, score in scores.items():
+            own = expected[:, layer.state.groups[index].index]
+            torch.testing.assert_close(score, own, rtol=1e-4, atol=1e-5)
