@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from kvcompress.errors import RecipeError
+from kvcompress.evict.registry import SUMS
 from kvcompress.plan import (
     Budget,
     HeadPlan,
@@ -34,6 +35,10 @@ from kvcompress.plan import (
 )
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+# who votes on a prompt where a recipe does not say, see `kvcompress.evict.voters`
+ESTIMATED_ROWS: Final = 64
+ESTIMATED_STRIDE: Final = 32
 
 _UNITS: Final = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -70,7 +75,11 @@ class Calibration(StrictModel):
 
 
 class Keep(StrictModel):
-    """Settings that every head shares; see `Plan`."""
+    """Settings that every head shares; see `Plan`.
+
+    Where neither `score_rows` nor `score_stride` is given, a scorer that adds attention up has its
+    sums estimated (`ESTIMATED_ROWS`, `ESTIMATED_STRIDE`); ``score_rows: null`` has all rows vote.
+    """
 
     sink_tokens: NonNegativeInt = 4
     recent_tokens: PositiveInt = 16
@@ -82,6 +91,17 @@ class Keep(StrictModel):
     positions: Literal["original", "relative"] = "original"
     turn_tokens: NonNegativeInt = 0
     recall: Recall | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sums_are_estimated(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "score_rows" in data:
+            return data
+        if data.get("scorer", "lift") not in tuple(SUMS):
+            return data
+        stride = data.get("score_stride", ESTIMATED_STRIDE)
+        rows = None if stride is None else ESTIMATED_ROWS
+        return {**data, "score_rows": rows, "score_stride": stride}
 
     @model_validator(mode="after")
     def _stride_fits(self) -> Self:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "head_plan": set(),
     "rules": {"head_plan"},
     "plan": {"errors", "evict.registry", "head_plan", "rules"},
-    "recipe": {"errors", "plan"},
+    "recipe": {"errors", "evict.registry", "plan"},
     "kernels": {"errors", "plan", "quant.codec"},  # they read codes in place
     "quant": VALUES,
     "evict": VALUES | {"quant.keystats"},  # the rotary embedding, to undo it

@@ -10,7 +10,7 @@ from kvcompress.evict.registry import SUMS
 from kvcompress.evict.scorers import SCORERS, Scorer, scorer
 from kvcompress.evict.voters import far_weight, pair_weight, votes_for_its_stride
 from kvcompress.plan import Plan, uniform
-from kvcompress.recipe import Keep
+from kvcompress.recipe import Keep, Recipe
 from tests.evict.prompts import prompt, ranks_of
 
 LENGTH = 400
@@ -112,7 +112,7 @@ def shape(tiny_llama):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"score_stride": 8}, "score_stride 8 without score_rows"),
+        ({"score_rows": None, "score_stride": 8}, "score_stride 8 without score_rows"),
         ({"score_rows": 8, "score_stride": 1}, "greater than or equal to 2"),
         ({"score_rows": 8, "score_stride": 4, "scorer": "tova"}, "tova adds none up.*critical"),
         ({"score_rows": 8, "score_stride": 4, "scorer": "random"}, "random adds none up"),
@@ -125,9 +125,34 @@ def test_what_cannot_be_estimated_is_refused(shape, settings, message):
         tiny_plan(shape, **settings)
 
 
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ({}, (64, 32)),
+        ({"scorer": "raw"}, (64, 32)),
+        ({"scorer": "tova"}, (None, None)),
+        ({"scorer": "key_norm"}, (None, None)),
+        ({"score_rows": None}, (None, None)),
+        ({"score_rows": 16}, (16, None)),
+        ({"score_stride": None}, (None, None)),
+        ({"score_stride": 8}, (64, 8)),
+        ({"score_rows": 16, "score_stride": 8}, (16, 8)),
+    ],
+)
+def test_who_votes_where_a_recipe_does_not_say(said, meant):
+    """Estimates are the default of recipes; of plans, which are written in full, they are not."""
+    keep = Keep(**said)
+    assert (keep.score_rows, keep.score_stride) == meant
+    again = Keep.model_validate(keep.model_dump())
+    assert again == keep
+    assert Recipe.from_yaml(Recipe(keep=keep).to_yaml()).keep == keep
+
+
 def test_a_plan_without_a_stride_is_written_as_before(shape):
     plan = tiny_plan(shape, score_rows=8)
-    assert "score_stride" not in plan.to_json() and "score_stride" not in Keep().model_dump()
+    assert tiny_plan(shape).score_rows is None
+    exact = Keep(score_rows=None)
+    assert "score_stride" not in plan.to_json() and "score_stride" not in exact.model_dump()
     assert Plan.from_json(plan.to_json()) == plan and plan.score_stride is None
     strided = tiny_plan(shape, score_rows=8, score_stride=4)
     assert Plan.from_json(strided.to_json()) == strided != plan
