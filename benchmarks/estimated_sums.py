@@ -47,6 +47,9 @@ Voters = tuple[int | None, int | None]  # score_rows, score_stride
 EXACT: Final[Voters] = (None, None)
 ESTIMATES: Final[tuple[Voters, ...]] = tuple((n, s) for s in (8, 32) for n in (32, 64, 128))
 WINDOWS: Final[tuple[Voters, ...]] = ((64, None),)
+RANKED: Final[tuple[Voters, ...]] = (*ESTIMATES, (32, None), (64, None), (128, None))
+NEAR_TOO: Final = "64, 1 in 32, near tokens too"
+SCORERS: Final = ("raw", "mean", "lift")
 SHARES: Final = (4, 8, 16)
 WORKLOADS: Final = ("hidden", "second_turn", "long_span")
 CONTEXT: Final = 960
@@ -65,8 +68,12 @@ def keep_of(voters: Voters, scorer: str = "lift") -> Keep:
 
 
 # ---- ranks
-def ranks(attention: Tensor, scorer: str, voters: Voters) -> Tensor:
-    """``[Hkv, S]`` from attention ``[Hkv, S, S]`` at a prompt's end."""
+def ranks(attention: Tensor, scorer: str, voters: Voters, near: int | None = None) -> Tensor:
+    """``[Hkv, S]`` from attention ``[Hkv, S, S]`` at a prompt's end.
+
+    Args:
+        near: keys that every row votes for where sums are estimated; None: as many as rows.
+    """
     rows, stride = voters
     length = attention.shape[-1]
     number = torch.arange(length)
@@ -74,7 +81,7 @@ def ranks(attention: Tensor, scorer: str, voters: Voters) -> Tensor:
     weight = (number >= first).double()[:, None]
     seen = length - number.clamp(min=first)
     if rows is not None and stride is not None:
-        weight = pair_weight(number, number, first, rows, stride).double()
+        weight = pair_weight(number, number, first, rows if near is None else near, stride).double()
         seen = length - number
     if scorer == "lift":
         weight = weight * (number + 1)[:, None]
@@ -87,7 +94,8 @@ def agreement(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
     tokens among the best; means over heads, layers and prompts. Sinks and recent tokens, which
     are kept in any case, are left out."""
     found: dict[str, list[list[float]]] = {}
-    names = {f"{s}: {named(v)}": (s, v) for s in ("raw", "mean", "lift") for v in TOLD}
+    names = {f"{s}: {named(v)}": (s, v, None) for s in SCORERS for v in RANKED}
+    names |= {f"{s}: {NEAR_TOO}": (s, (64, 32), 0) for s in SCORERS}
 
     def run(
         module: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None
@@ -95,9 +103,9 @@ def agreement(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
         logits = grouped(q, k) @ k.float().mT[:, None] * scaling
         hidden = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
         attention = logits.masked_fill(hidden, -torch.inf).softmax(-1)
-        exact = {s: _inner(ranks(attention.mean(1), s, EXACT)) for s in ("raw", "mean", "lift")}
-        for name, (scorer, voters) in names.items():
-            own = _inner(ranks(attention.mean(1), scorer, voters))
+        exact = {s: _inner(ranks(attention.mean(1), s, EXACT)) for s in SCORERS}
+        for name, (scorer, voters, near) in names.items():
+            own = _inner(ranks(attention.mean(1), scorer, voters, near))
             values = [_spearman(own, exact[scorer])]
             values += [_overlap(own, exact[scorer], share) for share in SHARES]
             found.setdefault(name, []).append(values)
@@ -199,9 +207,6 @@ def distances(
     return found
 
 
-TOLD: Final = (*ESTIMATES, *((n, None) for n in (32, 64, 128)))
-
-
 def measure(cells: Cells, samples: int, folder: Path) -> None:
     model, tokenizer = load_source(str(MODEL), "cpu")
     cells.get("agreement", lambda: agreement(model, tokenizer))
@@ -240,20 +245,22 @@ def measure(cells: Cells, samples: int, folder: Path) -> None:
 
 
 # ---- tables
-def tables(content: dict[str, Any]) -> str:
-    cells = content["cells"]
-    lines = ["| voters | " + " | ".join(f"{s} ρ | {s} 1/8" for s in ("raw", "mean", "lift")) + " |"]
+def agreement_table(cells: dict[str, Any]) -> str:
+    """Rank correlation, and share of the exactly best eighth that is found, by scorer."""
+    lines = ["| voters | " + " | ".join(f"{s} ρ | {s} 1/8" for s in SCORERS) + " |"]
     lines.append("|---|" + "---:|" * 6)
-    for voters in TOLD:
-        row = [named(voters)]
-        for scorer in ("raw", "mean", "lift"):
-            own = cells["agreement"][f"{scorer}: {named(voters)}"]
+    for name in (*map(named, RANKED[: len(ESTIMATES)]), NEAR_TOO, *map(named, RANKED[-3:])):
+        row = [name]
+        for scorer in SCORERS:
+            own = cells["agreement"][f"{scorer}: {name}"]
             row += [f"{own['rank_correlation']:.2f}", f"{own['best_1_in_8']:.2f}"]
         lines.append(f"| {' | '.join(row)} |")
-    lines += [
-        "",
-        "| plan | voters | heads that score | answers, all workloads | − exact | text | − exact |",
-    ]
+    return "\n".join(lines)
+
+
+def quality_table(cells: dict[str, Any]) -> str:
+    """KL to the full cache by plan and voters, beside exact sums."""
+    lines = ["| plan | voters | heads that score | answers | − exact | text | − exact |"]
     lines.append("|---|---|---:|---:|---:|---:|---:|")
     for kind in ("planned", "h2o-lift"):
         for share in SHARES:
@@ -272,9 +279,9 @@ def _quality_line(cells: dict[str, Any], plan: str, voters: Voters) -> list[str]
     for name in ("answer_kl", "text_kl"):
         mine, theirs = _joined(own, name), _joined(exact, name)
         mean, (low, high) = summary(mine, name)
-        row.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+        row.append(f"{mean:.4f} [{low:.4f}, {high:.4f}]")
         change, (low, high) = difference(mine, theirs, name)
-        row.append("" if voters == EXACT else f"{change:+.3f} [{low:+.3f}, {high:+.3f}]")
+        row.append("" if voters == EXACT else f"{change:+.4f} [{low:+.4f}, {high:+.4f}]")
     return [f"| {' | '.join(row)} |"]
 
 
@@ -284,7 +291,7 @@ def _joined(cells: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=48, help="questions of each workload")
+    parser.add_argument("--samples", type=int, default=96, help="questions of each workload")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the tables")
     parser.add_argument("--profiles", type=Path, help="folder that keeps the profiles")
     args = parser.parse_args()
@@ -297,7 +304,9 @@ def main() -> None:
     if not args.table:
         with tempfile.TemporaryDirectory() as own:
             measure(cells, args.samples, args.profiles or Path(own))
-    print(tables(cells.content))
+    print(
+        agreement_table(cells.content["cells"]), quality_table(cells.content["cells"]), sep="\n\n"
+    )
 
 
 if __name__ == "__main__":

@@ -209,5 +209,21 @@ def table(results: list[dict[str, Any]], args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def page_table(results: list[dict[str, Any]]) -> str:
+    """The same in Markdown, MiB; docs/cache.md shows the committed results."""
+    no_cache = next(row for row in results if row["variant"] == NO_CACHE)
+    lines = ["| | KV held | + one layer | peak growth | other |", "|---|---:|---:|---:|---:|"]
+    for row in results:
+        sizes = (
+            row["kv_bytes"],
+            row["kv_bytes"] + row["layer_bytes"],
+            row["growth_bytes"],
+            other_bytes(row, no_cache),
+        )
+        cells = " | ".join(f"{size / MIB:.1f}" for size in sizes)
+        lines.append(f"| {row['variant']} | {cells} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     main()

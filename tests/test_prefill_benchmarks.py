@@ -83,3 +83,4 @@ def test_peak_memory_says_what_is_beyond_the_claim(benchmark):
     for name, row in named.items():
         other = script.other_bytes(row, no_cache)
         assert other < row["layer_bytes"], f"{name}: {other} bytes beside the claim"
+    assert script.page_table(results) in (ROOT / "docs" / "cache.md").read_text("utf-8")
