@@ -58,7 +58,7 @@ def test_plans_with_estimates_hold_the_bytes_of_those_without(benchmark):
         if name == "agreement":
             continue
         exact = cells[f"{name.partition(':')[0]}: {script.named(script.EXACT)}"]
-        assert cell["kv_bytes"] == pytest.approx(exact["kv_bytes"], rel=0.005), name
+        assert 0.99 < cell["kv_bytes"] / exact["kv_bytes"] < 1.005, name
 
 
 def test_the_fastgen_page_shows_the_results(benchmark):
