@@ -38,7 +38,7 @@ from kvcompress.plan import FastGenChoice, Plan, uniform
 from kvcompress.profile.run import run
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import Profile
-from kvcompress.recipe import Calibration, FastGenPolicy, Recipe
+from kvcompress.recipe import Calibration, FastGenPolicy, Keep, Recipe
 
 RESULTS = ROOT / "benchmarks" / "results" / "fastgen.json"
 TARGETS = (0.8, 0.9, 0.95)  # kept mass; ‖A − Â‖₁ ≤ 1 − T is the mass (1 + T) / 2
@@ -212,7 +212,9 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer, suite = setting(arguments.samples)
     recipe = Recipe(
-        calibration=Calibration(prompts=12, tokens=CONTEXT), policy=FastGenPolicy(kind="fastgen")
+        calibration=Calibration(prompts=12, tokens=CONTEXT),
+        keep=Keep(score_rows=None),
+        policy=FastGenPolicy(kind="fastgen"),
     )
     with tempfile.TemporaryDirectory() as folder:
         profile = run(model, tokenizer, recipe, Path(folder) / "profile")

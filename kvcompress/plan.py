@@ -12,17 +12,19 @@ or everything (`full`). Growing a budget or adding a part only ever adds tokens.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
 from kvcompress.errors import PlanError
-from kvcompress.evict.registry import known_scorer
+from kvcompress.evict.registry import SUMS, known_scorer
 from kvcompress.head_plan import (
     Budget,
     HeadPlan,
@@ -67,6 +69,7 @@ SCHEMA_VERSION: Final = 1
 LayerKind = Literal["full", "sliding", "chunked", "latent", "shared", "linear", "none"]
 HOLDS_KV: Final = frozenset({"full", "sliding", "chunked", "latent"})
 ScorerName = Annotated[str, AfterValidator(known_scorer)]
+Stride = Annotated[int, Field(ge=2)]
 WeightScheme = Literal["bf16", "int8", "nf4"]
 
 
@@ -140,6 +143,9 @@ class Plan(StrictModel):
         heads: ``heads[layer][kv_head]``.
         scorer: ranks `frequent` tokens; see `kvcompress.evict.scorers`.
         score_rows: only the last so many prompt rows vote at prefill; None is all of them.
+        score_stride: with it the sums of all rows are estimated: beside those last rows every row
+            votes for its newest `score_rows` keys, and one row in so many for the others, as often;
+            see `kvcompress.evict.voters`. None estimates nothing.
         special_ids, punct_ids: token ids of the two classes, bound to `tokenizer_hash`.
         max_position: last position for which the key constants were derived.
         positions: ``original`` keeps the position that each token had; ``relative`` numbers the
@@ -167,6 +173,7 @@ class Plan(StrictModel):
     recent_tokens: PositiveInt = 16
     scorer: ScorerName = "lift"
     score_rows: PositiveInt | None = None
+    score_stride: Stride | None = None
     pool_tokens: PositiveInt = 1
     per_request: PerRequest | None = None
     repeat_ids: tuple[NonNegativeInt, ...] = ()
@@ -202,6 +209,7 @@ class Plan(StrictModel):
 
     @model_validator(mode="after")
     def _rules_fit(self) -> Self:
+        check_stride(self.scorer, self.score_rows, self.score_stride)
         if self.pool_tokens % 2 == 0:
             raise ValueError(f"pool_tokens {self.pool_tokens} is even: a window has a middle")
         heads = [head for layer in self.heads for head in layer]
@@ -240,6 +248,10 @@ class Plan(StrictModel):
         """Whether the layer has a recall tier; a layer with a window of its own needs none."""
         return self.recall is not None and self.model.kind(layer) == "full"
 
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset_stride(handler(self))
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=1, exclude_defaults=False) + "\n"
 
@@ -275,6 +287,32 @@ def uniform(shape: ModelShape, head: HeadPlan, **settings: object) -> Plan:
     rows = tuple((head,) * shape.heads_of(layer) for layer in range(shape.layers))
     settings.setdefault("max_position", shape.max_position)
     return Plan(model=shape, heads=rows, **settings)  # type: ignore[arg-type]
+
+
+def check_stride(scorer: str, rows: int | None, stride: int | None) -> None:
+    """Refuse an estimate of sums where there is nothing to estimate.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    if stride is not None and rows is None:
+        raise ValueError(
+            f"score_stride {stride} without score_rows: say how many newest keys every row votes "
+            "for, or drop score_stride, so that all rows vote"
+        )
+    if stride is not None and scorer not in SUMS:
+        raise ValueError(
+            f"score_stride {stride} estimates sums of attention, and {scorer} adds none up: leave "
+            f"it out, or choose among {', '.join(sorted(SUMS))}"
+        )
+
+
+def without_unset_stride(data: dict[str, Any]) -> dict[str, Any]:
+    """`data` without a `score_stride` of None: what does not use it is written as it always was, so
+    that files and caches that are bound to its text stay valid."""
+    if data.get("score_stride", 0) is None:
+        del data["score_stride"]
+    return data
 
 
 def explain(error: ValidationError) -> str:

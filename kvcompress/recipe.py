@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from kvcompress.errors import RecipeError
+from kvcompress.evict.registry import SUMS
 from kvcompress.plan import (
     Budget,
     HeadPlan,
@@ -20,11 +27,18 @@ from kvcompress.plan import (
     Recall,
     ScorerName,
     StrictModel,
+    Stride,
     WeightScheme,
+    check_stride,
     explain,
+    without_unset_stride,
 )
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+# who votes on a prompt where a recipe does not say, see `kvcompress.evict.voters`
+ESTIMATED_ROWS: Final = 64
+ESTIMATED_STRIDE: Final = 32
 
 _UNITS: Final = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -61,17 +75,42 @@ class Calibration(StrictModel):
 
 
 class Keep(StrictModel):
-    """Settings that every head shares; see `Plan`."""
+    """Settings that every head shares; see `Plan`.
+
+    Where neither `score_rows` nor `score_stride` is given, a scorer that adds attention up has its
+    sums estimated (`ESTIMATED_ROWS`, `ESTIMATED_STRIDE`); ``score_rows: null`` has all rows vote.
+    """
 
     sink_tokens: NonNegativeInt = 4
     recent_tokens: PositiveInt = 16
     scorer: ScorerName = "lift"
     score_rows: PositiveInt | None = None
+    score_stride: Stride | None = None
     pool_tokens: PositiveInt = 1
     per_request: PerRequest | None = None
     positions: Literal["original", "relative"] = "original"
     turn_tokens: NonNegativeInt = 0
     recall: Recall | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sums_are_estimated(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "score_rows" in data:
+            return data
+        if data.get("scorer", "lift") not in tuple(SUMS):
+            return data
+        stride = data.get("score_stride", ESTIMATED_STRIDE)
+        rows = None if stride is None else ESTIMATED_ROWS
+        return {**data, "score_rows": rows, "score_stride": stride}
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> Self:
+        check_stride(self.scorer, self.score_rows, self.score_stride)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset_stride(handler(self))
 
 
 class UniformPolicy(StrictModel):

@@ -25,14 +25,14 @@ MAY_IMPORT = {
     "head_plan": set(),
     "rules": {"head_plan"},
     "plan": {"errors", "evict.registry", "head_plan", "rules"},
-    "recipe": {"errors", "plan"},
+    "recipe": {"errors", "evict.registry", "plan"},
     # they read codes in place, and rank by the one keep rule
     "kernels": {"errors", "plan", "quant.codec", "evict.keepset", "evict.scorers"},
     "quant": VALUES,
     "evict": VALUES | {"quant.keystats"},  # the rotary embedding, to undo it
     "accounting": VALUES | {"quant.codec"},
     "profile": VALUES
-    | {"accounting", "evict.chain", "evict.finish", "evict.scorers"}
+    | {"accounting", "evict.chain", "evict.finish", "evict.scorers", "evict.voters"}
     | {"quant.codec", "quant.keystats", "quant.weights"}
     | {"evaluate.tasks", "evaluate.words", "runtime.families", "runtime.hf", "runtime.rotation"},
     "runtime": VALUES | {"accounting", "evict", "kernels", "quant", "bundle"},

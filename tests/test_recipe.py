@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from kvcompress.errors import RecipeError
+from kvcompress.evict.registry import SUMS
 from kvcompress.recipe import BytesPolicy, FastGenPolicy, Recipe, UniformPolicy, parse_bytes
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -155,7 +156,8 @@ def test_the_resolved_recipe_writes_every_default_out():
         "sink_tokens": 4,
         "recent_tokens": 16,
         "scorer": "lift",
-        "score_rows": None,
+        "score_rows": 64,
+        "score_stride": 32,
         "pool_tokens": 1,
         "per_request": None,
         "positions": "original",
@@ -177,3 +179,11 @@ def test_sizes(text, count_bytes):
 def test_sizes_that_are_refused(text):
     with pytest.raises(ValueError, match="is not a size: write 8GiB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_say_who_votes(path):
+    """Their results were measured with it: no default of a later version may change it."""
+    keep = yaml.safe_load(path.read_text(encoding="utf-8")).get("keep", {})
+    assert keep.get("scorer", "lift") not in SUMS or "score_rows" in keep
+    assert Recipe.load(path).keep.score_stride is None

@@ -40,6 +40,27 @@ def test_the_heavy_hitter_page_shows_the_results(benchmark):
     assert script.depth_table(cells) in page("heavy-hitters")
 
 
+def test_the_heavy_hitter_page_shows_what_estimates_keep(benchmark):
+    script, cells = benchmark("estimated_sums"), cells_of("estimated_sums")
+    assert script.agreement_table(cells) in page("heavy-hitters")
+    assert script.quality_table(cells) in page("heavy-hitters")
+    voters = (script.EXACT, *script.ESTIMATES, *script.WINDOWS)
+    plans = [f"{kind} 1/{share}" for kind in ("planned", "h2o-lift") for share in script.SHARES]
+    for name in (
+        f"{p} {w}: {script.named(v)}" for p in plans for w in script.WORKLOADS for v in voters
+    ):
+        assert len(cells[name]["answer_kl"]) == 96, name
+
+
+def test_plans_with_estimates_hold_the_bytes_of_those_without(benchmark):
+    script, cells = benchmark("estimated_sums"), cells_of("estimated_sums")
+    for name, cell in cells.items():
+        if name == "agreement":
+            continue
+        exact = cells[f"{name.partition(':')[0]}: {script.named(script.EXACT)}"]
+        assert 0.99 < cell["kv_bytes"] / exact["kv_bytes"] < 1.005, name
+
+
 def test_the_fastgen_page_shows_the_results(benchmark):
     assert benchmark("fastgen").table(cells_of("fastgen")) in page("fastgen")
 

@@ -37,6 +37,7 @@ def demo_recipe(context_tokens: int, prompts: int) -> Recipe:
         name="demo",
         description="A quarter of the bf16 KV bytes, spent where they buy most.",
         calibration=Calibration(prompts=prompts, tokens=context_tokens),
+        keep=Keep(score_rows=None),
         policy=BytesPolicy(kind="bytes", keep_ratio=0.25, context=context_tokens),
     )
 
@@ -134,5 +135,6 @@ def _uniform(
         recent_tokens=keep.recent_tokens,
         scorer=scorer or keep.scorer,
         score_rows=None if scorer else keep.score_rows,
+        score_stride=None if scorer else keep.score_stride,
         target=target,
     )

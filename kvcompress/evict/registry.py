@@ -28,6 +28,9 @@ SCORERS: Final[dict[str, str]] = {
     "surrogate": f"{_HERE}.surrogate:SURROGATE",
 }
 
+# of these, the ones whose scores are weighted sums of attention: a plan may have sums estimated
+SUMS: Final = frozenset({"raw", "mean", "lift", "value", "critical"})
+
 
 def known_scorer(name: str) -> str:
     """`name`, if it is registered.

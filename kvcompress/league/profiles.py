@@ -58,8 +58,8 @@ class Profiles:
         return self._kept[name]
 
     def base(self) -> tuple[Profile, Path]:
-        """The one by the default recipe: its key constants serve every plan."""
-        return self.of(Recipe(calibration=self.calibration))
+        """The one whose key constants serve every plan."""
+        return self.of(constants_recipe("lift", self.calibration))
 
     def solve(self, recipe: Recipe) -> Plan:
         """The plan of `recipe`; only policies that read measurements have a profile of their own.
@@ -106,7 +106,9 @@ class Profiles:
 
 def constants_recipe(scorer_name: str, calibration: Calibration) -> Recipe:
     """The recipe whose profile has the constants that a plan with this scorer needs."""
-    keep = Keep(scorer=scorer_name) if scorer(scorer_name).trained else Keep()
+    # who votes changes no constant: said as the shipped recipes say it, which then share a profile
+    trained = Keep(scorer=scorer_name)
+    keep = trained if scorer(scorer_name).trained else Keep(score_rows=None)
     return Recipe(calibration=calibration, keep=keep)
 
 

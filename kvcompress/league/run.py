@@ -27,7 +27,6 @@ from kvcompress.league.work import (
     Setup,
 )
 from kvcompress.profile.solve import reads_profile
-from kvcompress.recipe import Recipe
 
 LEAGUE_FILE: Final = "league.json"
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -247,7 +246,7 @@ def _count(hall: Hall) -> int:
 def _profiles(hall: Hall, facts: Facts) -> list[ProfileTask]:
     """One task for each profile that some plan is solved from; the one of the constants first."""
     calibration = hall.setup.calibration
-    recipes = [Recipe(calibration=calibration)]
+    recipes = [constants_recipe("lift", calibration)]
     for entry in hall.entries:
         if entry.recipe is not None:
             recipes.append(constants_recipe(entry.recipe.keep.scorer, calibration))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kvcompress.evict.finish import finished, output_weight
 from kvcompress.evict.scorers import Rows, Tokens, scorer
+from kvcompress.evict.voters import pair_weight
 from kvcompress.plan import ModelShape
 from kvcompress.profile.hf import attention_through, decoder_layers
 from kvcompress.profile.rows import held_out_rows
@@ -108,7 +109,9 @@ class ColumnSums:
     ) -> None:
         self.keep, self.scorer = keep, scorer(keep.scorer)
         self.prompt_tokens = prompt_tokens
-        self.first_vote = 0 if keep.score_rows is None else max(0, prompt_tokens - keep.score_rows)
+        last = 0 if keep.score_rows is None else max(0, prompt_tokens - keep.score_rows)
+        self.first_last = last  # of the prompt's rows that vote for all that they see
+        self.first_vote = last if keep.score_stride is None else 0
         heads, tokens, _ = key.shape
         self.snapshots_at = range(prompt_tokens, tokens, BLOCK_ROWS)
         self.position = torch.arange(tokens, device=key.device).expand(heads, tokens)
@@ -148,6 +151,10 @@ class ColumnSums:
         if not bool(weight.any()):
             return
         rows = Rows(weight.expand(heads, -1), row.expand(heads, -1), row)
+        near, stride = self.keep.score_rows, self.keep.score_stride
+        if near is not None and stride is not None:
+            key = torch.arange(seen, device=row.device)
+            probability = probability * pair_weight(row, key, self.first_last, near, stride)
         votes = self.scorer.collect(probability, rows)
         if self.scorer.across_heads:
             votes = votes.mean(0, keepdim=True).expand_as(votes)

@@ -70,10 +70,12 @@ def _tokens(
     """The keys of `chunk` from the place `first` on, of a group's heads."""
     settings, index = state.settings, group.index
     scorer = settings.scorer
-    key, value = chunk.key[:, index, first:], chunk.value[:, index, first:]
-    batch, count = key.shape[0], key.shape[2]
     heads = chunk.key.shape[1]
-    rows = chunk.query.unflatten(1, (heads, -1))[:, index]
+    # a group of all heads, in their order, needs no copies
+    own = slice(None) if len(group.heads) == heads else index
+    key, value = chunk.key[:, own, first:], chunk.value[:, own, first:]
+    batch, count = key.shape[0], key.shape[2]
+    rows = chunk.query.unflatten(1, (heads, -1))[:, own]
     newest = min(scorer.query_rows, chunk.length) if ended else 0
     valid = torch.ones(batch, count, dtype=torch.bool, device=key.device)
     weight = None

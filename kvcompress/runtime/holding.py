@@ -15,6 +15,7 @@ from kvcompress.runtime.evidence import NOTHING, Evidence
 from kvcompress.runtime.held import Waiting
 from kvcompress.runtime.protocol import StoringLayer, leaving_plain_tensors
 from kvcompress.runtime.state import LayerSettings
+from kvcompress.runtime.voters import LateVoters
 
 
 class HoldingLayer(StoringLayer):
@@ -34,13 +35,14 @@ class HoldingLayer(StoringLayer):
         super().__init__(settings, spans)
         self._hold_prompt = hold_prompt or settings.whole_prompt
         self._held: Waiting | None = None
+        self._late = LateVoters()
         # what the attention module tells in a forward; of the last one for a prompt that is held
         self.evidence: Evidence = NOTHING
         self.reads_again = False
 
     def reset(self) -> None:
         super().reset()
-        self._held = None
+        self._held, self._late = None, LateVoters()
         self.evidence, self.reads_again = NOTHING, False
 
     @property
@@ -58,7 +60,8 @@ class HoldingLayer(StoringLayer):
 
     def _late_queries(self) -> int:
         """Newest queries that are needed at the prompt's end."""
-        late = (self.settings.plan.score_rows or 0) if self._votes_late() else 0
+        plan = self.settings.plan
+        late = (plan.score_rows or 0) if plan.score_stride is None and self._votes_late() else 0
         if not self.settings.whole_prompt:
             return max(late, self.settings.scorer.query_rows)
         rows = DIAGNOSED_ROWS if self.settings.chosen_by_head else 0
@@ -79,7 +82,9 @@ class HoldingLayer(StoringLayer):
         (chunk, scores), self._held = (self._held.chunk, self._held.scores), None
         state = self.state
         assert state is not None
-        if late and self.settings.scorer.uses_attention:
+        if late and self.settings.plan.score_stride is not None:
+            self._late.vote(state, chunk, scores)
+        elif late and self.settings.scorer.uses_attention:
             rows = min(self.settings.plan.score_rows or 0, chunk.length)
             state.first_vote = chunk.position + chunk.length - rows
             score_rows(state, chunk, scores, chunk.length - rows)

@@ -37,7 +37,8 @@ class LatentLayer(CompressedLayer):
         spans: list[tuple[range, ...]] | tuple[range, ...] = (),
         hold_prompt: bool = False,
     ) -> None:
-        if hold_prompt and settings.plan.score_rows is not None:
+        last_alone = settings.plan.score_rows is not None and settings.plan.score_stride is None
+        if hold_prompt and last_alone:
             raise KVCompressError(
                 "a plan with score_rows cannot hold the prompts of latent layers: which rows vote "
                 "is known only when their keys are gone; use compress='per_chunk'"
@@ -50,6 +51,11 @@ class LatentLayer(CompressedLayer):
                 "raw, mean, lift, random or key_norm, and no per_request"
             )
         super().__init__(settings, spans, hold_prompt)
+
+    def _votes_late(self) -> bool:
+        """Never: all rows vote as they come, also where a plan has sums estimated, because the
+        attention of all of them is computed here in any case."""
+        return False
 
     @property
     def _drafts_wait(self) -> bool:

@@ -22,6 +22,7 @@ from kvcompress.runtime.protocol import leaving_plain_tensors
 from kvcompress.runtime.relative import attend_relative, in_order, parts
 from kvcompress.runtime.speculate import Journal
 from kvcompress.runtime.state import LayerSettings, LayerState
+from kvcompress.runtime.voters import attend_prompt
 
 _NEVER: Final = 1 << 60  # a first vote that no position reaches
 _MOST_DRAFTED: Final = 256
@@ -315,8 +316,7 @@ class CompressedLayer(HoldingLayer):
     def _store(self, waiting: Waiting) -> None:
         state, chunk = self.state, waiting.chunk
         assert state is not None
-        prompt = chunk.length > 1 or self.arrival.in_prompt or self._held is not None
-        if (self._hold_prompt and prompt) or (self.record_past and self._drafts_wait):
+        if self._waits(chunk) or (self.record_past and self._drafts_wait):
             self._hold(waiting)
             return
         if _decodes(state, chunk):
@@ -324,6 +324,11 @@ class CompressedLayer(HoldingLayer):
         else:
             commit(state, chunk, waiting.scores, self.evidence)
         self.evidence = NOTHING
+
+    def _waits(self, chunk: Chunk) -> bool:
+        """Whether a chunk is held until its prompt ends."""
+        prompt = chunk.length > 1 or self.arrival.in_prompt or self._held is not None
+        return self._hold_prompt and prompt
 
     def _take_drafted(self, chunk: Chunk, first: int) -> list[Tensor]:
         """The tokens from `first` on, one after the other, each of which `crop` can take back."""
@@ -353,12 +358,14 @@ class CompressedLayer(HoldingLayer):
         """``[B, T, Hq, D]``, with the votes of the chunk's queries."""
         state, settings = self.state, self.settings
         assert state is not None
-        rows, first = settings.plan.score_rows, self._set_first_vote(chunk)
+        late = self._votes_late() and self._waits(chunk)
+        rows, first = settings.plan.score_rows, self._set_first_vote(chunk, late)
         voting = settings.scorer.uses_attention and any(kind.scored for kind, _ in settings.groups)
-        late = self._votes_late()
         if settings.relative and not in_order(state, chunk):
             out = attend_relative(state, chunk, scores, settings.rotation)
             return out.transpose(1, 2).contiguous()
+        if voting and settings.sums and not any(state.row_seen):
+            return attend_prompt(state, chunk, scores, fast_attention, self._late, late)
         if not any(state.row_seen) and not chunk.held and fast_attention is not None:
             if voting and rows is not None and not late:
                 score_rows(state, chunk, scores, first)
@@ -367,19 +374,20 @@ class CompressedLayer(HoldingLayer):
                 return fast_attention()
         return attend(state, chunk, scores).transpose(1, 2).contiguous()
 
-    def _set_first_vote(self, chunk: Chunk) -> int:
+    def _set_first_vote(self, chunk: Chunk, late: bool = False) -> int:
         """In a first prompt only the last `score_rows` queries vote; gives the first of them."""
         state, rows = self.state, self.settings.plan.score_rows
         assert state is not None
-        if rows is None or any(state.row_seen):
+        if rows is None or any(state.row_seen) or self.settings.plan.score_stride is not None:
             return 0
         first = max(0, chunk.length - rows)
-        state.first_vote = _NEVER if self._votes_late() else chunk.position + first
+        state.first_vote = _NEVER if late else chunk.position + first
         return first
 
     def nbytes(self) -> int:
         """Bytes of every tensor that this layer holds."""
-        return super().nbytes() + (0 if self._held is None else self._held.nbytes())
+        held = 0 if self._held is None else self._held.nbytes()
+        return super().nbytes() + held + self._late.nbytes()
 
 
 def _decodes(state: LayerState, chunk: Chunk) -> bool:

@@ -13,6 +13,7 @@ from kvcompress.accounting import capacity_tokens, keeps_classes, keeps_scores, 
 from kvcompress.errors import PlanError
 from kvcompress.evict.chain import fastgen_chain
 from kvcompress.evict.keepset import HeadRules, class_mask
+from kvcompress.evict.registry import SUMS
 from kvcompress.evict.scorers import Scorer, scorer
 from kvcompress.plan import (
     Budget,
@@ -48,6 +49,7 @@ class LayerSettings:
         self.block: int | None = width if kind == "chunked" else None
         self.readers = plan.model.readers(layer)
         self.scorer: Scorer = scorer(plan.scorer)
+        self.sums = plan.scorer in SUMS
         self.uses_classes = any(map(keeps_classes, self.heads))
         self.relative = plan.positions == "relative"
         rule = plan.per_request

@@ -26,7 +26,7 @@ from kvcompress.quant.codec import (
 )
 
 EMPTY: Final = -1
-_ENCODE_ROWS: Final = 16384  # widened to float32 at a time
+_ENCODE_ROWS: Final = 4096  # widened to float32 at a time: small beside a layer of a long prompt
 
 
 def place_segments(capacities: list[list[int]]) -> tuple[list[tuple[int, int]], list[list[int]]]:

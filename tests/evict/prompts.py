@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcompress.evict.finish import finished
 from kvcompress.evict.scorers import Rows, Scorer, Tokens
+from kvcompress.evict.voters import pair_weight
 from kvcompress.quant.keystats import Rotation
 
 SCALING = 0.4
@@ -111,6 +112,7 @@ def scores_of(
     *,
     block: int | None = None,
     score_rows: int | None = None,
+    score_stride: int | None = None,
     pool_tokens: int = 1,
     finish: bool = True,
 ) -> Tensor:
@@ -120,6 +122,9 @@ def scores_of(
     attention = data.attention()
     batch, heads, group, length, _ = attention.shape
     first_vote = 0 if score_rows is None else length - score_rows
+    if score_rows is not None and score_stride is not None:
+        attention = attention * _counts(data, first_vote, score_rows, score_stride)
+        first_vote = 0
     for low in range(0, length, block or length):
         rows = torch.arange(low, min(length, low + (block or length)))
         index = rows - torch.tensor(data.pads)[:, None]
@@ -137,10 +142,20 @@ def scores_of(
     return finished(scorer, score, tokens, pool_tokens) if finish else score
 
 
+def _counts(data: Prompt, first_last: int, near: int, stride: int) -> Tensor:
+    """``[B, 1, 1, T, T]``: how often each row counts for each key."""
+    row = torch.arange(data.length)
+    weights = [
+        pair_weight(row - pad, row - pad, first_last - pad, near, stride) for pad in data.pads
+    ]
+    return torch.stack(weights)[:, None, None]
+
+
 def ranks_of(scorer: Scorer, data: Prompt, **settings: int) -> Tensor:
     """``[B, H, T]`` ranks at the prompt's end."""
     score_rows = settings.get("score_rows")
-    first_vote = 0 if score_rows is None else data.length - score_rows
+    last_alone = score_rows is not None and "score_stride" not in settings
+    first_vote = data.length - score_rows if last_alone else 0
     position = torch.arange(data.length)
     votes = data.length - position.clamp(min=first_vote)
     return scorer.rank(scores_of(scorer, data, **settings), votes, data.length - 1)

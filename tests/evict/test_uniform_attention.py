@@ -24,7 +24,7 @@ def even_llama(tiny_llama):
     return model
 
 
-def stores_after_a_prompt(model, scorer, score_rows=None):
+def stores_after_a_prompt(model, scorer, score_rows=None, score_stride=None):
     """(positions, scores) of the coded tokens of each layer's heads, sorted by position."""
     plan = uniform(
         shape_of(model.config, model.dtype),
@@ -33,6 +33,7 @@ def stores_after_a_prompt(model, scorer, score_rows=None):
         recent_tokens=RECENT,
         scorer=scorer,
         score_rows=score_rows,
+        score_stride=score_stride,
     )
     ids = torch.randint(3, 250, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     kvcompress.attach(model, plan)
@@ -75,6 +76,15 @@ def test_lift_has_no_favourites(even_llama, score_rows):
     for position, score in stores_after_a_prompt(even_llama, "lift", score_rows):
         rows = torch.tensor([min(votes, TOKENS - p) for p in position], dtype=torch.float64)
         torch.testing.assert_close(score / rows, torch.ones_like(rows), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("near", "stride"), [(16, 4), (32, 8)])
+def test_estimated_lift_has_no_favourites_but_by_chance(even_llama, near, stride):
+    """A score counts whole strides: near 1, and off by at most one stride's votes."""
+    for position, score in stores_after_a_prompt(even_llama, "lift", near, stride):
+        rows = torch.tensor([TOKENS - p for p in position], dtype=torch.float64)
+        assert ((score / rows - 1).abs() <= stride / rows + 1e-5).all()
+        assert rows.min() >= near
 
 
 def test_the_last_rows_alone_hardly_favour_age(even_llama):

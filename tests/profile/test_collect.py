@@ -14,7 +14,7 @@ from tests.profile.conftest import model_of
 def collect(model, ids, scorer="raw"):
     layers = {}
     shape = shape_of(model.config, model.dtype)
-    keep = Keep(scorer=scorer)
+    keep = Keep(scorer=scorer, score_rows=None)
     with watching_rows(model, shape, keep, lambda r: layers.__setitem__(r.layer, r)):
         forward(model, ids)
     return shape, layers

@@ -94,7 +94,8 @@ class Oracle:
                         logit = torch.cat([logit, s_aux[mine, None].double()], 1)
                     mass = logit.softmax(-1)[:, : len(seen)]
                     out[b, mine, t] = torch.einsum("gs,gsd->gd", mass, v[:, seen])
-                    sums[seen] += mass.mean(0) * self._weight(b, now)
+                    counted = mass.mean(0) * self._weight(b, now)
+                    sums[seen] += counted * self._counts(b, seen, now, length, first=before == 0)
                 self.sums[layer, b, h] = sums
         if reader == self.plan.model.readers(layer)[-1]:
             self._settle(layer, query.shape[0])
@@ -106,7 +107,7 @@ class Oracle:
         if layer in self.all_kv:
             k = torch.cat([self.all_kv[layer][0], k], 2)
             v = torch.cat([self.all_kv[layer][1], v], 2)
-        elif self.plan.score_rows is not None:
+        elif self.plan.score_rows is not None and self.plan.score_stride is None:
             self.first_vote = max(0, length - self.plan.score_rows)
         self.all_kv[layer] = (k, v)
         self.forwards.setdefault(layer, []).append(length)
@@ -132,6 +133,18 @@ class Oracle:
         if not scorer.uses_attention or now < self.first_vote:
             return 0.0
         return float(scorer.row_weight(torch.tensor(now - self.first[b])))
+
+    def _counts(self, b: int, seen: list[int], now: int, length: int, first: bool) -> Tensor:
+        """How often the query at `now` counts for each key of `seen`."""
+        near, stride = self.plan.score_rows, self.plan.score_stride
+        number = now - self.first[b]
+        far = 1
+        if first and near is not None and stride is not None and now < length - near:
+            block = number // stride
+            own = block * 40503 % 65536 * stride // 65536 == number % stride
+            far = stride if own else 0
+        newest = near if stride is not None and near is not None else 0
+        return torch.tensor([1 if now - p < newest else far for p in seen], dtype=torch.float64)
 
     # ---- the keep rule
     def _settle(self, layer: int, batch: int) -> None:

@@ -49,10 +49,10 @@ def kept_numbers(cache, row=0) -> list[set[int]]:
 
 
 # ---- prompts in parts
-@pytest.mark.parametrize("score_rows", [None, 12])
+@pytest.mark.parametrize(("rows", "stride"), [(None, None), (12, None), (6, 5)])
 @pytest.mark.parametrize("size", [1, 7, 59])
-def test_a_held_prompt_equals_one_that_came_at_once(size, score_rows):
-    model = llama(*KEEP_SETS.values(), score_rows=score_rows)
+def test_a_held_prompt_equals_one_that_came_at_once(size, rows, stride):
+    model = llama(*KEEP_SETS.values(), score_rows=rows, score_stride=stride)
     inputs = prompts(3, 60, [7, 1, 0])
     expected = greedy(model, inputs)
     cache = new_cache(model, compress="after_prefill")

@@ -9,9 +9,10 @@ import torch
 
 from kvcompress import accounting
 from kvcompress.errors import PlanError, UnsupportedModelError
+from kvcompress.evict.registry import SUMS
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.hf import attach, detach
+from kvcompress.runtime.hf import attach, detach, new_cache
 from tests.runtime import oracle
 from tests.runtime.battery import EXACT, FULL, plan_for
 from tests.runtime.models import SUPPORTED, build, falcon
@@ -101,13 +102,29 @@ def test_v2_dropped_equals_masked(family, keep):
 
 
 @pytest.mark.parametrize("scorer", ["raw", "mean", "lift", "random", "key_norm"])
-@pytest.mark.parametrize("score_rows", [None, 8])
-def test_v2_scorers(scorer, score_rows):
+@pytest.mark.parametrize("voters", [(None, None), (8, None), (5, 4)])
+def test_v2_scorers(scorer, voters):
+    rows, stride = voters if scorer in SUMS else (voters[0], None)
     model, inputs = build("llama"), prompts(2, 48, PADS)
-    plan = plan_for(model, KEEP_SETS["frequent"], scorer=scorer, score_rows=score_rows)
+    settings = {"scorer": scorer, "score_rows": rows, "score_stride": stride}
+    plan = plan_for(model, KEEP_SETS["frequent"], **settings)
     tokens = prompts(2, 64)["input_ids"][:, 48:]
     expected, dropped = oracle.run(model, plan, inputs, tokens)
     got = compressed_logits(model, plan, inputs, tokens)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
+    assert dropped > 0
+
+
+@pytest.mark.parametrize("voters", [(None, None), (7, None), (5, 4)])
+@pytest.mark.parametrize("family", [*SUPPORTED, "llama4", "gpt_oss", "gemma3n"])
+def test_v2_who_votes(family, voters):
+    model, inputs = build(family), prompts(2, 48, PADS)
+    heads = [KEEP_SETS["frequent"], KEEP_SETS["fastgen"]]
+    plan = plan_for(model, *heads, score_rows=voters[0], score_stride=voters[1])
+    tokens = prompts(2, 60)["input_ids"][:, 48:]
+    expected, dropped = oracle.run(model, plan, inputs, tokens)
+    attach(model, plan)
+    got = oracle.feed(model, new_cache(model), inputs, tokens)
     torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
     assert dropped > 0
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kvcompress import accounting
 from kvcompress.evict.keepset import class_mask
+from kvcompress.evict.registry import SUMS
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.protocol import Arrival
@@ -70,13 +71,17 @@ def plans(draw):
         head_dim=draw(st.sampled_from([4, 6, 16])), sliding_windows=(width,), layer_kinds=(kind,),
         model_dtype_bytes=4, max_position=512,
     )  # fmt: skip
+    scorer = draw(st.sampled_from(["raw", "mean", "lift", "random", "key_norm"]))
+    rows = draw(st.none() | st.integers(1, 8))
+    estimates = rows is not None and scorer in SUMS
     return Plan(
         model=shape,
         heads=(tuple(draw(heads()) for _ in range(kv_heads)),),
         sink_tokens=draw(st.integers(0, 3)),
         recent_tokens=draw(st.integers(1, 6)),
-        scorer=draw(st.sampled_from(["raw", "mean", "lift", "random", "key_norm"])),
-        score_rows=draw(st.none() | st.integers(1, 8)),
+        scorer=scorer,
+        score_rows=rows,
+        score_stride=draw(st.none() | st.integers(2, 9)) if estimates else None,
         special_ids=(1,),
         punct_ids=(2,),
         turn_tokens=draw(st.sampled_from([0, 0, 2, 5])),
