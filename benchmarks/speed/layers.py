@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvcompress.bench import caches
+from kvcompress.bench.bandwidth import use_threads
 from kvcompress.bench.compressed import fill_compressed
 from kvcompress.bench.entries import Entry, Facts, Ready, Size, held_bytes
 from kvcompress.bench.plans import Setup, plan_of
@@ -132,7 +133,9 @@ def linears_entry(models: Models, weights: str, size: Size) -> Entry:
         step()
         read = weights_bytes(model)  # the norms are too small to count
         facts = Facts(name, kind, 0, size.batch, weights, 0, read, read)
-        return Ready(case_of(name, step, prepare=lambda: _use(size.threads)), facts, size.threads)
+        return Ready(
+            case_of(name, step, prepare=lambda: use_threads(size.threads)), facts, size.threads
+        )
 
     return Entry(name, kind, make)
 
@@ -167,9 +170,6 @@ def _ready(
     facts = Facts(
         name, kind, size.context_tokens, size.batch, dtype, held, 0, held, quality=quality
     )
-    return Ready(case_of(name, step, prepare=lambda: _use(size.threads)), facts, size.threads)
-
-
-def _use(threads: int) -> None:
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    return Ready(
+        case_of(name, step, prepare=lambda: use_threads(size.threads)), facts, size.threads
+    )

@@ -12,6 +12,7 @@ from kvcompress.bench.timing import Case, case_of
 
 BUFFER_BYTES: Final = 2**30  # far beyond any cache of a processor
 _TRIES: Final = 3
+_UNTIL_IDLE_S: Final = 0.05
 
 
 class Buffers:
@@ -48,13 +49,26 @@ class Buffers:
         """Reading and copying with so many threads; other counts need `Buffers` of their own."""
 
         def prepare() -> None:
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
+            use_threads(threads)
 
         return (
             case_of(f"read, {threads} threads", self.read, prepare=prepare, wait=wait),
             case_of(f"copy, {threads} threads", self.copy, prepare=prepare, wait=wait),
         )
+
+
+def use_threads(threads: int) -> None:
+    """Have torch use so many threads from now on.
+
+    OpenMP's workers spin for some milliseconds after their last work, on a core that a case with
+    fewer threads should have for itself; it waits until they sleep.
+    """
+    before = torch.get_num_threads()
+    if before == threads:
+        return
+    torch.set_num_threads(threads)
+    if threads < before:
+        time.sleep(_UNTIL_IDLE_S)
 
 
 def _best_s(run: Callable[[], object]) -> float:

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import torch
 
 from kvcompress.bench import caches
+from kvcompress.bench.bandwidth import use_threads
 from kvcompress.bench.caches import Pair
 from kvcompress.bench.compressed import fill_compressed
 from kvcompress.bench.result import Kind, Timing
@@ -288,8 +289,7 @@ def _serve(model: Any, holder: Holder, threads: int) -> None:
     """Have the model serve caches of `holder`, with so many threads."""
     from kvcompress.runtime.hf import attach, attached, detach
 
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     now = attached(model)
     if holder.plan is None:
         detach(model)

@@ -13,6 +13,7 @@ import torch
 from kvcompress import __version__
 from kvcompress.bundle.read import is_bundle, open_bundle
 from kvcompress.evict.scorers import scorer
+from kvcompress.kernels.available import triton_status
 from kvcompress.kernels.cpu.library import library, why_not
 from kvcompress.plan import HOLDS_KV, Plan
 from kvcompress.quant.keystats import KVParams
@@ -20,7 +21,6 @@ from kvcompress.runtime.fused import refusal
 from kvcompress.runtime.state import LayerSettings
 
 _OPTIONAL: Final = {
-    "triton": "gpu",
     "lm_eval": "eval",
     "matplotlib": "plots",
     "bitsandbytes": None,
@@ -52,6 +52,7 @@ def diagnose(path: Path | str | None = None) -> list[Finding]:
         Finding("processor", platform.machine()),
         _cpu_kernels(),
         _cuda(),
+        _gpu_kernels(),
         *(_package(name, extra) for name, extra in _OPTIONAL.items()),
     ]
     if path is None:
@@ -83,6 +84,12 @@ def _cuda() -> Finding:
         return Finding("CUDA", "none", reason)
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Finding("CUDA", ", ".join(names))
+
+
+def _gpu_kernels() -> Finding:
+    status = triton_status("cuda")
+    what = f"Triton kernels, {status.version}" if status.usable else "tensor operations"
+    return Finding("decoding on a GPU", what, status.reason)
 
 
 def _package(name: str, extra: str | None) -> Finding:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from kvcompress.cli.app import main
+from kvcompress.kernels.available import triton_status
 from kvcompress.kernels.cpu import library as binding
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime import doctor
@@ -33,6 +34,15 @@ def test_missing_kernels_say_why(monkeypatch):
         "tensor operations",
         "the C kernels were not built: no compiler",
     )
+
+
+def test_a_gpu_without_triton_says_why(monkeypatch):
+    found = by_part(doctor.diagnose())["decoding on a GPU"]
+    status = triton_status("cuda")
+    assert (found[1] is None) is status.usable
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = by_part(doctor.diagnose())["decoding on a GPU"]
+    assert found[0] == "tensor operations" and "kvcompress[gpu]" in found[1]
 
 
 def test_a_file_of_other_sources_is_not_used(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ KVC_TARGET("avx2,fma,f16c,bmi2")
 KVC_TARGET_END
 
 const kvc_isa kvc_avx2 = {
-    "avx2", 0,      dots,     weigh,    settle, logits, maximum, exponentials,
-    scale_by, dot, add_scaled, victim, linear8, linear16,
+    "avx2", 0, dots, keys, values, weigh, settle, logits, maximum, exponentials, scale_by,
+    dot, add_scaled, victim, linear8, linear16,
 };
 #endif

@@ -97,22 +97,22 @@ static inline __attribute__((always_inline)) void add_group(__m512i a, __m512i b
     }
 }
 
-enum { AHEAD_BYTES = 2048 }; /* memory is asked for this far ahead of where it is read */
+enum { AHEAD_BYTES = 6144 }; /* memory is asked for this far ahead of where it is read */
 
 /* Ask for 64 channels of 4 rows that lie ahead; all at once they would wait for one another. */
 static inline __attribute__((always_inline)) void fetch_rows(const uint8_t *p, int64_t row_bytes) {
-    for (int i = 0; i < 4; i++) _mm_prefetch((const char *)p + i * row_bytes + AHEAD_BYTES, _MM_HINT_T0);
+    for (int i = 0; i < 4; i++) _mm_prefetch((const char *)p + i * row_bytes + AHEAD_BYTES, _MM_HINT_T1);
 }
 
 /* Query row r and, if `pair`, r + 1 over up to 64 rows of bytes. A query's 64 channels stay in
  * registers while they meet all rows. */
-static inline __attribute__((always_inline)) void dots_of_tile(const uint8_t *rows, int64_t count, int dim, int fetch,
-                                                               const kvc_query *q, int r, int pair,
-                                                               float *out, int64_t stride) {
-    __m512i high[2][4], low[2][4], sum[2][KVC_TILE / 4];
+static inline __attribute__((always_inline)) void sums_of_tile(const uint8_t *rows, int64_t count, int dim,
+                                                               int fetch, const kvc_query *q, int r, int pair,
+                                                               __m512i sum[2][KVC_TILE / 4]) {
+    __m512i high[2][4], low[2][4];
     const __m512i zero = _mm512_setzero_si512();
     const int64_t groups = (count + 3) / 4, whole = count / 4;
-    if (count % 16) memset(sum, 0, sizeof sum);
+    if (count % 16) memset(sum, 0, 2 * sizeof sum[0]);
     for (int i = 0; i < dim; i += 64) {
         const __mmask64 some = first_bytes(dim - i);
         for (int k = 0; k <= pair; k++)
@@ -134,14 +134,58 @@ static inline __attribute__((always_inline)) void dots_of_tile(const uint8_t *ro
                       count % 4 > 2 ? _mm512_maskz_loadu_epi8(some, p + 2 * dim) : zero, zero, high, low,
                       pair, i == 0, (int)whole, sum);
     }
+}
+
+/* The first of up to 16 numbers. */
+static inline __mmask16 first_of_16(int64_t count) {
+    return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
+}
+
+/* Products of query r + k with 16 rows from t on, whose sums are given. */
+static inline __m512 product(const __m512i sum[2][KVC_TILE / 4], const kvc_query *q, int r, int k, int64_t t) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(over_quarters(sum[k] + t / 4)), _mm512_set1_ps(q->unit[r + k]),
+                           _mm512_set1_ps(q->rest[r + k]));
+}
+
+static inline __attribute__((always_inline)) void dots_of_tile(const uint8_t *rows, int64_t count, int dim,
+                                                               const kvc_query *q, int r, int pair,
+                                                               float *out, int64_t stride) {
+    __m512i sum[2][KVC_TILE / 4];
+    sums_of_tile(rows, count, dim, 0, q, r, pair, sum);
     for (int k = 0; k <= pair; k++)
-        for (int64_t t = 0; t < count; t += 16) {
-            const __m512 x = _mm512_cvtepi32_ps(over_quarters(sum[k] + t / 4));
-            _mm512_mask_storeu_ps(out + k * stride + t,
-                                  count - t >= 16 ? 0xffff : (__mmask16)((1u << (count - t)) - 1),
-                                  _mm512_fmadd_ps(x, _mm512_set1_ps(q->unit[r + k]),
-                                                  _mm512_set1_ps(q->rest[r + k])));
+        for (int64_t t = 0; t < count; t += 16)
+            _mm512_mask_storeu_ps(out + k * stride + t, first_of_16(count - t), product(sum, q, r, k, t));
+}
+
+static inline __m512 halves_or(const uint16_t *x, __mmask16 some, float otherwise) {
+    return x ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, x)) : _mm512_set1_ps(otherwise);
+}
+
+/* The tile from token `from` on, as logits; `top` [2] takes the largest. */
+static inline __attribute__((always_inline)) void keys_of_tile(const uint8_t *rows, int64_t from, int64_t count,
+                                                               int dim, int fetch, const kvc_query *q,
+                                                               const kvc_sight *s, int r, int pair, float *out,
+                                                               int64_t stride, __m512 *top) {
+    __m512i sum[2][KVC_TILE / 4];
+    const __m512i first = _mm512_set1_epi32(s->first < 0 ? 0 : s->first);
+    const __m512 hidden = _mm512_set1_ps(-INFINITY);
+    sums_of_tile(rows, count, dim, fetch, q, r, pair, sum);
+    for (int64_t t = 0; t < count; t += 16) {
+        const __mmask16 some = first_of_16(count - t);
+        const __m512 scale = halves_or(s->scale ? s->scale + from + t : NULL, some, 1.0f);
+        const __m512 minimum = halves_or(s->minimum ? s->minimum + from + t : NULL, some, 0.0f);
+        const __m512i position = _mm512_maskz_loadu_epi32(some, s->position + from + t);
+        const __mmask16 seen = _mm512_mask_cmpge_epi32_mask(some, position, first);
+        for (int k = 0; k <= pair; k++) {
+            const __m512 shift = _mm512_fmadd_ps(minimum, _mm512_set1_ps(q->sum[r + k]),
+                                                 _mm512_set1_ps(s->offset[r + k]));
+            __m512 x = _mm512_fmadd_ps(product(sum, q, r, k, t), scale, shift);
+            if (s->softcap > 0) x = (__m512)capped((vf)x, s->softcap);
+            x = _mm512_mask_blend_ps(seen, hidden, x);
+            _mm512_mask_storeu_ps(out + k * stride + from + t, some, x);
+            top[k] = _mm512_max_ps(top[k], x);
         }
+    }
 }
 
 static int integer(const kvc_codes *c) {
@@ -163,11 +207,35 @@ static void dots_vnni(const kvc_codes *c, int64_t first, int64_t n, const kvc_qu
         }
         for (int r = 0; r < q->rows; r += 2) {
             float *to = out + r * stride + from;
-            const int fetch = r == 0 && c->dtype == KVC_INT8;
-            if (r + 1 < q->rows) dots_of_tile(rows, count, c->dim, fetch, q, r, 1, to, stride);
-            else dots_of_tile(rows, count, c->dim, fetch, q, r, 0, to, stride);
+            if (r + 1 < q->rows) dots_of_tile(rows, count, c->dim, q, r, 1, to, stride);
+            else dots_of_tile(rows, count, c->dim, q, r, 0, to, stride);
         }
     }
+}
+
+static void keys_vnni(const kvc_codes *c, int64_t first, int64_t n, const kvc_query *q, const kvc_sight *s,
+                      float *out, int64_t stride, const kvc_softmax *m, uint8_t *tile) {
+    if (!integer(c)) {
+        keys(c, first, n, q, s, out, stride, m, tile);
+        return;
+    }
+    __m512 top[KVC_MAX_ROWS + 1];
+    for (int r = 0; r < q->rows; r++) top[r] = _mm512_set1_ps(-INFINITY);
+    for (int64_t from = 0; from < n; from += KVC_TILE) {
+        const int64_t count = n - from < KVC_TILE ? n - from : KVC_TILE;
+        const uint8_t *rows = (const uint8_t *)c->data + (first + from) * c->row_bytes;
+        if (c->dtype == KVC_INT4) {
+            unpack_nibbles(c, first + from, count, tile);
+            rows = tile;
+        }
+        for (int r = 0; r < q->rows; r += 2) {
+            const int fetch = r == 0 && c->dtype == KVC_INT8;
+            float *to = out + r * stride;
+            if (r + 1 < q->rows) keys_of_tile(rows, from, count, c->dim, fetch, q, s, r, 1, to, stride, top + r);
+            else keys_of_tile(rows, from, count, c->dim, fetch, q, s, r, 0, to, stride, top + r);
+        }
+    }
+    for (int r = 0; r < q->rows; r++) m->top[r] = _mm512_reduce_max_ps(top[r]);
 }
 
 /* ---- values
@@ -181,10 +249,17 @@ static inline four_rows interleave(__m512i a, __m512i b, __m512i c, __m512i d) {
     return f;
 }
 
+/* The parts of a tile's weights for one or two query rows. */
+typedef struct {
+    int32_t high[2][KVC_TILE / 4], low[2][KVC_TILE / 4];
+    float unit[2];
+} weight_parts;
+
 /* Add 64 tokens, or fewer, of up to 64 channels to the sums of one or two query rows. */
-static inline __attribute__((always_inline)) void weigh_tile(const uint8_t *rows, int64_t row_bytes, int64_t count, int fetch, __mmask64 some,
-                              const int32_t *high, const int32_t *low, const float *unit,
-                              const float *rest, int pair, float *sum, int64_t sum_stride) {
+static inline __attribute__((always_inline)) void weigh_tile(const uint8_t *rows, int64_t row_bytes,
+                                                             int64_t count, int fetch, __mmask64 some,
+                                                             const weight_parts *w, int pair, float *sum,
+                                                             int64_t sum_stride) {
     __m512i h[2][4], l[2][4];
     for (int r = 0; r <= pair; r++)
         for (int j = 0; j < 4; j++) h[r][j] = l[r][j] = _mm512_setzero_si512();
@@ -199,8 +274,8 @@ static inline __attribute__((always_inline)) void weigh_tile(const uint8_t *rows
             left > 2 ? _mm512_maskz_loadu_epi8(some, p + 2 * row_bytes) : zero,
             left > 3 ? _mm512_maskz_loadu_epi8(some, p + 3 * row_bytes) : zero);
         for (int r = 0; r <= pair; r++) {
-            const __m512i wh = _mm512_set1_epi32(high[r * (KVC_TILE / 4) + t / 4]);
-            const __m512i wl = _mm512_set1_epi32(low[r * (KVC_TILE / 4) + t / 4]);
+            const __m512i wh = _mm512_set1_epi32(w->high[r][t / 4]);
+            const __m512i wl = _mm512_set1_epi32(w->low[r][t / 4]);
             for (int j = 0; j < 4; j++) {
                 h[r][j] = multiply_add(h[r][j], f.v[j], wh);
                 l[r][j] = multiply_add(l[r][j], f.v[j], wl);
@@ -211,26 +286,18 @@ static inline __attribute__((always_inline)) void weigh_tile(const uint8_t *rows
         for (int j = 0; j < 4; j++) {
             float *to = sum + r * sum_stride + 16 * j;
             const __m512 x = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h[r][j], 8), l[r][j]));
-            const __m512 before = _mm512_add_ps(_mm512_loadu_ps(to), _mm512_set1_ps(rest[r]));
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(x, _mm512_set1_ps(unit[r]), before));
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(x, _mm512_set1_ps(w->unit[r]), _mm512_loadu_ps(to)));
         }
 }
 
-/* 64 weights, or fewer, none of them negative, as 15-bit integers: unit · (256 high + low). `rest` is
- * what they leave out in sum, times the middle of the codes. */
-static inline float split_weights(const float *weight, int64_t count, int8_t *high, int8_t *low,
-                                  float middle, float *rest) {
-    __m512 top = _mm512_setzero_ps(), sum = top, x[4];
-    __m512i held = _mm512_setzero_si512();
-    for (int i = 0; i < 4; i++) {
-        const int64_t left = count - 16 * i;
-        const __mmask16 some = left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
-        x[i] = _mm512_maskz_loadu_ps(some, weight + 16 * i);
-        top = _mm512_max_ps(top, x[i]);
-        sum = _mm512_add_ps(sum, x[i]);
-    }
-    const float most = _mm512_reduce_max_ps(top);
+/* 64 weights, none of them negative, as 15-bit integers: unit · (256 high + low); gives the unit.
+ * `rest` takes what they leave out. */
+static inline __attribute__((always_inline)) float split(const __m512 *x, int8_t *high, int8_t *low,
+                                                         __m512 *rest) {
+    const __m512 top = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
+    const float most = _mm512_reduce_max_ps(top), unit = most / 32639.0f;
     const __m512 factor = _mm512_set1_ps(most > 0 ? 32639.0f / most : 0.0f);
+    __m512i held = _mm512_setzero_si512();
     for (int i = 0; i < 4; i++) {
         const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(x[i], factor));
         held = _mm512_add_epi32(held, v);
@@ -239,9 +306,98 @@ static inline float split_weights(const float *weight, int64_t count, int8_t *hi
         _mm_storeu_si128((__m128i *)(high + 16 * i), _mm512_cvtepi32_epi8(h));
         _mm_storeu_si128((__m128i *)(low + 16 * i), _mm512_cvtepi32_epi8(l));
     }
-    const float unit = most / 32639.0f;
-    *rest = middle * _mm512_reduce_add_ps(_mm512_fnmadd_ps(_mm512_cvtepi32_ps(held), _mm512_set1_ps(unit), sum));
+    const __m512 sum = _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3]));
+    *rest = _mm512_add_ps(*rest, _mm512_fnmadd_ps(_mm512_cvtepi32_ps(held), _mm512_set1_ps(unit), sum));
     return unit;
+}
+
+/* e^x with a relative error below 2e-7, and 0 below −87; x ≤ 0. */
+static inline __attribute__((always_inline)) __m512 weight_of(__m512 x) {
+    const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
+    x = _mm512_maskz_mov_ps(counts, x);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+    f = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), f);
+    __m512 p = _mm512_set1_ps(1.98756915e-4f); /* as `exponential` */
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.39819995e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(8.33345191e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(4.16657959e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.66666655e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.00000012e-1f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, f), f, _mm512_add_ps(f, _mm512_set1_ps(1.0f)));
+    return _mm512_maskz_scalef_ps(counts, p, n);
+}
+
+/* Weights of up to 64 tokens, one query row: `x` [4] takes them times their scales. */
+static inline __attribute__((always_inline)) void weights_of_tile(float *weight, int64_t count, float top,
+                                                                  const kvc_sight *s, int64_t from, __m512 *x,
+                                                                  __m512 *total, __m512 *shift) {
+    const __m512 at = _mm512_set1_ps(top);
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm512_setzero_ps();
+        if (count <= 16 * i) continue;
+        const __mmask16 some = first_of_16(count - 16 * i);
+        const int64_t t = from + 16 * i;
+        const __m512 logit = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), some, weight + t);
+        const __m512 e = weight_of(_mm512_sub_ps(logit, at));
+        _mm512_mask_storeu_ps(weight + t, some, e);
+        *total = _mm512_add_ps(*total, e);
+        x[i] = _mm512_mul_ps(e, halves_or(s->scale ? s->scale + t : NULL, some, 1.0f));
+        if (s->minimum) *shift = _mm512_fmadd_ps(e, halves_or(s->minimum + t, some, 0), *shift);
+    }
+}
+
+/* The channels of a tile that one or two query rows weigh. */
+static inline __attribute__((always_inline)) void weigh_width(const uint8_t *codes, int64_t row_bytes,
+                                                              int64_t count, int fetch, int width,
+                                                              const weight_parts *w, int pair, float *sum,
+                                                              int64_t sum_stride) {
+    for (int i = 0; i < width; i += 64)
+        weigh_tile(codes + i, row_bytes, count, fetch, first_bytes(width - i), w, pair, sum + i, sum_stride);
+}
+
+/* The codes of a tile, a byte each. */
+static inline const uint8_t *bytes_of(const kvc_codes *c, int64_t slot, int64_t count, uint8_t *tile,
+                                      int64_t *row_bytes) {
+    if (c->dtype == KVC_INT4) {
+        unpack_nibbles(c, slot, count, tile);
+        *row_bytes = c->dim;
+        return tile;
+    }
+    *row_bytes = c->row_bytes;
+    return (const uint8_t *)c->data + slot * c->row_bytes;
+}
+
+static void values_vnni(const kvc_codes *c, int64_t first, int64_t n, int32_t width, const kvc_sight *s,
+                        float *weight, int64_t stride, int32_t rows, const kvc_softmax *m, float *sum,
+                        int64_t sum_stride, uint8_t *tile) {
+    if (!integer(c)) {
+        values(c, first, n, width, s, weight, stride, rows, m, sum, sum_stride, tile);
+        return;
+    }
+    __m512 total[KVC_MAX_ROWS], shift[KVC_MAX_ROWS], rest[KVC_MAX_ROWS], x[4];
+    for (int r = 0; r < rows; r++) total[r] = shift[r] = rest[r] = _mm512_setzero_ps();
+    weight_parts w;
+    for (int64_t from = 0; from < n; from += KVC_TILE) {
+        const int64_t count = n - from < KVC_TILE ? n - from : KVC_TILE;
+        int64_t row_bytes;
+        const uint8_t *codes = bytes_of(c, first + from, count, tile, &row_bytes);
+        for (int r = 0; r < rows; r += 2) {
+            const int pair = r + 1 < rows, fetch = r == 0 && c->dtype == KVC_INT8;
+            for (int k = 0; k <= pair; k++) {
+                const float top = m->top[r + k] == -INFINITY ? 0 : m->top[r + k];
+                weights_of_tile(weight + (r + k) * stride, count, top, s, from, x, total + r + k, shift + r + k);
+                w.unit[k] = split(x, (int8_t *)w.high[k], (int8_t *)w.low[k], rest + r + k);
+            }
+            float *to = sum + r * sum_stride;
+            if (pair) weigh_width(codes, row_bytes, count, fetch, width, &w, 1, to, sum_stride);
+            else weigh_width(codes, row_bytes, count, fetch, width, &w, 0, to, sum_stride);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        m->total[r] = _mm512_reduce_add_ps(total[r]);
+        m->shift[r] = _mm512_reduce_add_ps(_mm512_fmadd_ps(rest[r], _mm512_set1_ps(kvc_middle(c)), shift[r]));
+    }
 }
 
 static void weigh_vnni(const kvc_codes *c, int64_t first, int64_t n, int32_t low, int32_t width,
@@ -251,34 +407,31 @@ static void weigh_vnni(const kvc_codes *c, int64_t first, int64_t n, int32_t low
         weigh(c, first, n, low, width, weight, stride, rows, sum, sum_stride, tile);
         return;
     }
-    int32_t high_parts[2 * KVC_TILE / 4], low_parts[2 * KVC_TILE / 4];
+    weight_parts w;
+    __m512 rest[KVC_MAX_ROWS], x[4];
+    for (int r = 0; r < rows; r++) rest[r] = _mm512_setzero_ps();
     for (int64_t from = 0; from < n; from += KVC_TILE) {
         const int64_t count = n - from < KVC_TILE ? n - from : KVC_TILE;
-        const uint8_t *codes = (const uint8_t *)c->data + (first + from) * c->row_bytes;
-        int64_t row_bytes = c->row_bytes;
-        if (c->dtype == KVC_INT4) {
-            unpack_nibbles(c, first + from, count, tile);
-            codes = tile, row_bytes = c->dim;
-        }
+        int64_t row_bytes;
+        const uint8_t *codes = bytes_of(c, first + from, count, tile, &row_bytes) + low;
         for (int r = 0; r < rows; r += 2) {
-            const int pair = r + 1 < rows, fetch = r == 0 && c->dtype == KVC_INT8;
-            float unit[2] = {0, 0}, rest[2] = {0, 0};
-            for (int j = 0; j <= pair; j++)
-                unit[j] = split_weights(weight + (r + j) * stride + from, count,
-                                        (int8_t *)(high_parts + j * (KVC_TILE / 4)),
-                                        (int8_t *)(low_parts + j * (KVC_TILE / 4)), kvc_middle(c), rest + j);
-            if (unit[0] == 0 && unit[1] == 0) continue;
-            for (int i = 0; i < width; i += 64) {
-                float *to = sum + r * sum_stride + 2 * low + i;
-                const __mmask64 some = first_bytes(width - i);
-                if (pair)
-                    weigh_tile(codes + low + i, row_bytes, count, fetch, some, high_parts, low_parts, unit, rest,
-                               1, to, sum_stride);
-                else
-                    weigh_tile(codes + low + i, row_bytes, count, fetch, some, high_parts, low_parts, unit, rest,
-                               0, to, sum_stride);
+            const int pair = r + 1 < rows;
+            for (int k = 0; k <= pair; k++) {
+                const float *own = weight + (r + k) * stride + from;
+                for (int i = 0; i < 4; i++)
+                    x[i] = count > 16 * i ? _mm512_maskz_loadu_ps(first_of_16(count - 16 * i), own + 16 * i)
+                                          : _mm512_setzero_ps();
+                w.unit[k] = split(x, (int8_t *)w.high[k], (int8_t *)w.low[k], rest + r + k);
             }
+            float *to = sum + r * sum_stride + 2 * low;
+            if (pair) weigh_width(codes, row_bytes, count, 0, width, &w, 1, to, sum_stride);
+            else weigh_width(codes, row_bytes, count, 0, width, &w, 0, to, sum_stride);
         }
+    }
+    for (int r = 0; r < rows; r++) {
+        const vf more = all(kvc_middle(c) * _mm512_reduce_add_ps(rest[r]));
+        float *to = sum + r * sum_stride + 2 * low;
+        for (int i = 0; i < (width + 63) / 64 * 64; i += 16) store(to + i, load(to + i) + more);
     }
 }
 
@@ -294,6 +447,51 @@ static void settle_vnni(const kvc_codes *c, int32_t low, int32_t width, int32_t 
         }
         memcpy(sum + r * sum_stride + low, ordered, (size_t)width * sizeof(float));
     }
+}
+
+/* ---- the rank: as `rank_of`, which the compiler turns into several times as many instructions */
+static int64_t victim_wide(const int32_t *position, const float *score, int64_t n, const kvc_rules *u,
+                           float *rank) {
+    const __m512 hidden = _mm512_set1_ps(-INFINITY), local = _mm512_set1_ps(0x1p66f);
+    const __m512i local_from = _mm512_set1_epi32(u->local_from), one = _mm512_set1_epi32(1);
+    const __m512i first = _mm512_set1_epi32(u->first < 0 ? 0 : u->first);
+    const __m512i voted = _mm512_set1_epi32((int32_t)(u->first_vote > u->now ? u->now : u->first_vote));
+    const __m512i after = _mm512_set1_epi32((int32_t)u->now + 1);
+    __m512 lowest = _mm512_set1_ps(INFINITY);
+    __m512i place = _mm512_setzero_si512();
+    __m512i here = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t i = 0; i < n; i += 16, here = _mm512_add_epi32(here, _mm512_set1_epi32(16))) {
+        const __mmask16 some = first_of_16(n - i);
+        const __m512i own = _mm512_maskz_loadu_epi32(some, position + i);
+        const __m512 at = _mm512_cvtepi32_ps(own);
+        const __m512 recency = _mm512_fmadd_ps(at, _mm512_set1_ps(0x1p-23f), _mm512_set1_ps(1.0f));
+        __mmask16 special = u->in_class ? some : 0, punct = 0;
+        __m512 value = at;
+        if (score) {
+            const __m512 x = _mm512_maskz_loadu_ps(some, score + i);
+            punct = _mm512_cmp_ps_mask(x, _mm512_set1_ps(PUNCT_SCORE / 2), _CMP_GE_OQ);
+            special = _mm512_cmp_ps_mask(x, _mm512_set1_ps(SPECIAL_SCORE / 2), _CMP_GE_OQ);
+            if (u->by_score) value = _mm512_maskz_mov_ps(~punct, x);
+            if (u->by_score && u->per_vote) {
+                const __m512i votes = _mm512_sub_epi32(after, _mm512_max_epi32(own, voted));
+                value = _mm512_div_ps(value, _mm512_cvtepi32_ps(_mm512_max_epi32(votes, one)));
+            }
+        }
+        value = _mm512_mask_mul_ps(value, _mm512_cmpge_epi32_mask(own, local_from), local, recency);
+        if (!u->keeps_rest) value = hidden;
+        if (punct | special) {
+            const __m512 kept = _mm512_mul_ps(_mm512_set1_ps(0x1p40f), recency);
+            value = _mm512_mask_max_ps(value, punct, value, kept);
+            value = _mm512_mask_mul_ps(value, special, _mm512_set1_ps(0x1p100f), recency);
+        }
+        value = _mm512_mask_mov_ps(value, _mm512_cmplt_epi32_mask(own, first), hidden);
+        const __mmask16 lower = _mm512_mask_cmp_ps_mask(some, value, lowest, _CMP_LT_OQ);
+        lowest = _mm512_mask_mov_ps(lowest, lower, value);
+        place = _mm512_mask_mov_epi32(place, lower, here);
+    }
+    *rank = _mm512_reduce_min_ps(lowest);
+    const __mmask16 equal = _mm512_cmp_ps_mask(lowest, _mm512_set1_ps(*rank), _CMP_EQ_OQ);
+    return n ? _mm512_mask_reduce_min_epi32(equal, place) : 0;
 }
 
 /* ---- int8 weights: activations as 16-bit integers above an offset, in two parts of 8 bits */
@@ -481,7 +679,7 @@ static void linear16_wide(const uint16_t *w, int32_t dtype, int64_t first, int64
 KVC_TARGET_END
 
 const kvc_isa kvc_avx512 = {
-    "avx512-vnni", 1,   dots_vnni, weigh_vnni, settle_vnni, logits, maximum, exponentials,
-    scale_by, dot, add_scaled, victim, linear8_vnni, linear16_wide,
+    "avx512-vnni", 1, dots_vnni, keys_vnni, values_vnni, weigh_vnni, settle_vnni, logits, maximum,
+    exponentials, scale_by, dot, add_scaled, victim_wide, linear8_vnni, linear16_wide,
 };
 #endif

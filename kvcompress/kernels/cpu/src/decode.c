@@ -149,6 +149,20 @@ static int workspace_of(const kvc_layer *y, uint8_t *memory, workspace *w, int64
     return memory != NULL;
 }
 
+/* The channels of a further scale. */
+static void weigh_part(const kvc_isa *isa, const kvc_codes *values, int64_t slot, int64_t n, int low,
+                       int width, const kvc_sight *sight, const float *weight, const partial *p,
+                       const kvc_softmax *m, float *sum, int64_t sum_stride, uint8_t *tile) {
+    const int rows = p->query.rows;
+    for (int r = 0; r < rows; r++) {
+        const float *x = weight + r * p->stride;
+        if (sight->scale) isa->scale_by(x, sight->scale, n, m->scaled + r * KVC_CHUNK);
+        m->shift[r] = sight->minimum ? isa->dot(x, sight->minimum, n) : 0;
+    }
+    isa->weigh(values, slot, n, low, width, sight->scale ? m->scaled : weight,
+               sight->scale ? KVC_CHUNK : p->stride, rows, sum, sum_stride, tile);
+}
+
 /* One chunk of a segment's codes: its softmax for itself. */
 static void attend_chunk(const job *j, const kvc_segment *s, partial *p, int64_t chunk, workspace *w) {
     const kvc_layer *y = j->layer;
@@ -159,36 +173,30 @@ static void attend_chunk(const job *j, const kvc_segment *s, partial *p, int64_t
     const int64_t n = s->capacity - low < KVC_CHUNK ? s->capacity - low : KVC_CHUNK;
     const int g = y->queries;
     float *weight = p->weight + low, *sum = p->sum + chunk * g * j->sum_stride;
-    const int32_t *position = group->position + slot, first = first_seen(y, s->row, j->step->position);
-    const uint16_t *k_scale = meta_of(keys, keys->scale, slot, n, 0, w->scale);
-    const uint16_t *k_minimum = meta_of(keys, keys->minimum, slot, n, 0, w->minimum);
-    isa->dots(keys, slot, n, &p->query, weight, p->stride, w->tile);
-    for (int r = 0; r < g; r++)
-        p->top[chunk * g + r] = isa->logits(weight + r * p->stride, n, k_scale, k_minimum, p->query.sum[r],
-                                            p->offset[r], j->step->softcap, position, first);
+    float shift[KVC_MAX_ROWS] = {0};
+    const kvc_softmax softmax = {p->top + chunk * g, p->total + chunk * g, shift, w->scaled};
+    kvc_sight sight = {meta_of(keys, keys->scale, slot, n, 0, w->scale),
+                       meta_of(keys, keys->minimum, slot, n, 0, w->minimum),
+                       group->position + slot,
+                       first_seen(y, s->row, j->step->position),
+                       j->step->softcap,
+                       p->offset};
+    isa->keys(keys, slot, n, &p->query, &sight, weight, p->stride, &softmax, w->tile);
     memset(sum, 0, (size_t)(g * j->sum_stride) * 4);
     const int width = values->dim / values->groups;
     for (int part = 0; part < values->groups; part++) {
-        const uint16_t *scale = meta_of(values, values->scale, slot, n, part, w->scale);
-        const uint16_t *minimum = meta_of(values, values->minimum, slot, n, part, w->minimum);
-        float shift[KVC_MAX_ROWS] = {0};
-        for (int r = 0; r < g; r++) {
-            float *x = weight + r * p->stride, *scaled = w->scaled + r * KVC_CHUNK;
-            const float top = p->top[chunk * g + r];
-            if (part == 0) {
-                p->total[chunk * g + r] =
-                    isa->exponentials(x, n, top == -INFINITY ? 0 : top, scale, minimum, scaled, shift + r);
-                continue;
-            }
-            isa->scale_by(x, scale, n, scaled);
-            if (minimum) shift[r] = isa->dot(x, minimum, n);
-        }
-        isa->weigh(values, slot, n, part * width, width, scale ? w->scaled : weight,
-                   scale ? KVC_CHUNK : p->stride, g, sum, j->sum_stride, w->tile);
+        sight.scale = meta_of(values, values->scale, slot, n, part, w->scale);
+        sight.minimum = meta_of(values, values->minimum, slot, n, part, w->minimum);
+        if (part == 0)
+            isa->values(values, slot, n, width, &sight, weight, p->stride, g, &softmax, sum, j->sum_stride,
+                        w->tile);
+        else
+            weigh_part(isa, values, slot, n, part * width, width, &sight, weight, p, &softmax, sum,
+                       j->sum_stride, w->tile);
         isa->settle(values, part * width, width, g, sum, j->sum_stride);
-        for (int r = 0; minimum && r < g; r++) {
+        for (int r = 0; r < g; r++) {
             float *to = sum + r * j->sum_stride + part * width;
-            for (int i = 0; i < width; i++) to[i] += shift[r];
+            for (int i = 0; shift[r] != 0 && i < width; i++) to[i] += shift[r];
         }
     }
 }

@@ -397,6 +397,25 @@ static float dot(const float *x, const uint16_t *y, int64_t n) {
     return total(sum);
 }
 
+/* ---- codes and softmax */
+static void keys(const kvc_codes *c, int64_t first, int64_t n, const kvc_query *q, const kvc_sight *s,
+                 float *out, int64_t stride, const kvc_softmax *m, uint8_t *tile) {
+    dots(c, first, n, q, out, stride, tile);
+    for (int r = 0; r < q->rows; r++)
+        m->top[r] = logits(out + r * stride, n, s->scale, s->minimum, q->sum[r], s->offset[r], s->softcap,
+                           s->position, s->first);
+}
+
+static void values(const kvc_codes *c, int64_t first, int64_t n, int32_t width, const kvc_sight *s,
+                   float *weight, int64_t stride, int32_t rows, const kvc_softmax *m, float *sum,
+                   int64_t sum_stride, uint8_t *tile) {
+    for (int r = 0; r < rows; r++)
+        m->total[r] = exponentials(weight + r * stride, n, m->top[r] == -INFINITY ? 0 : m->top[r], s->scale,
+                                   s->minimum, m->scaled + r * KVC_CHUNK, m->shift + r);
+    weigh(c, first, n, 0, width, s->scale ? m->scaled : weight, s->scale ? KVC_CHUNK : stride, rows, sum,
+          sum_stride, tile);
+}
+
 /* ---- the rank */
 #define PUNCT_SCORE 0x1p110f
 #define SPECIAL_SCORE 0x1p120f

@@ -71,12 +71,36 @@ typedef struct {
     int32_t by_score, per_vote, keeps_rest, in_class;
 } kvc_rules;
 
+/* What some codes are scaled by, and which of them a query sees. */
+typedef struct {
+    const uint16_t *scale, *minimum; /* [n] float16, or NULL */
+    const int32_t *position;         /* [n] */
+    int32_t first;                   /* earlier positions are not seen */
+    float softcap;                   /* 0: none */
+    const float *offset;             /* [rows] added to a query's logits */
+} kvc_sight;
+
+/* The softmax of some tokens for itself: of each query row the largest logit, the sum of the weights
+ * e^(logit − top), and what the minima of the values add to every channel. */
+typedef struct {
+    float *top, *total, *shift; /* [rows] */
+    float *scaled;              /* [rows, KVC_CHUNK] room for weights times scales */
+} kvc_softmax;
+
 typedef struct {
     const char *name;
     int32_t integer_dots; /* reads int8 codes as integers, and so needs high and low */
     /* out[r * stride + t] = query r · row first + t, without scale and minimum */
     void (*dots)(const kvc_codes *, int64_t first, int64_t n, const kvc_query *, float *out,
                  int64_t stride, uint8_t *tile);
+    /* logits of n ≤ KVC_CHUNK tokens, −inf where a token is not seen, and softmax.top */
+    void (*keys)(const kvc_codes *, int64_t first, int64_t n, const kvc_query *, const kvc_sight *,
+                 float *logits, int64_t stride, const kvc_softmax *, uint8_t *tile);
+    /* weight = e^(logit − top), softmax.total and .shift, and what `weigh` gives of the first `width`
+     * channels, whose scales and minima `sight` has */
+    void (*values)(const kvc_codes *, int64_t first, int64_t n, int32_t width, const kvc_sight *,
+                   float *weight, int64_t stride, int32_t rows, const kvc_softmax *, float *sum,
+                   int64_t sum_stride, uint8_t *tile);
     /* sum[r * sum_stride + channel] += Σ_t weight[r * stride + t] · code (first + t, channel), for the
      * channels low ≤ channel < low + width, in an order that only `settle` knows */
     void (*weigh)(const kvc_codes *, int64_t first, int64_t n, int32_t low, int32_t width,

@@ -3,6 +3,6 @@
 #include "inner.inc.h"
 
 const kvc_isa kvc_portable = {
-    "portable", 0,      dots,     weigh,    settle, logits, maximum, exponentials,
-    scale_by, dot, add_scaled, victim, linear8, linear16,
+    "portable", 0, dots, keys, values, weigh, settle, logits, maximum, exponentials, scale_by,
+    dot, add_scaled, victim, linear8, linear16,
 };
