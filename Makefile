@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvcompress-setup
 
 .PHONY: demo test test-slow setup lint format types peak-memory under-eviction league peers heavy-hitters fastgen test-parity test-compat train-demo-model clean \
-	bench-decode bench-kernel bench-prefill bench-fixed-memory bench-scaling bench-vllm performance-page
+	bench-decode bench-kernel bench-prefill bench-fixed-memory bench-scaling bench-host-overhead bench-vllm \
+	performance-page
 
 demo: setup
 	$(BIN)/kvcompress demo
@@ -118,8 +119,8 @@ VLLM := benchmarks/vllm_cpu
 	@touch $@
 
 bench-decode bench-prefill bench-fixed-memory: setup .venv-quant/.setup .venv-kvpress/.setup .venv-vllm/.setup
-bench-kernel bench-scaling: setup
-bench-decode bench-kernel bench-prefill bench-fixed-memory bench-scaling:
+bench-kernel bench-scaling bench-host-overhead: setup
+bench-decode bench-kernel bench-prefill bench-fixed-memory bench-scaling bench-host-overhead:
 	$(BIN)/python benchmarks/$(subst -,_,$(@:bench-%=%)).py
 
 # A look at vLLM beside the fastest of the others; not the committed results.

@@ -21,7 +21,7 @@ from typing import Any, Final
 from unittest.mock import patch
 
 import torch
-from speed.model import INT8, Models, words
+from speed.model import COMPILED, INT8, Models, words
 from speed.output import note, parser_of, start
 from speed.text import markdown
 from torch import nn
@@ -37,8 +37,10 @@ from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.hf import attach, detach
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.linear8 import Int8Linear
+from kvcompress.runtime.linear16 import Linear16
 
 CONTEXT: Final = 48  # tokens: the fewest that fill the exact slots and leave codes
+WEIGHTS: Final = ("float32", COMPILED, INT8)
 PARTS: Final = ("products with weights", "attention kernel", "kvcompress around it", "transformers")
 
 
@@ -81,13 +83,14 @@ def timed_parts(clock: Clock) -> Iterator[None]:
             (CompressedCache, "note_forward", "kvcompress around it"),
             (nn.Linear, "forward", "products with weights"),
             (Int8Linear, "forward", "products with weights"),
+            (Linear16, "forward", "products with weights"),
         ):
             stack.enter_context(patch.object(owner, name, clock.around(part, getattr(owner, name))))
         yield
 
 
 @torch.no_grad()
-def measure(models: Models, weights: str, steps: int) -> dict[str, Any]:
+def parts_of(models: Models, weights: str, steps: int) -> dict[str, Any]:
     """Median milliseconds of a step's parts, in the order of `PARTS`, and of the whole."""
     model = models(weights)
     plan = plan_of(model_shape(model), Setup("int8", "int8", 1.0))
@@ -130,8 +133,8 @@ def report(result: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
-def main() -> None:
-    args = start(options())
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Every format of weights that this installation has."""
     models = Models(args.scale)
     result = {
         "benchmark": "host_overhead",
@@ -142,13 +145,17 @@ def main() -> None:
         "context_tokens": CONTEXT,
         "rows": [],
     }
-    for weights in ("float32", INT8) if library() is not None else ("float32",):
+    for weights in WEIGHTS if library() is not None else ("float32",):
         note(f"{weights} weights")
-        result["rows"].append(measure(models, weights, args.rounds * args.steps))
+        result["rows"].append(parts_of(models, weights, args.rounds * args.steps))
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / "host_overhead.json"
-    write_atomically(path, json.dumps(result, indent=2) + "\n")
-    print(report(result))
+    write_atomically(args.results / "host_overhead.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def main() -> None:
+    args = start(options())
+    print(report(measure(args)))
 
 
 def options() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from typing import Any
 
 import decode
 import fixed_memory
+import host_overhead
 import kernel
 import prefill
 import scaling
@@ -39,7 +40,8 @@ def main() -> None:
     args = parser.parse_args()
     found = load(args.results)
     draw(found, args.figures)
-    args.page.write_text(render(found, qualities(args.results)), encoding="utf-8")
+    texts = (plain(args.results, "quality"), plain(args.results, "host_overhead"))
+    args.page.write_text(render(found, *texts), encoding="utf-8")
 
 
 def load(folder: Path) -> dict[str, Result]:
@@ -48,13 +50,13 @@ def load(folder: Path) -> dict[str, Result]:
     return {name: Result.load(path) for name, path in paths.items() if path.is_file()}
 
 
-def qualities(folder: Path) -> dict[str, Any]:
-    """quality.json, empty where it is not there."""
-    path = folder / "quality.json"
+def plain(folder: Path, name: str) -> dict[str, Any]:
+    """A file that holds no cells, empty where it is not there."""
+    path = folder / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def render(found: dict[str, Result], quality: dict[str, Any]) -> str:
+def render(found: dict[str, Result], quality: dict[str, Any], host: dict[str, Any]) -> str:
     """The page."""
     cells = quality.get("cells", {})
 
@@ -73,7 +75,10 @@ def render(found: dict[str, Result], quality: dict[str, Any]) -> str:
         for name, section in sections.items()
     }
     return TEMPLATE.read_text(encoding="utf-8").format(
-        conditions=conditions(found), quality=quality_section(quality), **made
+        conditions=conditions(found),
+        quality=quality_section(quality),
+        host_overhead=host_section(host),
+        **made,
     )
 
 
@@ -155,6 +160,17 @@ def quality_section(quality: dict[str, Any]) -> str:
         "`python benchmarks/speed_quality.py`."
     )
     return f"{speed_quality.table(quality['cells'])}\n\n{text}"
+
+
+def host_section(host: dict[str, Any]) -> str:
+    if not host:
+        return _absent("host_overhead")
+    text = (
+        f"A step with {host['context_tokens']} tokens of context, {host['threads']} thread, by "
+        "where its time goes; milliseconds, medians. *kvcompress around it* is our Python, "
+        "*transformers* everything else: norms, rotary embedding, activations, module calls."
+    )
+    return f"{text}\n\n{host_overhead.report(host)}\n\nMade by `{host['command']}`, {host['date']}."
 
 
 def conditions(found: dict[str, Result]) -> str:

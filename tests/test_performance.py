@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,6 +79,34 @@ def others(benchmark, folder) -> dict[str, Result]:
     }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def host(benchmark, folder) -> dict:
+    script = benchmark("host_overhead")
+    return script.measure(script.options().parse_args([*SMALL, "--results", str(folder)]))
+
+
+def test_the_parts_of_a_step_are_the_step(benchmark, folder, host):
+    script = benchmark("host_overhead")
+    assert json.loads((folder / "host_overhead.json").read_text("utf-8")) == host
+    without = [row for row in host["rows"] if row["weights"] == "float32"]
+    assert [row["layers"] for row in without] == [2]
+    for row in host["rows"]:
+        assert set(row["ms"]) == set(script.PARTS) and min(row["ms"].values()) > 0
+        assert sum(row["ms"].values()) == pytest.approx(row["step_ms"], rel=0.2)
+
+
+def test_time_inside_another_part_counts_once(benchmark, monkeypatch):
+    script = benchmark("host_overhead")
+    now = iter((0.0, 1.0, 4.0, 10.0))  # outer begins, inner begins and ends, outer ends
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    clock = script.Clock()
+    inner = clock.around("attention kernel", lambda: None)
+    assert clock.step(inner) == {
+        "products with weights": 0.0, "attention kernel": 3000.0, "kvcompress around it": 0.0,
+        "transformers": 7000.0,
+    }  # fmt: skip
+
+
 def test_decode_times_every_recipe_beside_its_bytes(benchmark, decode):
     (cell,) = decode.cells
     assert cell.name == "96 tokens, batch 2"
@@ -96,7 +125,7 @@ def test_decode_times_every_recipe_beside_its_bytes(benchmark, decode):
     assert cell.row("int8 20 %, float32").kv_bytes < cell.row("int8 100 %, float32").kv_bytes < full
     assert {row.quality for row in own} == recipes
     assert "OffloadedCache" in {each.name for each in cell.missing}
-    cells = benchmark("performance_page").qualities(RESULTS)["cells"]
+    cells = benchmark("performance_page").plain(RESULTS, "quality")["cells"]
     assert recipes <= set(cells)
 
 
@@ -243,7 +272,9 @@ def test_the_page_shows_the_committed_results(benchmark):
     """Every table and sentence: the page is what the results make, and nothing else."""
     script = benchmark("performance_page")
     found = script.load(RESULTS)
-    made = script.render(found, script.qualities(RESULTS))
+    made = script.render(
+        found, script.plain(RESULTS, "quality"), script.plain(RESULTS, "host_overhead")
+    )
     assert made == script.PAGE.read_text(encoding="utf-8"), "make performance-page"
     for name in found:
         picture = {"prefill": None}.get(name, f"performance-{name.replace('_', '-')}")
@@ -253,12 +284,13 @@ def test_the_page_shows_the_committed_results(benchmark):
         assert f"Not measured yet: `make bench-{name.replace('_', '-')}`" in made
 
 
-def test_the_page_is_made_of_any_results(benchmark, folder, decode, others, tmp_path):
+def test_the_page_is_made_of_any_results(benchmark, folder, decode, others, host, tmp_path):
     script = benchmark("performance_page")
     found = script.load(folder)
     assert set(found) == set(script.NAMES)
     quality = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))
-    page = script.render(found, quality)
+    page = script.render(found, quality, host)
+    assert benchmark("host_overhead").report(host) in page
     words = benchmark("speed_quality").words
     table = benchmark("decode").table(decode.cells[0], lambda name: words(quality["cells"], name))
     assert table in page and words(quality["cells"], "int8 20 %") in table

@@ -10,6 +10,7 @@ from kvcompress.evict.keepset import class_score, place_in_run, priority, turn_q
 from kvcompress.runtime.attend import Chunk, first_positions
 from kvcompress.runtime.choose import Candidates, chosen_keep_sets, granted_tokens
 from kvcompress.runtime.evidence import NOTHING, Evidence, finish_scores
+from kvcompress.runtime.prompt_kernels import encode_kept
 from kvcompress.runtime.state import Group, LayerState
 from kvcompress.runtime.store import EMPTY, place_segments
 
@@ -21,6 +22,7 @@ class Pool:
         position: int64, −1 for padding, empty slots and tokens that became sinks.
         flags: class flags int64.
         leaving: bool, tokens that are older than the newest `recent` ones.
+        is_first: no token came before the chunk's.
     """
 
     def __init__(self, state: LayerState, chunk: Chunk, taken: Tensor) -> None:
@@ -28,6 +30,7 @@ class Pool:
         own = torch.arange(chunk.first, chunk.first + length, device=taken.device)
         own = own.expand(batch, length).masked_fill(taken, EMPTY)
         self.key, self.value = chunk.key, chunk.value
+        self.is_first = not any(state.row_seen)
         self.position = torch.cat([state.exact_position[:, state.recent].long(), own], 1)
         flags = torch.zeros_like(own) if chunk.flags is None else chunk.flags.long()
         before = (
@@ -213,18 +216,20 @@ def _keep_best(state: LayerState, group: Group, pool: Pool, found: Candidates) -
     fresh = found.index[new - found.stored]
     fresh_row, fresh_head = found.row[new], group.index[found.head[new]]
     center, scale = state.settings.key_constants(state.start.device)
+    slots, position = slots[~is_old], found.position[new]
+    score = None if found.score is None else found.score[new]
+    if pool.is_first and store.notes is None:
+        kept = torch.stack([fresh_row, fresh_head, fresh - pool.recent_k.shape[2]])
+        if encode_kept(pool.key, pool.value, kept, slots, (center, scale), store):
+            store.describe(slots, position, score)
+            return
 
     def rows_of(part: slice) -> tuple[Tensor, Tensor]:
         heads = fresh_head[part]
         key, value = pool.vectors(fresh_row[part], heads, fresh[part])
         return to_code_space(key, heads, center, scale, store.kind.k_dtype), value
 
-    store.write(
-        slots[~is_old],
-        rows_of,
-        found.position[new],
-        None if found.score is None else found.score[new],
-    )
+    store.write(slots, rows_of, position, score)
 
 
 def to_code_space(key: Tensor, heads: Tensor, center: Tensor, scale: Tensor, dtype: str) -> Tensor:

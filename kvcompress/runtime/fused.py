@@ -19,7 +19,6 @@ from kvcompress.evict.scorers.attention import LiftScorer, MeanScorer
 from kvcompress.evict.scorers.base import PromptScorer
 from kvcompress.kernels.cpu import layout
 from kvcompress.kernels.cpu.library import Library, library
-from kvcompress.quant.codec import Codes
 from kvcompress.runtime.attend import Chunk
 from kvcompress.runtime.insert import grow
 from kvcompress.runtime.state import Group, LayerSettings, LayerState
@@ -288,8 +287,8 @@ def _group(group: Group) -> layout.GroupStruct:
         assert t.is_contiguous()
     score, recent = store.score, group.recent_score
     return layout.GroupStruct(
-        keys=codes_struct(store.keys, store.kind.k_dtype, store.head_dim),
-        values=codes_struct(store.values, store.kind.v_dtype, store.value_dim),
+        keys=layout.codes_struct(store.keys, store.kind.k_dtype, store.head_dim),
+        values=layout.codes_struct(store.values, store.kind.v_dtype, store.value_dim),
         position=store.position.data_ptr(),
         score=None if score is None else score.data_ptr(),
         recent_score=None if recent is None else recent.data_ptr(),
@@ -299,18 +298,4 @@ def _group(group: Group) -> layout.GroupStruct:
         keeps_rest=rules.keeps_rest.data_ptr(),
         rules_stride=0 if rules.classes.ndim == 1 else members,
         members=members,
-    )
-
-
-def codes_struct(codes: Codes, dtype: str, dim: int) -> layout.CodesStruct:
-    """Where codes lie, as the kernels are told."""
-    number = _DTYPES[codes.data.dtype] if dtype == "model" else layout.DTYPES[dtype]
-    return layout.CodesStruct(
-        data=codes.data.data_ptr(),
-        scale=None if codes.scale is None else codes.scale.data_ptr(),
-        minimum=None if codes.minimum is None else codes.minimum.data_ptr(),
-        dtype=number,
-        dim=dim,
-        groups=1 if codes.scale is None else codes.scale.shape[-1],
-        row_bytes=codes.data.shape[-1] * codes.data.element_size(),
     )

@@ -11,6 +11,7 @@ from kvcompress.evict.keepset import class_score, priority
 from kvcompress.runtime.attend import Chunk
 from kvcompress.runtime.commit import quota_tokens, to_code_space, votes
 from kvcompress.runtime.evidence import frequent_tokens
+from kvcompress.runtime.protocol import leaving_plain_tensors
 from kvcompress.runtime.state import Group, LayerState
 from kvcompress.runtime.store import Bucket
 
@@ -96,6 +97,7 @@ def _grow_to_threshold(state: LayerState, leaver: Leaver, now: int) -> None:
         _relayout(state)
 
 
+@leaving_plain_tensors
 def _relayout(state: LayerState) -> None:
     for group in state.groups:
         capacities = state.capacities(group)

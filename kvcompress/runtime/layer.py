@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -126,7 +127,6 @@ class CompressedLayer(HoldingLayer):
         self.seen -= count
 
     # ---- attention
-    @leaving_plain_tensors
     def forward(
         self,
         query: Tensor,
@@ -158,10 +158,14 @@ class CompressedLayer(HoldingLayer):
         assert self.state is not None
         if mask is None and self._fused is not None and self._just_decodes(query):
             flags = self.arrival.flags if self.settings.uses_classes else None
-            position = self.seen - 1
-            token = Token(query, key, value, position, flags, scaling, softcap, sinks)
-            return self._fused.run(self.state, token)
-        chunk = self._chunk(query, key, value, mask, scaling, softcap, sinks)
+            token = Token(query, key, value, self.seen - 1, flags, scaling, softcap, sinks)
+            return self._fused.run(self.state, token)  # stores through pointers, in any mode
+        chunk_of = partial(self._chunk, query, key, value, mask, scaling, softcap, sinks)
+        return self._forward(chunk_of, fast_attention)
+
+    @leaving_plain_tensors
+    def _forward(self, chunk_of: Callable[[], Chunk], fast_attention: FastAttention) -> Tensor:
+        chunk = chunk_of()
         if self.reads_again:
             return self._read_again(chunk)
         self._note_turn(chunk)
@@ -289,6 +293,7 @@ class CompressedLayer(HoldingLayer):
         waits = self._held is not None or (self._hold_prompt and self.arrival.in_prompt)
         return not waits and _decodes(self.state, chunk) and serves(self.state, chunk.query)
 
+    @leaving_plain_tensors
     def _read_shared(
         self,
         query: Tensor,
@@ -338,10 +343,8 @@ class CompressedLayer(HoldingLayer):
         out = []
         for index in range(first, chunk.length):
             token = chunk.tokens(index, index + 1)
-            if _decodes(state, token):
-                self._journal.before_insert(state)
-            else:
-                self._journal.before_commit(state)
+            journal = self._journal
+            (journal.before_insert if _decodes(state, token) else journal.before_commit)(state)
             out.append(self._take(token, None))
             Journal.stop_notes(state)
         self._journal.forget_all_but(_MOST_DRAFTED)

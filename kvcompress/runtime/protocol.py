@@ -73,6 +73,7 @@ class StoringLayer(CacheLayerMixin):
         self._given: tuple[Tensor, Tensor] | None = None
 
     # ---- what transformers calls
+    @leaving_plain_tensors
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = self.settings.plan.model
         heads = len(self.settings.heads)
@@ -99,7 +100,6 @@ class StoringLayer(CacheLayerMixin):
         self.keys = self.values = key_states.new_zeros(0)
         self.is_initialized = True
 
-    @leaving_plain_tensors
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -261,6 +261,10 @@ class SegmentStore:
             self._put(self.keys, encode(k, self.kind.k_dtype), slots[part])
             groups = value_groups(self.kind.v_dtype, self.value_dim)
             self._put(self.values, encode(v, self.kind.v_dtype, groups), slots[part])
+        self.describe(slots, position, score)
+
+    def describe(self, slots: Tensor, position: Tensor, score: Tensor | None) -> None:
+        """Positions and scores ``[N]`` of what lies in `slots`, as for `write`."""
         self.position[slots] = position.to(torch.int32)
         if self.score is not None:
             assert score is not None

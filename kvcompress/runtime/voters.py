@@ -20,6 +20,7 @@ from torch import Tensor
 from kvcompress.evict.voters import far_weight, votes_for_its_stride
 from kvcompress.kernels.prefill_colsum.cpu_torch import Sight, Softmax, attend_with_sums, row_sums
 from kvcompress.kernels.prefill_colsum.sdpa import attention_with_normaliser
+from kvcompress.runtime import prompt_kernels
 from kvcompress.runtime.attend import Chunk, first_positions, voting_rows
 from kvcompress.runtime.state import LayerState
 
@@ -48,7 +49,9 @@ def attend_prompt(
         return _estimated(state, chunk, scores, kernel is not None, voters, late)
     weight = _weights(state, chunk)
     if plan.score_rows is None or kernel is None:
-        out, _, sums = _dense(state, chunk, weight if bool(weight.any()) else None)
+        sums_of = weight if bool(weight.any()) else None
+        exact = None if kernel is None else _exact_on_gpu(state, chunk, sums_of)
+        out, sums = exact or _dense(state, chunk, sums_of)[::2]
     else:
         out, sums = kernel(), None
         if not late:
@@ -78,6 +81,27 @@ def _estimated(
     if not late:
         voters.vote(state, chunk, scores)
     return out
+
+
+def _exact_on_gpu(
+    state: LayerState, chunk: Chunk, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """Output and column sums by the kernels of a GPU; None where they do not serve the chunk."""
+    if not _on_gpu(state, chunk):
+        return None
+    found = attention_with_normaliser(chunk.query, chunk.key, chunk.value, None, chunk.scaling)
+    if found is None:
+        return None
+    out, normaliser = found
+    if weight is None:
+        return out, None
+    return out, _sums(state, chunk, range(chunk.length), weight, normaliser=normaliser)
+
+
+def _on_gpu(state: LayerState, chunk: Chunk) -> bool:
+    """Whether rows see what their places alone say, on a device with kernels for it."""
+    plain = state.settings.block is None and chunk.valid is None and chunk.mask is None
+    return plain and prompt_kernels.triton_runs(chunk.query.device)
 
 
 def _weights(state: LayerState, chunk: Chunk) -> Tensor:
@@ -139,6 +163,18 @@ def _sums(
     """Column sums ``[B, Hkv, P + T]`` of the chunk's `rows`, over their `most` newest keys."""
     part = slice(rows.start, rows.stop)
     place = torch.arange(rows.start, rows.stop) + chunk.held
+    if normaliser is not None and _on_gpu(state, chunk):
+        windows = [tokens for tokens in (most, state.settings.window) if tokens is not None]
+        return prompt_kernels.column_sums(
+            chunk.query[:, :, part],
+            chunk.key,
+            normaliser[:, :, part],
+            place,
+            weight[:, part],
+            chunk.scaling,
+            chunk.softcap,
+            min(windows, default=None),
+        )
     return torch.stack(
         [
             row_sums(

@@ -1,9 +1,12 @@
-"""The structures of src/kvc.h and src/decode.h, field by field."""
+"""The structures of src/kvc.h, src/decode.h and src/compact.c, field by field."""
 
 from __future__ import annotations
 
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from kvcompress.quant.codec import Codes
 
 DTYPES: Final = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "fp8": 5}
 ATTEND: Final = 1
@@ -115,4 +118,42 @@ class StepStruct(Structure):
     )
 
 
+class PromptStruct(Structure):
+    """`kvc_prompt`."""
+
+    _fields_ = (
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("key_row", c_int64),
+        ("key_head", c_int64),
+        ("key_token", c_int64),
+        ("value_row", c_int64),
+        ("value_head", c_int64),
+        ("value_token", c_int64),
+        ("row", c_void_p),
+        ("head", c_void_p),
+        ("token", c_void_p),
+        ("slot", c_void_p),
+        ("count", c_int64),
+        ("center", c_void_p),
+        ("scale", c_void_p),
+        ("dtype", c_int32),
+        ("threads", c_int32),
+    )
+
+
 STRUCTS: Final = (CodesStruct, GroupStruct, SegmentStruct, LayerStruct, StepStruct)
+
+
+def codes_struct(codes: Codes, dtype: str, dim: int) -> CodesStruct:
+    """Where flat codes of `dim` channels lie; `dtype` as a plan names it."""
+    number = DTYPES[str(codes.data.dtype)[6:] if dtype == "model" else dtype]
+    return CodesStruct(
+        data=codes.data.data_ptr(),
+        scale=None if codes.scale is None else codes.scale.data_ptr(),
+        minimum=None if codes.minimum is None else codes.minimum.data_ptr(),
+        dtype=number,
+        dim=dim,
+        groups=1 if codes.scale is None else codes.scale.shape[-1],
+        row_bytes=codes.data.shape[-1] * codes.data.element_size(),
+    )

@@ -10,7 +10,14 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvcompress.kernels.cpu.layout import DTYPES, STRUCTS, LayerStruct, StepStruct
+from kvcompress.kernels.cpu.layout import (
+    DTYPES,
+    STRUCTS,
+    CodesStruct,
+    LayerStruct,
+    PromptStruct,
+    StepStruct,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +69,10 @@ class Library:
         """Position and class flags of the tokens that the next step pushes out of the exact."""
         if self._library.kvc_leaving(byref(layer), position, flags):
             raise MemoryError("no memory for the rows of a decode step")
+
+    def compact(self, keys: CodesStruct, values: CodesStruct, prompt: PromptStruct) -> None:
+        """Encode chosen tokens of a prompt into their slots, see src/compact.c."""
+        self._library.kvc_compact(byref(keys), byref(values), byref(prompt))
 
     def linear8(
         self, x: Tensor, weight: Tensor, scale: Tensor, row_sum: Tensor, bias: Tensor | None
@@ -139,7 +150,8 @@ def _found() -> Library | Absent:
         return Absent(f"{path.name} cannot be loaded: {error}")
     sizes = (c_int64 * len(STRUCTS))()
     library.kvc_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(struct) for struct in STRUCTS]:
+    found = [*sizes, library.kvc_prompt_size()]
+    if found != [ctypes.sizeof(struct) for struct in (*STRUCTS, PromptStruct)]:
         return Absent(f"{path.name} was built from other sources; install kvcompress again")
     return Library(path, _share_threads(library), library)
 
@@ -161,6 +173,11 @@ def _declare(library: CDLL) -> None:
     library.kvc_use_isa.argtypes = [c_char_p]
     library.kvc_decode.argtypes = [POINTER(LayerStruct), POINTER(StepStruct)]
     library.kvc_leaving.argtypes = [POINTER(LayerStruct), POINTER(c_int32), POINTER(c_int32)]
+    library.kvc_compact.argtypes = [
+        *(POINTER(CodesStruct), POINTER(CodesStruct), POINTER(PromptStruct))
+    ]
+    library.kvc_compact.restype = None
+    library.kvc_prompt_size.restype = c_int64
     library.kvc_use_openmp.argtypes = [c_void_p]
     library.kvc_use_openmp.restype = None
     library.kvc_sizes.argtypes = [POINTER(c_int64)]

@@ -30,7 +30,8 @@ def _colsum(
         row = r + o_r
         m_r = row < rows
         position = tl.load(POS + row, mask=m_r, other=-1)
-        if tl.max(position, 0) >= first:
+        oldest = tl.min(tl.where(m_r, position, 1 << 30), 0)
+        if (tl.max(position, 0) >= first) & ((WINDOW == 0) | (oldest - WINDOW < first + BN)):
             weight = tl.load(WEIGHT + i_b * rows + row, mask=m_r, other=0.0)
             visible = (o_n[:, None] <= position[None, :]) & real[:, None]
             if WINDOW > 0:

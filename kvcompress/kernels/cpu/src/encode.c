@@ -110,10 +110,22 @@ void kvc_encode(const kvc_codes *c, int64_t slot, const float *x, int32_t model_
     }
     const float levels = c->dtype == KVC_INT8 ? 255.0f : 15.0f;
     const int32_t width = c->dim / c->groups, part = c->dim / 2;
+    uint8_t codes[KVC_MAX_DIM];
     for (int32_t g = 0; g < c->groups; g++) {
         const float *own = x + g * width;
-        float low = own[0], high = own[0];
-        for (int32_t i = 1; i < width; i++) {
+        float low = own[0], high = own[0], lows[4], highs[4];
+        for (int k = 0; k < 4; k++) lows[k] = highs[k] = own[0];
+        int32_t i = 0;
+        for (; i + 4 <= width; i += 4) /* four chains of comparisons, which wait for themselves alone */
+            for (int k = 0; k < 4; k++) {
+                lows[k] = own[i + k] < lows[k] ? own[i + k] : lows[k];
+                highs[k] = own[i + k] > highs[k] ? own[i + k] : highs[k];
+            }
+        for (int k = 0; k < 4; k++) {
+            low = lows[k] < low ? lows[k] : low;
+            high = highs[k] > high ? highs[k] : high;
+        }
+        for (; i < width; i++) {
             low = own[i] < low ? own[i] : low;
             high = own[i] > high ? own[i] : high;
         }
@@ -122,16 +134,20 @@ void kvc_encode(const kvc_codes *c, int64_t slot, const float *x, int32_t model_
         scale[g] = scale_of((high - low) / levels);
         c->minimum[slot * c->groups + g] = minimum;
         const float unit = kvc_from_half(scale[g]);
-        for (int32_t i = 0; i < width; i++) {
-            float code = nearest((own[i] - low) / unit);
-            code = code < 0 ? 0 : code > levels ? levels : code;
+        for (i = 0; i < width; i++) {
+            const float code = nearest((own[i] - low) / unit);
+            codes[i] = (uint8_t)(int32_t)(code < 0 ? 0 : code > levels ? levels : code);
+        }
+        if (c->dtype == KVC_INT8) {
+            memcpy(row + g * width, codes, (size_t)width);
+            continue;
+        }
+        for (i = 0; i < width; i++) {
             const int32_t channel = g * width + i;
-            if (c->dtype == KVC_INT8)
-                row[channel] = (uint8_t)code;
-            else if (channel < part)
-                row[channel] = (uint8_t)((row[channel] & 0xf0) | (uint8_t)code);
+            if (channel < part)
+                row[channel] = (uint8_t)((row[channel] & 0xf0) | codes[i]);
             else
-                row[channel - part] = (uint8_t)((row[channel - part] & 15) | (uint8_t)code << 4);
+                row[channel - part] = (uint8_t)((row[channel - part] & 15) | codes[i] << 4);
         }
     }
 }

@@ -1,8 +1,8 @@
 /* The inner loops in GCC's vector extensions, compiled once for each instruction set.
  *
  * The including file sets the compiler's target and KVC_WIDTH, the floats of one vector. It may set
- * KVC_INTS_OF_BYTES(p), KVC_INTS_OF_HALVES(p) and KVC_FLOATS_OF_HALVES(p), which load and widen that
- * many numbers, where the compiler does not find the instruction by itself.
+ * KVC_INTS_OF_BYTES(p), KVC_INTS_OF_HALVES(p), KVC_FLOATS_OF_HALVES(p) and KVC_FLOATS_OF_FP8S(p), which
+ * load and widen that many numbers, where the compiler does not find the instruction by itself.
  */
 #include <math.h>
 #include <string.h>
@@ -122,9 +122,13 @@ static inline vf exponential(vf x) {
 /* ---- vectors of any kind as floats */
 /* e4m3: its exponent's bias is 7, a float's 127 */
 static inline vf from_fp8s(const uint8_t *p) {
+#ifdef KVC_FLOATS_OF_FP8S
+    return (vf)KVC_FLOATS_OF_FP8S(p);
+#else
     const vi x = ints_of_bytes(p), sign = (x & 0x80) << 24, size = (x & 0x7f) << 20;
     const vf scaled = choose((x & 0x7f) == 0x7f, all(NAN), as_float(size) * all(0x1p120f));
     return as_float(sign | as_int(scaled));
+#endif
 }
 
 static float half_to_float(uint16_t h) {
