@@ -19,7 +19,7 @@ from typing import Any
 
 from decode import mark, remarks
 from speed.cases import own_name
-from speed.model import INT8, Models, kernels_missing
+from speed.model import COMPILED, INT8, Models, kernels_missing
 from speed.output import Book, note, parser_of, pythons_of, rival_options, start
 from speed.planned import PLANNED, Chosen, plan_for
 from speed.text import best, markdown, mib, ms, times
@@ -47,6 +47,7 @@ from kvcompress.evaluate.serving import model_shape
 
 LARGEST, EQUAL = "the largest batch that fits", "the same batch for all"
 STATIC = "StaticCache bfloat16"
+STATIC_COMPILED = f"StaticCache {COMPILED}"
 FIFTH = Setup("int8", "int8", 0.2)
 SETUPS = (*setups((("int8", "int8"), ("int4", "int4"), ("model", "model"))), PLANNED)
 NEW_TOKENS = 256
@@ -124,9 +125,14 @@ def all_methods(models: Models, context: int) -> tuple[list[Method], list[Missin
     for setup in SETUPS:
         made.append(_own(model, setup, "bfloat16", context))
     reason = kernels_missing(INT8)
+    served = ((FIFTH, COMPILED), (PLANNED, COMPILED), (FIFTH, INT8))
     if reason is not None:
-        return made, [Missing(name=own_name(FIFTH, INT8), reason=reason)]
-    return [*made, _own(models(INT8), FIFTH, INT8, context)], []
+        return made, [Missing(name=own_name(*pair), reason=reason) for pair in served]
+    made.append(
+        Method(STATIC_COMPILED, "peer", COMPILED, static_holder(config),
+               lambda rows: 2 * elements * rows)
+    )  # fmt: skip
+    return [*made, *(_own(models(weights), each, weights, context) for each, weights in served)], []
 
 
 def _own(model: Any, setup: Chosen, weights: str, context: int) -> Method:
@@ -281,9 +287,11 @@ def asked(result: Result) -> str:
     lines = []
     largest = result.cell(LARGEST)
     if largest is not None:
-        for chosen, weights in ((FIFTH, "bfloat16"), (PLANNED, "bfloat16"), (FIFTH, INT8)):
-            name = own_name(chosen, weights)
-            lines += _against_static(largest, name)
+        for weights in ("bfloat16", COMPILED):
+            for chosen in (FIFTH, PLANNED):
+                lines += _against_static(largest, own_name(chosen, weights), STATIC)
+        lines += _against_static(largest, own_name(FIFTH, COMPILED), STATIC_COMPILED)
+        lines += _against_static(largest, own_name(FIFTH, INT8), STATIC)
     equal = result.cell(EQUAL)
     mine = None if equal is None else best(equal, [own_name(FIFTH, "bfloat16")])
     other = None if equal is None else equal.row(STATIC)
@@ -294,22 +302,22 @@ def asked(result: Result) -> str:
     return markdown(["where", "asked", "answer"], lines, numbers=False)
 
 
-def _against_static(cell: Cell, name: str) -> list[list[str]]:
-    mine, other = cell.row(name), cell.row(STATIC)
+def _against_static(cell: Cell, name: str, rival: str) -> list[list[str]]:
+    mine, other = cell.row(name), cell.row(rival)
     if mine is None or other is None:
-        return [[cell.name, f"{name} against {STATIC}", "not measured"]]
+        return [[cell.name, f"{name} against {rival}", "not measured"]]
     lines = []
     for words, rate in (("decoding", rates), ("with prompts", served_rates)):
         ours, theirs = rate(mine), rate(other)
         if ours is None or theirs is None:
-            lines.append([cell.name, f"{name} against {STATIC}, {words}", "not measured"])
+            lines.append([cell.name, f"{name} against {rival}, {words}", "not measured"])
             continue
         found = times(spread([a / b for a, b in zip(ours, theirs, strict=True)]))
         answer = (
             f"{found}: {spread(ours).median:.1f} tokens/s at batch {mine.batch}, "
             f"{spread(theirs).median:.1f} at {other.batch}"
         )
-        lines.append([cell.name, f"{name} against {STATIC}, {words}", answer])
+        lines.append([cell.name, f"{name} against {rival}, {words}", answer])
     return lines
 
 

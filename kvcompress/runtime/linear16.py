@@ -1,7 +1,8 @@
 """Linear layers with 16-bit weights, read by the compiled CPU kernels in steps of few tokens.
 
 A step of one token reads every weight once; torch's product of a bfloat16 matrix and a vector gets
-about half of the memory's bandwidth, this one nearly all of it. Sums are of floats, rounded once.
+about half of the memory's bandwidth, this one nearly all of it. Some rows are multiplied by the
+processor's bfloat16 instructions, where it has them. Sums are of floats, rounded once.
 """
 
 from __future__ import annotations
@@ -13,8 +14,20 @@ from torch import Tensor, nn
 
 from kvcompress.kernels.cpu.library import library
 
-MAX_ROWS: Final = 4  # of activations; torch's own product is faster with more of them
+# of activations; torch's own product is faster with more of them, and soon so where numbers have to
+# become floats first
+MAX_ROWS: Final = 64
+MAX_ROWS_AS_FLOATS: Final = 4
 _DTYPES: Final = (torch.bfloat16, torch.float16)
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows of activations up to which the compiled kernels multiply."""
+    kernels = library()
+    if kernels is None:
+        return 0
+    in_pairs = dtype == torch.bfloat16 and kernels.multiplies_bf16
+    return MAX_ROWS if in_pairs else MAX_ROWS_AS_FLOATS
 
 
 class Linear16(nn.Linear):
@@ -30,7 +43,7 @@ class Linear16(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
-        kernels = library() if x.device.type == "cpu" and rows <= MAX_ROWS else None
+        kernels = library() if x.device.type == "cpu" and rows <= most_rows(x.dtype) else None
         plain = x.dtype == self.weight.dtype and not (torch.is_grad_enabled() and x.requires_grad)
         if kernels is None or not plain or not self.weight.is_contiguous():
             return super().forward(x)

@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from kvcompress.kernels.cpu.library import ISAS, library
-from kvcompress.runtime.linear16 import MAX_ROWS, Linear16, serve_16_bit
+from kvcompress.runtime.linear16 import (
+    MAX_ROWS,
+    MAX_ROWS_AS_FLOATS,
+    Linear16,
+    most_rows,
+    serve_16_bit,
+)
 from tests.runtime.models import build
 from tests.runtime.test_fused import runs
 
@@ -23,7 +29,7 @@ def isa(request):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sizes", [(1, 1), (7, 31), (8, 32), (65, 130), (70, 1000), (9, 2816)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 31, 64])
 @torch.no_grad()
 def test_sums_are_floats_rounded_once(isa, dtype, sizes, rows):
     outer, inner = sizes
@@ -52,6 +58,13 @@ def test_a_model_keeps_its_tokens_its_ties_and_its_names():
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert list(model.state_dict()) == names
     assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), before)
+
+
+def test_more_rows_are_served_where_the_processor_multiplies_bfloat16(isa):
+    in_pairs = library().multiplies_bf16
+    assert not in_pairs or isa == "avx512-vnni"
+    assert most_rows(torch.bfloat16) == (MAX_ROWS if in_pairs else MAX_ROWS_AS_FLOATS)
+    assert most_rows(torch.float16) == MAX_ROWS_AS_FLOATS
 
 
 def test_what_the_kernel_does_not_serve_is_torchs_own(monkeypatch):

@@ -45,6 +45,11 @@ class Library:
         name: bytes = self._library.kvc_isa_name()
         return name.decode()
 
+    @property
+    def multiplies_bf16(self) -> bool:
+        """Whether the processor multiplies bfloat16 numbers as they are (AVX512-BF16)."""
+        return bool(self._library.kvc_multiplies_bf16())
+
     def use_isa(self, name: str) -> None:
         """Use another instruction set from now on; for tests and measurements.
 

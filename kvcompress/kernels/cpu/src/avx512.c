@@ -669,11 +669,57 @@ static inline __attribute__((always_inline)) void linear16_rows(const uint16_t *
         _mm256_mask_storeu_ps(y + i * y_stride, (__mmask8)((1u << rows) - 1), sums_of_8(sum[i]));
 }
 
+/* Some rows of activations with 8 rows of weights, or fewer, by instructions that multiply and add
+ * pairs of bfloat16 numbers. What comes after the weights is asked for in the order of memory. */
+__attribute__((target("avx512bf16"))) static inline __attribute__((always_inline)) void
+products_of_8(const uint16_t *w, int64_t inner, int rows, int count, int fetch, const uint16_t *x,
+              int64_t x_stride, float *y, int64_t y_stride) {
+    __m512 sum[3][ROWS];
+    for (int i = 0; i < count; i++)
+        for (int r = 0; r < ROWS; r++) sum[i][r] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < inner; k += 32) {
+        const __mmask32 some = inner - k >= 32 ? ~0u : (1u << (inner - k)) - 1;
+        if (fetch)
+            for (int r = 0; r < ROWS; r++)
+                _mm_prefetch((const char *)(w + ROWS * inner + ROWS * k + 32 * r), _MM_HINT_T1);
+        __m512bh own[3];
+        for (int i = 0; i < count; i++) own[i] = (__m512bh)_mm512_loadu_si512(x + i * x_stride + k);
+        for (int r = 0; r < ROWS; r++) {
+            const int64_t row = r < rows ? r : rows - 1;
+            const __m512bh other = (__m512bh)_mm512_maskz_loadu_epi16(some, w + row * inner + k);
+            for (int i = 0; i < count; i++) sum[i][r] = _mm512_dpbf16_ps(sum[i][r], own[i], other);
+        }
+    }
+    for (int i = 0; i < count; i++)
+        _mm256_mask_storeu_ps(y + i * y_stride, (__mmask8)((1u << rows) - 1), sums_of_8(sum[i]));
+}
+
+__attribute__((target("avx512bf16"))) static void linear_bf16(const uint16_t *w, int64_t first, int64_t stop,
+                                                              int64_t inner, const uint16_t *x,
+                                                              int64_t x_stride, int64_t m, float *y,
+                                                              int64_t y_stride) {
+    for (int64_t n = first; n < stop; n += ROWS) {
+        const int rows = stop - n < ROWS ? (int)(stop - n) : ROWS;
+        const uint16_t *own = w + n * inner;
+        for (int64_t i = 0; i < m; i += 3) {
+            const uint16_t *a = x + i * x_stride;
+            float *to = y + i * y_stride + n;
+            if (m - i >= 3) products_of_8(own, inner, rows, 3, i == 0, a, x_stride, to, y_stride);
+            else if (m - i == 2) products_of_8(own, inner, rows, 2, 0, a, x_stride, to, y_stride);
+            else products_of_8(own, inner, rows, 1, 0, a, x_stride, to, y_stride);
+        }
+    }
+}
+
 static void linear16_wide(const uint16_t *w, int32_t dtype, int64_t first, int64_t stop, int64_t inner,
-                          const float *x, const float *even, const float *odd, int64_t half_stride,
-                          int64_t m, float *y, int64_t y_stride) {
+                          const float *x, const float *even, const float *odd, const uint16_t *narrow,
+                          int64_t half_stride, int64_t m, float *y, int64_t y_stride) {
+    if (kvc_multiplies_in_pairs(dtype, m)) {
+        linear_bf16(w, first, stop, inner, narrow, 2 * half_stride, m, y, y_stride);
+        return;
+    }
     if (dtype != KVC_BF16) {
-        linear16(w, dtype, first, stop, inner, x, even, odd, half_stride, m, y, y_stride);
+        linear16(w, dtype, first, stop, inner, x, even, odd, narrow, half_stride, m, y, y_stride);
         return;
     }
     for (int64_t n = first; n < stop; n += ROWS) {

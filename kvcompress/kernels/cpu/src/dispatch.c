@@ -33,6 +33,14 @@ const kvc_isa *kvc_current(void) {
     return chosen;
 }
 
+KVC_EXPORT int32_t kvc_multiplies_bf16(void) {
+#if defined(__x86_64__)
+    return kvc_current() == &kvc_avx512 && __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return 0;
+#endif
+}
+
 /* Name of the instruction set in use. */
 KVC_EXPORT const char *kvc_isa_name(void) { return kvc_current()->name; }
 

@@ -507,9 +507,9 @@ static void linear8(const int8_t *w, int64_t first, int64_t stop, int64_t inner,
 
 /* ---- 16-bit weights */
 static void linear16(const uint16_t *w, int32_t dtype, int64_t first, int64_t stop, int64_t inner,
-                     const float *x, const float *even, const float *odd, int64_t half_stride, int64_t m,
-                     float *y, int64_t y_stride) {
-    (void)even, (void)odd, (void)half_stride;
+                     const float *x, const float *even, const float *odd, const uint16_t *narrow,
+                     int64_t half_stride, int64_t m, float *y, int64_t y_stride) {
+    (void)even, (void)odd, (void)narrow, (void)half_stride;
     for (int64_t n = first; n < stop; n++) {
         const uint16_t *row = w + n * inner;
         for (int64_t from = 0; from < m; from += 4) {

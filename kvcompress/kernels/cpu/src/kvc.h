@@ -129,16 +129,25 @@ typedef struct {
                     const int32_t *row_sum, const float *x, const uint8_t *high, const uint8_t *low,
                     const float *unit, const float *shift, int64_t m, float *y, int64_t y_stride);
     /* The same for rows of KVC_BF16 or KVC_F16, without a scale; x of even and of odd channels, each
-     * [m, half_stride], stand beside x [m, inner] */
+     * [m, half_stride], stand beside x [m, inner], where
+     * kvc_multiplies_in_pairs does not hold; narrow is x in the dtype of w, [m, 2 half_stride] with
+     * zeros at the end of each row */
     void (*linear16)(const uint16_t *w, int32_t dtype, int64_t first, int64_t stop, int64_t inner,
-                     const float *x, const float *even, const float *odd, int64_t half_stride, int64_t m,
-                     float *y, int64_t y_stride);
+                     const float *x, const float *even, const float *odd, const uint16_t *narrow,
+                     int64_t half_stride, int64_t m, float *y, int64_t y_stride);
 } kvc_isa;
 
 extern const kvc_isa kvc_portable;
 #if defined(__x86_64__)
 extern const kvc_isa kvc_avx2, kvc_avx512;
 #endif
+
+/* Whether the instruction set in use has products of bfloat16 numbers, and whether so many rows of
+ * activations are multiplied by them: fewer wait for memory, not for the processor. */
+KVC_EXPORT int32_t kvc_multiplies_bf16(void);
+static inline int kvc_multiplies_in_pairs(int32_t dtype, int64_t rows) {
+    return dtype == KVC_BF16 && rows > 2 && kvc_multiplies_bf16();
+}
 
 /* The instruction set in use. */
 const kvc_isa *kvc_current(void);

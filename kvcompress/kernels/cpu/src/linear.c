@@ -81,14 +81,15 @@ typedef struct {
     int32_t dtype;
     int64_t outer, inner, rows, half_stride;
     const float *x, *even, *odd;
+    const uint16_t *narrow;
     float *y;
 } job16;
 
 static void one_block16(void *context, int64_t item) {
     const job16 *j = context;
     const int64_t first = item * BLOCK, stop = first + BLOCK < j->outer ? first + BLOCK : j->outer;
-    j->isa->linear16(j->weight, j->dtype, first, stop, j->inner, j->x, j->even, j->odd, j->half_stride,
-                     j->rows, j->y, j->outer);
+    j->isa->linear16(j->weight, j->dtype, first, stop, j->inner, j->x, j->even, j->odd, j->narrow,
+                     j->half_stride, j->rows, j->y, j->outer);
 }
 
 /* y = x Wᵀ with weights, activations and results of one dtype, KVC_BF16 or KVC_F16, and sums of
@@ -97,13 +98,18 @@ KVC_EXPORT int32_t kvc_linear16(const uint16_t *weight, int64_t outer, int64_t i
                                 int32_t dtype, int64_t rows, int64_t x_stride, const float *bias, void *y,
                                 int64_t y_stride, int32_t threads) {
     const int64_t half = (inner + 31) / 32 * 16;
-    uint8_t *memory = kvc_scratch(0, (size_t)(rows * (inner + 2 * half + outer) * 4 + 256));
+    uint8_t *memory = kvc_scratch(0, (size_t)(rows * (inner + 3 * half + outer) * 4 + 256));
     if (!memory) return -1;
     float *even = (float *)memory, *odd = even + rows * half, *wide = odd + rows * half;
     float *out = wide + rows * inner;
-    job16 j = {kvc_current(), weight, dtype, outer, inner, rows, half, wide, even, odd, out};
-    memset(even, 0, (size_t)(2 * rows * half) * 4);
-    for (int64_t r = 0; r < rows; r++) {
+    uint16_t *narrow = (uint16_t *)(out + rows * outer);
+    job16 j = {kvc_current(), weight, dtype, outer, inner, rows, half, wide, even, odd, narrow, out};
+    memset(narrow, 0, (size_t)(2 * rows * half) * 2);
+    for (int64_t r = 0; r < rows; r++)
+        memcpy(narrow + 2 * r * half, (const char *)x + r * x_stride * 2, (size_t)inner * 2);
+    const int as_floats = !kvc_multiplies_in_pairs(dtype, rows);
+    if (as_floats) memset(even, 0, (size_t)(2 * rows * half) * 4);
+    for (int64_t r = 0; as_floats && r < rows; r++) {
         float *own = wide + r * inner;
         kvc_from_model((const char *)x + r * x_stride * 2, dtype, inner, own);
         for (int64_t k = 0; k < inner; k++) (k % 2 ? odd : even)[r * half + k / 2] = own[k];
