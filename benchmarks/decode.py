@@ -19,12 +19,12 @@ from speed.claims import Claim, answers
 from speed.model import COMPILED, INT8, Models
 from speed.output import RUNS, Book, note, parser_of, pythons_of, rival_options, start
 from speed.planned import PLANNED
-from speed.text import against, best, load, markdown, mib, ms, of_floor
+from speed.text import against, best, load, markdown, mib, ms, of_floor, times
 
 from kvcompress.bench.cell import Rounds, run_cell
 from kvcompress.bench.entries import Size
 from kvcompress.bench.plans import Setup
-from kvcompress.bench.result import Cell, Result, Row
+from kvcompress.bench.result import Cell, Result, Row, speedup
 
 CELLS = "1024x1,2048x1,4096x1,16384x1,1024x8"
 PROMPT_CELLS = "4096x1,16384x1,1024x8"
@@ -193,12 +193,10 @@ def worst(cell: Cell) -> str:
     own = [row for row in cell.rows if row.kind == "ours"]
     if peer is None or not own:
         return "not measured"
-    slowest = max(own, key=lambda row: row.timing.wall.median)
-    behind = [row for row in own if row.timing.wall.median > peer.timing.wall.median]
-    return (
-        f"{len(own) - len(behind)} of {len(own)} are faster; the slowest, {slowest.name}: "
-        f"{against(slowest, peer)}"
-    )
+    gains = {row.name: speedup(row.timing, peer.timing) for row in own}
+    least = min(gains, key=lambda name: gains[name].median)
+    ahead = sum(gain.median > 1 for gain in gains.values())
+    return f"{ahead} of {len(own)} are faster; the least, {least}: {times(gains[least])}"
 
 
 if __name__ == "__main__":
