@@ -227,7 +227,8 @@ def _picture(name: str, text: str) -> str:
 
 
 def _made_by(result: Result) -> str:
-    return f"Made by `{result.command}`, {result.date}."
+    commands = ", ".join(f"`{command}`" for command in result.command.split("; "))
+    return f"Made by {commands}, {result.date}."
 
 
 def _absent(name: str) -> str:

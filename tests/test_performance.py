@@ -136,6 +136,19 @@ def test_a_measured_cell_is_not_measured_again(benchmark, folder, decode):
     assert again.cells == decode.cells
 
 
+def test_a_file_names_every_command_that_measured_a_cell(benchmark, tmp_path, decode, monkeypatch):
+    output, options = benchmark("speed.output"), benchmark("decode").options()
+    commands = ["--cells 64x1", "--cells 32x1 --only 'int8 '", "--cells 64x1"]
+    for command, name in zip(commands, ("64", "32", "64"), strict=True):
+        monkeypatch.setattr(output.sys, "argv", ["decode.py", *output.shlex.split(command)])
+        args = options.parse_args([*SMALL, "--results", str(tmp_path)])
+        book = output.Book("decode", args, ["32", "64"])
+        book.get(name, lambda name=name: decode.cells[0].model_copy(update={"name": name}))
+    written = Result.load(tmp_path / "decode.json")
+    assert [cell.name for cell in written.cells] == ["32", "64"]
+    assert written.command.split("; ") == [f"python benchmarks/decode.py {c}" for c in commands[:2]]
+
+
 def test_claims_compare_within_one_cell(benchmark, decode):
     claims = benchmark("speed.claims")
     (cell,) = decode.cells

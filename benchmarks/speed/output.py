@@ -65,7 +65,7 @@ def note(text: str) -> None:
 
 
 class Book:
-    """One benchmark's result, written after every cell.
+    """One benchmark's result, written after every cell, with the commands that measured its cells.
 
     Args:
         name: of the benchmark and its file.
@@ -76,14 +76,15 @@ class Book:
         self.path: Path = args.results / f"{name}.json"
         self._order = list(order)
         stated = conditions(words(args.scale), "cpu", process.malloc_words())
-        kept = () if args.fresh else _same(self.path, stated)
+        before = None if args.fresh else _same(self.path, stated)
+        self._command = command_words(name, args)
         self.result = Result(
             benchmark=name,
-            command=command_words(name, args),
+            command=self._command if before is None else before.command,
             date=today(),
             conditions=stated,
             frequency_mhz=process.frequency_mhz(),
-            cells=kept,
+            cells=() if before is None else before.cells,
         )
 
     def get(self, name: str, make: Callable[[], Cell]) -> Cell:
@@ -96,7 +97,10 @@ class Book:
         cells = {each.name: each for each in (*self.result.cells, cell)}
         order = [*self._order, *(each for each in cells if each not in self._order)]
         ordered = tuple(cells[each] for each in order if each in cells)
-        self.result = self.result.model_copy(update={"cells": ordered})
+        commands = self.result.command.split("; ")
+        commands += [] if self._command in commands else [self._command]
+        update = {"cells": ordered, "command": "; ".join(commands)}
+        self.result = self.result.model_copy(update=update)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, self.result.to_json())
         note(f"{name}: {cell.seconds:.0f} s")
@@ -111,9 +115,9 @@ def command_words(name: str, args: argparse.Namespace) -> str:
     return shlex.join(["python", f"benchmarks/{name}.py", *kept])
 
 
-def _same(path: Path, stated: Conditions) -> tuple[Cell, ...]:
-    """Cells that were measured under the same conditions."""
+def _same(path: Path, stated: Conditions) -> Result | None:
+    """What was measured under the same conditions."""
     if not path.is_file():
-        return ()
+        return None
     before = Result.load(path)
-    return before.cells if before.conditions == stated else ()
+    return before if before.conditions == stated else None

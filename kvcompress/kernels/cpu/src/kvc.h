@@ -128,10 +128,9 @@ typedef struct {
     void (*linear8)(const int8_t *w, int64_t first, int64_t stop, int64_t inner, const float *scale,
                     const int32_t *row_sum, const float *x, const uint8_t *high, const uint8_t *low,
                     const float *unit, const float *shift, int64_t m, float *y, int64_t y_stride);
-    /* The same for rows of KVC_BF16 or KVC_F16, without a scale; x of even and of odd channels, each
-     * [m, half_stride], stand beside x [m, inner], where
-     * kvc_multiplies_in_pairs does not hold; narrow is x in the dtype of w, [m, 2 half_stride] with
-     * zeros at the end of each row */
+    /* The same for rows of KVC_BF16 or KVC_F16, without a scale. narrow [m, 2 half_stride] is x in the
+     * dtype of w, each row with zeros at its end. x [m, inner], and its even and odd channels, each
+     * [m, half_stride], are there where kvc_multiplies_in_pairs does not hold */
     void (*linear16)(const uint16_t *w, int32_t dtype, int64_t first, int64_t stop, int64_t inner,
                      const float *x, const float *even, const float *odd, const uint16_t *narrow,
                      int64_t half_stride, int64_t m, float *y, int64_t y_stride);
