@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 KVDtype = Literal["model", "fp8", "int8", "int4"]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+
+# Every integer of a file has an upper bound. Rotary embeddings count positions in float32, which
+# is exact up to 2**24; no context, budget or vocabulary is larger.
+MAX_TOKENS: Final = 2**24
+# Sinks and recent tokens are allocated before the first token comes: 8 GiB in an 8B model.
+MAX_EXACT_TOKENS: Final = 2**16
+MAX_BYTES: Final = 2**50
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_TOKENS)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+Sinks = Annotated[int, Field(ge=0, le=MAX_EXACT_TOKENS)]
+Recent = Annotated[int, Field(gt=0, le=MAX_EXACT_TOKENS)]
+ByteCount = Annotated[int, Field(ge=0, le=MAX_BYTES)]
 
 
 class StrictModel(BaseModel):
-    """Frozen, refuses unknown keys and does not coerce."""
+    """Frozen, refuses unknown keys and numbers that are not finite, and does not coerce."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Budget(StrictModel):
