@@ -7,13 +7,12 @@ plan.json               the plan of the recipe's own policy
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from kvcompress import atomic
 from kvcompress.errors import ProfileError
 from kvcompress.plan import (
     HeadPlan,
@@ -213,15 +212,5 @@ def load_params(directory: Path | str, shape: ModelShape) -> KVParams:
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a temporary sibling and rename it over `path`: readers see the old or the new file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Readers see the old file or the new one, see `kvcompress.atomic`."""
+    atomic.write_file(path, data)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO, Final
 import torch
 from torch import Tensor
 
+from kvcompress import atomic
 from kvcompress.errors import KVCompressError
 
 FORMAT: Final = "kvcompress-cache"
@@ -47,20 +47,13 @@ class CacheFileError(KVCompressError):
 
 
 def write(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """Write beside `path` and rename into place once every byte is on the disk.
+    """Write all of it or nothing, see `kvcompress.atomic`.
 
     Raises:
         CacheFileError: where the file cannot be written; a file that was there stays as it was.
     """
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        try:
-            with staged.open("xb") as file:
-                _write(file, metadata, tensors)
-            staged.replace(path)
-        finally:
-            staged.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        atomic.write_file(path, lambda file: _write(file, metadata, tensors))
     except OSError as error:
         raise CacheFileError(f"{path}: cannot be written ({error.strerror})") from None
 
@@ -114,8 +107,6 @@ def _write(file: BinaryIO, metadata: dict[str, str], tensors: dict[str, Tensor])
         file.write(data)
     file.seek(_LENGTH_BYTES + len(_OPENING))
     file.write(digest.hexdigest().encode())
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _header(metadata: dict[str, str], tensors: dict[str, Tensor]) -> bytes:
@@ -190,11 +181,3 @@ def _read_tensor(file: BinaryIO, entry: dict[str, Any], digest: Any) -> Tensor:
     file.readinto(data)  # type: ignore[attr-defined]  # a short read shows in the digest
     digest.update(data)
     return tensor
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
