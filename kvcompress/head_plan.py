@@ -14,12 +14,13 @@ KVDtype = Literal["model", "fp8", "int8", "int4"]
 MAX_TOKENS: Final = 2**24
 # Sinks and recent tokens are allocated before the first token comes: 8 GiB in an 8B model.
 MAX_EXACT_TOKENS: Final = 2**16
-MAX_BYTES: Final = 2**50
-PositiveInt = Annotated[int, Field(gt=0, le=MAX_TOKENS)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+MAX_BYTES: Final = 2**50  # a PiB; counts of bytes and whatever else is counted
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_BYTES)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_BYTES)]
+Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+SomeTokens = Annotated[int, Field(gt=0, le=MAX_TOKENS)]
 Sinks = Annotated[int, Field(ge=0, le=MAX_EXACT_TOKENS)]
 Recent = Annotated[int, Field(gt=0, le=MAX_EXACT_TOKENS)]
-ByteCount = Annotated[int, Field(ge=0, le=MAX_BYTES)]
 
 
 class StrictModel(BaseModel):
@@ -34,10 +35,10 @@ class Budget(StrictModel):
     Exactly one of `tokens` and `ratio` is given.
     """
 
-    tokens: NonNegativeInt | None = None
+    tokens: Tokens | None = None
     ratio: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    min_tokens: NonNegativeInt = 0
-    max_tokens: PositiveInt | None = None
+    min_tokens: Tokens = 0
+    max_tokens: SomeTokens | None = None
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
@@ -72,7 +73,7 @@ class HeadPlan(StrictModel):
     punct: bool = False
     frequent: Budget | None = None
     local: Budget | None = None
-    cap: PositiveInt | None = None
+    cap: SomeTokens | None = None
     k_dtype: KVDtype = "int8"
     v_dtype: KVDtype = "int8"
 

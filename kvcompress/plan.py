@@ -26,12 +26,17 @@ from pydantic import (
 from kvcompress.errors import PlanError
 from kvcompress.evict.registry import SUMS, known_scorer
 from kvcompress.head_plan import (
+    MAX_TOKENS,
     Budget,
     HeadPlan,
     KVDtype,
     NonNegativeInt,
     PositiveInt,
+    Recent,
+    Sinks,
+    SomeTokens,
     StrictModel,
+    Tokens,
 )
 from kvcompress.rules import (
     DigestName,
@@ -41,6 +46,7 @@ from kvcompress.rules import (
     Recall,
     Threshold,
 )
+from kvcompress.strict import PLAN_BYTES, UnreadableError, parse_json, read_text
 
 __all__ = [
     "Budget",
@@ -55,8 +61,12 @@ __all__ = [
     "PooledBudget",
     "PositiveInt",
     "Recall",
+    "Recent",
+    "Sinks",
+    "SomeTokens",
     "StrictModel",
     "Threshold",
+    "Tokens",
     "WeightScheme",
     "explain",
     "uniform",
@@ -69,7 +79,16 @@ SCHEMA_VERSION: Final = 1
 LayerKind = Literal["full", "sliding", "chunked", "latent", "shared", "linear", "none"]
 HOLDS_KV: Final = frozenset({"full", "sliding", "chunked", "latent"})
 ScorerName = Annotated[str, AfterValidator(known_scorer)]
-Stride = Annotated[int, Field(ge=2)]
+Stride = Annotated[int, Field(ge=2, le=MAX_TOKENS)]
+# Layers and heads of one model, and channels of one head: several times the largest there are
+# (126 layers, 128 heads, latents of 512 channels), so that no file builds a model without end.
+Layers = Annotated[int, Field(gt=0, le=1024)]
+Heads = Annotated[int, Field(gt=0, le=1024)]
+Channels = Annotated[int, Field(gt=0, le=4096)]
+LayerIndex = Annotated[int, Field(ge=0, lt=1024)]
+# a window that averages neighbouring scores; published ones are 5 to 15
+Pool = Annotated[int, Field(gt=0, lt=1024)]
+RepeatIds = Annotated[tuple[Tokens, ...], Field(max_length=4096)]
 WeightScheme = Literal["bf16", "int8", "nf4"]
 
 
@@ -89,16 +108,16 @@ class ModelShape(StrictModel):
 
     model_type: str
     config_hash: str
-    layers: PositiveInt
-    query_heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    value_dim: PositiveInt | None = None
-    sliding_windows: tuple[PositiveInt | None, ...]
+    layers: Layers
+    query_heads: Heads
+    kv_heads: Heads
+    head_dim: Channels
+    value_dim: Channels | None = None
+    sliding_windows: tuple[SomeTokens | None, ...]
     layer_kinds: tuple[LayerKind, ...] = ()
-    kv_sources: tuple[NonNegativeInt, ...] = ()
-    model_dtype_bytes: PositiveInt = 2
-    max_position: PositiveInt
+    kv_sources: tuple[LayerIndex, ...] = ()
+    model_dtype_bytes: Annotated[int, Field(gt=0, le=8)] = 2
+    max_position: SomeTokens
 
     @model_validator(mode="after")
     def _one_entry_per_layer(self) -> Self:
@@ -106,6 +125,8 @@ class ModelShape(StrictModel):
             count = len(getattr(self, name))
             if count != self.layers and (count or name == "sliding_windows"):
                 raise ValueError(f"{name} needs one entry for each of {self.layers} layers")
+        if any(source >= self.layers for source in self.kv_sources):
+            raise ValueError(f"kv_sources names a layer beyond the last of {self.layers}")
         return self
 
     @property
@@ -169,22 +190,22 @@ class Plan(StrictModel):
     schema_version: Literal[1] = 1
     model: ModelShape
     heads: tuple[tuple[HeadPlan, ...], ...]
-    sink_tokens: NonNegativeInt = 4
-    recent_tokens: PositiveInt = 16
+    sink_tokens: Sinks = 4
+    recent_tokens: Recent = 16
     scorer: ScorerName = "lift"
-    score_rows: PositiveInt | None = None
+    score_rows: SomeTokens | None = None
     score_stride: Stride | None = None
-    pool_tokens: PositiveInt = 1
+    pool_tokens: Pool = 1
     per_request: PerRequest | None = None
-    repeat_ids: tuple[NonNegativeInt, ...] = ()
-    special_ids: tuple[NonNegativeInt, ...] = ()
-    punct_ids: tuple[NonNegativeInt, ...] = ()
+    repeat_ids: RepeatIds = ()
+    special_ids: tuple[Tokens, ...] = ()
+    punct_ids: tuple[Tokens, ...] = ()
     special_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     punct_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     tokenizer_hash: str | None = None
-    max_position: PositiveInt
+    max_position: SomeTokens
     positions: Literal["original", "relative"] = "original"
-    turn_tokens: NonNegativeInt = 0
+    turn_tokens: Tokens = 0
     recall: Recall | None = None
     target: str = "by hand"
     predicted_loss: float | None = None
@@ -263,7 +284,10 @@ class Plan(StrictModel):
             PlanError: naming every key that is wrong, or a newer schema.
         """
         try:
+            parse_json(text)
             return cls.model_validate_json(text)
+        except UnreadableError as error:
+            raise PlanError(f"{where}: {error}") from None
         except ValidationError as error:
             raise PlanError(f"{where}: {explain(error)}") from None
 
@@ -276,8 +300,8 @@ class Plan(StrictModel):
                 path = candidate
                 break
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, PLAN_BYTES)
+        except UnreadableError as error:
             raise PlanError(f"{path}: cannot read the plan ({error}); give a plan.json") from None
         return cls.from_json(text, str(path))
 

@@ -17,22 +17,27 @@ from pydantic import (
 
 from kvcompress.errors import RecipeError
 from kvcompress.evict.registry import SUMS
+from kvcompress.head_plan import MAX_BYTES, MAX_TOKENS
 from kvcompress.plan import (
     Budget,
     HeadPlan,
     KVDtype,
-    NonNegativeInt,
     PerRequest,
-    PositiveInt,
+    Pool,
     Recall,
+    Recent,
     ScorerName,
+    Sinks,
+    SomeTokens,
     StrictModel,
     Stride,
+    Tokens,
     WeightScheme,
     check_stride,
     explain,
     without_unset_stride,
 )
+from kvcompress.strict import YAML_BYTES, UnreadableError, parse_yaml, read_text
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -52,7 +57,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*", text)
     if match is None:
         raise ValueError(f"{text!r} is not a size: write 8GiB, 512MiB, 64KiB or 1048576B")
-    return int(float(match[1]) * _UNITS[match[2]])
+    count_bytes = float(match[1]) * _UNITS[match[2]]
+    if count_bytes > MAX_BYTES:
+        raise ValueError(f"{text!r} is more than {MAX_BYTES // 2**40} TiB")
+    return int(count_bytes)
 
 
 class Calibration(StrictModel):
@@ -69,9 +77,9 @@ class Calibration(StrictModel):
     data: str = "builtin"
     text_column: str = "text"
     split: str = "train"
-    prompts: PositiveInt = 16
-    tokens: Annotated[int, Field(ge=64)] = 1024
-    seed: NonNegativeInt = 0
+    prompts: SomeTokens = 16
+    tokens: Annotated[int, Field(ge=64, le=MAX_TOKENS)] = 1024
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class Keep(StrictModel):
@@ -81,15 +89,15 @@ class Keep(StrictModel):
     sums estimated (`ESTIMATED_ROWS`, `ESTIMATED_STRIDE`); ``score_rows: null`` has all rows vote.
     """
 
-    sink_tokens: NonNegativeInt = 4
-    recent_tokens: PositiveInt = 16
+    sink_tokens: Sinks = 4
+    recent_tokens: Recent = 16
     scorer: ScorerName = "lift"
-    score_rows: PositiveInt | None = None
+    score_rows: SomeTokens | None = None
     score_stride: Stride | None = None
-    pool_tokens: PositiveInt = 1
+    pool_tokens: Pool = 1
     per_request: PerRequest | None = None
     positions: Literal["original", "relative"] = "original"
-    turn_tokens: NonNegativeInt = 0
+    turn_tokens: Tokens = 0
     recall: Recall | None = None
 
     @model_validator(mode="before")
@@ -152,7 +160,7 @@ class LayersPolicy(StrictModel):
 
     kind: Literal["layers"]
     shape: Literal["flat", "pyramid", "funnel", "calibrated"] = "pyramid"
-    tokens: PositiveInt | None = None
+    tokens: SomeTokens | None = None
     ratio: Share | None = None
     beta: Annotated[float, Field(ge=1.0)] = 20.0
     local: Budget | None = None
@@ -222,8 +230,8 @@ class BytesPolicy(StrictModel):
     kind: Literal["bytes"]
     keep_ratio: Share | None = None
     memory: str | None = None
-    context: PositiveInt = 1024
-    batch: PositiveInt = 1
+    context: SomeTokens = 1024
+    batch: Annotated[int, Field(gt=0, le=2**16)] = 1
     dtypes: tuple[tuple[KVDtype, KVDtype], ...] = (
         ("int8", "int8"),
         ("int8", "int4"),
@@ -284,20 +292,18 @@ class Recipe(StrictModel):
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, YAML_BYTES)
+        except UnreadableError as error:
             raise RecipeError(f"{path}: cannot read the recipe ({error})") from None
         return cls.from_yaml(text, str(path))
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:
         """As `load`, from a string."""
-        duplicates: list[str] = []
-        loader = _unique_key_loader(duplicates)
         try:
-            data = yaml.load(text, loader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+            data, duplicates = parse_yaml(text)
+        except UnreadableError as error:
+            raise RecipeError(f"{where}: {error}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"{where}: expected a mapping of settings at the top level")
         try:
@@ -316,22 +322,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     return value
-
-
-def _unique_key_loader(duplicates: list[str]) -> type[yaml.SafeLoader]:
-    """A SafeLoader that notes every repeated key, with its line, into `duplicates`."""
-
-    class UniqueKeyLoader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = loader.construct_object(key_node)
-            if key in seen:
-                duplicates.append(f"{key}: duplicate key on line {key_node.start_mark.line + 1}")
-            seen.add(key)
-        return loader.construct_mapping(node, deep=True)
-
-    UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    return UniqueKeyLoader

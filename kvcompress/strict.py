@@ -38,7 +38,7 @@ def read_text(path: Path, limit_bytes: int) -> str:
         with path.open("rb") as file:
             data = file.read(limit_bytes + 1)
     except (OSError, ValueError) as error:
-        raise UnreadableError(f"cannot read it ({getattr(error, 'strerror', error)})") from None
+        raise UnreadableError(str(getattr(error, "strerror", error))) from None
     return decoded(data, limit_bytes)
 
 
@@ -66,9 +66,13 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
     Raises:
         UnreadableError: for text that is not JSON, deeper than `DEPTH`, or that has a key twice.
     """
-    numbers = {"parse_float": _finite, "parse_constant": _refuse_constant} if finite else {}
     try:
-        value = json.loads(text, object_pairs_hook=_once, **numbers)
+        value = json.loads(
+            text,
+            object_pairs_hook=_once,
+            parse_float=_finite if finite else None,
+            parse_constant=_refuse_constant if finite else None,
+        )
     except UnreadableError:
         raise
     except RecursionError:

@@ -18,15 +18,17 @@ MAX_LINES = 400
 
 # What each part may import, beside itself. Parts are the modules and packages right under
 # kvcompress; a dotted name opens one module of a part. ARCHITECTURE.md draws the same picture.
-VALUES = {"atomic", "errors", "fingerprint", "head_plan", "plan", "recipe", "rules"}
+VALUES = {"atomic", "errors", "fingerprint", "head_plan", "plan", "recipe", "rules", "strict"}
 MAY_IMPORT = {
     "atomic": set(),
     "errors": set(),
     "fingerprint": set(),
     "head_plan": set(),
     "rules": {"head_plan"},
-    "plan": {"errors", "evict.registry", "head_plan", "rules"},
-    "recipe": {"errors", "evict.registry", "plan"},
+    "strict": set(),
+    "checkpoint": {"errors", "strict"},
+    "plan": {"errors", "evict.registry", "head_plan", "rules", "strict"},
+    "recipe": {"errors", "evict.registry", "head_plan", "plan", "strict"},
     # they read codes in place, and rank by the one keep rule
     "kernels": {"errors", "plan", "quant.codec", "evict.keepset", "evict.scorers"},
     "quant": VALUES,
@@ -35,10 +37,25 @@ MAY_IMPORT = {
     "profile": VALUES
     | {"accounting", "evict.chain", "evict.finish", "evict.scorers", "evict.voters"}
     | {"quant.codec", "quant.keystats", "quant.weights"}
-    | {"evaluate.tasks", "evaluate.words", "runtime.families", "runtime.hf", "runtime.rotation"},
+    | {
+        "checkpoint",
+        "evaluate.tasks",
+        "evaluate.words",
+        "runtime.families",
+        "runtime.hf",
+        "runtime.rotation",
+    },
     "runtime": VALUES | {"accounting", "evict", "kernels", "quant", "bundle"},
     "bundle": VALUES
-    | {"accounting", "profile.source", "profile.store", "quant", "runtime", "evaluate"},
+    | {
+        "accounting",
+        "checkpoint",
+        "evaluate",
+        "profile.source",
+        "profile.store",
+        "quant",
+        "runtime",
+    },
     "evaluate": VALUES | {"accounting", "evict", "quant", "runtime", "bundle"},
     "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant"},
     "league": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "evict"},

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Final
 
+from kvcompress.head_plan import MAX_TOKENS
 from kvcompress.plan import Budget, HeadPlan, Plan
 from kvcompress.recipe import Keep
 
@@ -59,7 +60,7 @@ def in_tokens(plan: Plan, length_tokens: int) -> Plan:
     )
 
 
-def scaled(plan: Plan, factor: float, extra_layers: int = 0, most_tokens: int = 2**31) -> Plan:
+def scaled(plan: Plan, factor: float, extra_layers: int = 0, most_tokens: int = MAX_TOKENS) -> Plan:
     """`plan`, whose budgets are tokens, times `factor`.
 
     Args:

@@ -146,7 +146,7 @@ class Worker:
 
         path = self.profiles.params_path(plan.scorer)
         if path not in self._params:
-            self._params[path] = (KVParams.load(path), file_hash(path))
+            self._params[path] = (KVParams.load(path, plan.model), file_hash(path))
         return self._params[path]
 
     def suite(self, workload: str) -> tuple[WorkloadSuite, str]:

@@ -18,13 +18,18 @@ from kvcompress.plan import (
     HeadPlan,
     ModelShape,
     NonNegativeInt,
-    PositiveInt,
+    Recent,
+    RepeatIds,
+    Sinks,
+    SomeTokens,
     StrictModel,
+    Tokens,
     WeightScheme,
     explain,
 )
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Recipe
+from kvcompress.strict import PROFILE_BYTES, UnreadableError, parse_json, read_text
 
 PROFILE_FILE: Final = "profile.json"
 PARAMS_FILE: Final = "kv_params.safetensors"
@@ -48,9 +53,9 @@ class Provenance(StrictModel):
     data: str
     data_hash: str
     weights_hash: str
-    prompts: PositiveInt
-    prompt_tokens: PositiveInt
-    held_out_rows: PositiveInt
+    prompts: SomeTokens
+    prompt_tokens: SomeTokens
+    held_out_rows: SomeTokens
     device: str
     dtype: str
     versions: dict[str, str]
@@ -63,8 +68,8 @@ class ExactSetting(StrictModel):
         losses: loss of each candidate in each head, see `kvcompress.profile.losses`.
     """
 
-    sink_tokens: NonNegativeInt
-    recent_tokens: PositiveInt
+    sink_tokens: Sinks
+    recent_tokens: Recent
     candidates: tuple[HeadPlan, ...]
     losses: Table
 
@@ -114,9 +119,9 @@ class Profile(StrictModel):
     provenance: Provenance
     tokenizer_hash: str
     weight_bytes: dict[str, NonNegativeInt]
-    special_ids: tuple[NonNegativeInt, ...]
-    punct_ids: tuple[NonNegativeInt, ...]
-    repeat_ids: tuple[NonNegativeInt, ...] = ()
+    special_ids: tuple[Tokens, ...]
+    punct_ids: tuple[Tokens, ...]
+    repeat_ids: RepeatIds = ()
     special_share: Annotated[float, Field(ge=0.0, le=1.0)]
     punct_share: Annotated[float, Field(ge=0.0, le=1.0)]
     rotations: tuple[str, ...]
@@ -183,9 +188,11 @@ class Profile(StrictModel):
             what = "unfinished, run the same profile command again" if begun else "no profile there"
             raise ProfileError(f"{directory}: {what}; give a directory that `profile` has written")
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProfileError(f"{path}: cannot read it ({error})") from None
+            text = read_text(path, PROFILE_BYTES)
+            parse_json(text)
+            return cls.model_validate_json(text)
+        except UnreadableError as error:
+            raise ProfileError(f"{path}: {error}; profile again") from None
         except ValidationError as error:
             raise ProfileError(f"{path}: {explain(error)}; profile again") from None
 
@@ -202,13 +209,9 @@ def load_params(directory: Path | str, shape: ModelShape) -> KVParams:
     """See `Profile.load_params`."""
     path = Path(directory) / PARAMS_FILE
     try:
-        params = KVParams.load(path)
-    except Exception as error:  # safetensors raises a type of its own for a damaged file
+        return KVParams.load(path, shape)
+    except ValueError as error:
         raise ProfileError(f"{path}: no usable key constants ({error}); profile again") from None
-    want = (shape.kv_heads, shape.head_dim)
-    if len(params.k_center) != shape.layers or any(tuple(c.shape) != want for c in params.k_center):
-        raise ProfileError(f"{path}: key constants of another model; profile again")
-    return params
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

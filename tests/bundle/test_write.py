@@ -95,7 +95,7 @@ def test_weights_are_smaller_by_what_the_format_says(exported: Exported) -> None
 
 
 def test_plain_transformers_loads_every_format(exported: Exported, tmp_path: Path) -> None:
-    from kvcompress.runtime.load import load_weights
+    from kvcompress.bundle.read import load_weights
 
     arguments = []
     for weights in SCHEMES:

@@ -1,0 +1,193 @@
+"""The only calls of transformers' loaders: files on this machine, no code of the model's own.
+
+transformers raises whatever a damaged file provokes; here it becomes one line that names the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kvcompress.checkpoint import settings, tensors
+from kvcompress.checkpoint.packed import check_packed
+from kvcompress.errors import KVCompressError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# everything of a model on the Hub but its weights, and nothing that Python would run
+_SMALL: Final = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*")
+_SMALL_TOO: Final = ("USE_POLICY*", "README.md")
+_MESSAGE: Final = 240
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model whose settings were looked at.
+
+    Attributes:
+        name: what the user called it: a directory or a name on the Hub.
+        folder: where its files are; of a name on the Hub the weights may still be missing.
+        settings: its config.json.
+    """
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+
+
+def find(model: Path | str) -> Checkpoint:
+    """A model directory, or a name on the Hub.
+
+    Raises:
+        UnsupportedModelError: if there is no such model, or its settings are refused.
+    """
+    name, path = str(model), Path(model)
+    if path.exists():
+        if not (path / settings.CONFIG).is_file():
+            what = "no config.json in it" if path.is_dir() else "a file"
+            raise UnsupportedModelError(f"{name}: {what}; give a model directory")
+        return Checkpoint(name, path, settings.vetted(path))
+    if path.is_absolute() or name.count("/") != 1 or name[0] in ".~":
+        raise UnsupportedModelError(
+            f"{name}: no such directory; give a model directory or a hub name"
+        )
+    folder = _fetch(name, [*_SMALL, *_SMALL_TOO])
+    return Checkpoint(name, folder, settings.vetted(folder))
+
+
+def _fetch(name: str, patterns: list[str], revision: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with reading(name, "files"):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
+def load_config(found: Checkpoint) -> PretrainedConfig:
+    """Its configuration, an attribute for every key.
+
+    Raises:
+        UnsupportedModelError: if it cannot be read, or a key would replace a method.
+    """
+    from transformers import AutoConfig
+
+    with reading(found.name, settings.CONFIG):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            found.folder, trust_remote_code=False, local_files_only=True
+        )
+        _refuse_shadows(found, config)
+        return config
+
+
+def _refuse_shadows(found: Checkpoint, config: PretrainedConfig) -> None:
+    """Parts of a configuration are checked by the class of the whole, which has the methods."""
+    parts = [found.settings, *(v for v in found.settings.values() if isinstance(v, dict))]
+    for part in parts:
+        for key in part:
+            if key.startswith("__") or callable(getattr(type(config), key, None)):
+                raise UnsupportedModelError(
+                    f"{found.name}: config.json has a key {key[:80]!r}, which names no setting; "
+                    "leave it out"
+                )
+
+
+def load_tokenizer(found: Checkpoint, **options: Any) -> PreTrainedTokenizerBase:
+    """Its tokenizer; `options` are further ones of `from_pretrained`.
+
+    Raises:
+        UnsupportedModelError: if it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    with reading(found.name, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            found.folder, trust_remote_code=False, local_files_only=True, **options
+        )
+        tokenizer.get_vocab()
+        return tokenizer
+
+
+def build(found: Checkpoint, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The architecture with made-up weights, on the default device.
+
+    Raises:
+        UnsupportedModelError: if it is not a causal language model, or cannot be built.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with reading(found.name, "architecture"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), trust_remote_code=False, **options
+        )
+        return model
+
+
+def load_model(
+    found: Checkpoint, config: PretrainedConfig, *, exact: bool = False, **options: Any
+) -> PreTrainedModel:
+    """The model with its weights: all of them there, of their shapes, and finite.
+
+    Args:
+        exact: refuse tensors that the model does not have, too.
+        options: further ones of `from_pretrained`.
+
+    Raises:
+        UnsupportedModelError: naming the tensor that is wrong.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = found.folder
+    if folder != Path(found.name):
+        folder = _fetch(found.name, tensors.weight_files(folder), revision=folder.name)
+    tensors.check_files(found.name, folder)
+    with torch.device("meta"):
+        tensors.check_size(found.name, folder, build(found, config))
+    options = {"dtype": "auto", "device_map": "cpu", **options}
+    with reading(found.name, "weights"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=copy.deepcopy(config),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    model, report = loaded
+    tensors.check_report(found.name, report, exact)
+    tensors.check_values(found.name, model)
+    check_packed(found.name, model)
+    ready: PreTrainedModel = model.eval()
+    return ready
+
+
+@contextmanager
+def reading(name: str, what: str) -> Iterator[None]:
+    """Turn what transformers raises on a file into one line.
+
+    Raises:
+        UnsupportedModelError: for any error inside but our own.
+    """
+    try:
+        yield
+    except KVCompressError:
+        raise
+    except Exception as error:
+        raise _refusal(name, what, error) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # how the tokenizers' Rust code ends
+            raise
+        raise _refusal(name, what, error) from None
+
+
+def _refusal(name: str, what: str, error: BaseException) -> UnsupportedModelError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = (lines or [type(error).__name__])[0][:_MESSAGE]
+    return UnsupportedModelError(
+        f"{name}: cannot load the {what} ({reason}); give the directory of a complete model"
+    )

@@ -1,0 +1,158 @@
+"""Tensors of a model directory: whole files, nothing missing, nothing that is not a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kvcompress.checkpoint.settings import INDEX
+from kvcompress.errors import UnsupportedModelError
+from kvcompress.strict import INDEX_BYTES, UnreadableError, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+WEIGHTS: Final = "model.safetensors"
+_PER_BYTE: Final = 2  # weights that one byte of a file can hold: 4 bits are the fewest we serve
+_WHOLE: Final = "give a complete model"
+
+
+@dataclass(frozen=True)
+class Header:
+    """One tensor of a safetensors file, unread."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def headers(path: Path) -> dict[str, Header]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UnsupportedModelError: if it is not one, or truncated.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return {n: Header(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except (OSError, SafetensorError, ValueError, OverflowError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UnsupportedModelError(f"{path}: not a whole safetensors file ({reason})") from None
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the weight files, from the index where there is one.
+
+    Raises:
+        UnsupportedModelError: if the index names something else than files beside it.
+    """
+    if not (folder / INDEX).is_file():
+        return [WEIGHTS]
+    return sorted({*weight_map(folder).values()})
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """The index: the file of each tensor.
+
+    Raises:
+        UnsupportedModelError: if it is none.
+    """
+    path = folder / INDEX
+    try:
+        found = read_json(path, INDEX_BYTES)
+    except UnreadableError as error:
+        raise UnsupportedModelError(f"{path}: {error}; {_WHOLE}") from None
+    listed = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise UnsupportedModelError(f"{path}: has no weight_map; {_WHOLE}")
+    for name in listed.values():
+        plain = isinstance(name, str) and Path(name).name == name
+        if not plain or not name.endswith(".safetensors"):
+            raise UnsupportedModelError(
+                f"{path}: {str(name)[:80]!r} is not the name of a safetensors file beside it"
+            )
+    return listed
+
+
+def check_files(name: str, folder: Path) -> None:
+    """Every weight file is there and whole.
+
+    Raises:
+        UnsupportedModelError: naming the file.
+    """
+    for file in weight_files(folder):
+        if not (folder / file).is_file():
+            raise UnsupportedModelError(
+                f"{name}: cannot load the weights ({file} is not there); give a complete model in "
+                "safetensors files"
+            )
+        headers(folder / file)
+
+
+def check_size(name: str, folder: Path, skeleton: nn.Module) -> None:
+    """The files could hold the model: before memory is taken for what is not in them.
+
+    Raises:
+        UnsupportedModelError: where they are too small.
+    """
+    stored_bytes = sum((folder / file).stat().st_size for file in weight_files(folder))
+    needed = sum(parameter.numel() for parameter in skeleton.parameters())
+    if needed > _PER_BYTE * stored_bytes:
+        raise UnsupportedModelError(
+            f"{name}: config.json describes {needed} weights, and its files have {stored_bytes} "
+            f"bytes; {_WHOLE}"
+        )
+
+
+def check_report(name: str, report: dict[str, Any], exact: bool) -> None:
+    """What transformers says of a load: it fills what is missing with random numbers.
+
+    Raises:
+        UnsupportedModelError: naming the first tensor that is wrong.
+    """
+    for check, what in REPORT_CHECKS.items():
+        if check == "unexpected_keys" and not exact:
+            continue
+        wrong = sorted(map(str, report.get(check) or ()))
+        if wrong:
+            raise UnsupportedModelError(f"{name}: {wrong[0][:120]} {what}; {_WHOLE}")
+
+
+def check_values(name: str, model: nn.Module) -> None:
+    """Every parameter and buffer holds finite numbers.
+
+    Raises:
+        UnsupportedModelError: naming the first tensor that is wrong.
+    """
+    for key, value in _tensors(model):
+        if not is_finite(value):
+            raise UnsupportedModelError(f"{name}: {key} holds NaN or infinite values; {_WHOLE}")
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether every element is a finite number; whole numbers are."""
+    if not value.is_floating_point() or not value.numel() or value.device.type == "meta":
+        return True
+    if value.element_size() == 1:  # float8 has no arithmetic of its own
+        return all(is_finite(part.float()) for part in value.reshape(-1).split(2**24))
+    low, high = value.detach().aminmax()
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+# what each list of the report means
+REPORT_CHECKS: Final = {
+    "missing_keys": "is not among its weights",
+    "mismatched_keys": "has another shape than config.json says",
+    "error_msgs": "was reported while loading",
+    "unexpected_keys": "is not a tensor of the model",
+}
