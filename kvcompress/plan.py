@@ -46,7 +46,7 @@ from kvcompress.rules import (
     Recall,
     Threshold,
 )
-from kvcompress.strict import PLAN_BYTES, UnreadableError, parse_json, read_text
+from kvcompress.strict import PLAN_BYTES, UnreadableError, parse_json, read_text, shown
 
 __all__ = [
     "Budget",
@@ -73,6 +73,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION: Final = 1
+_PROBLEMS: Final = 20  # that one message names
 
 # what a layer keeps: keys and values of all, of a window or of an aligned block of tokens; one MLA
 # latent; the keys and values of another layer; the recurrent state of linear attention; nothing
@@ -340,14 +341,18 @@ def without_unset_stride(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def explain(error: ValidationError) -> str:
-    """All problems of a pydantic error in one line, each with its key path."""
+    """The problems of a pydantic error in one line, each with its key path."""
     problems = []
-    for item in error.errors(include_url=False, include_context=False):
-        path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"]).lstrip(".")
+    items = error.errors(include_url=False, include_context=False)
+    for item in items[:_PROBLEMS]:
+        parts = (f"[{p}]" if isinstance(p, int) else f".{shown(p)}" for p in item["loc"])
+        path = "".join(parts).lstrip(".")
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             text = "unknown key"
         got = item.get("input")
-        shown = f" (got {got!r})" if isinstance(got, str | int | float | bool) else ""
-        problems.append(f"{path or 'top level'}: {text}{shown}")
+        value = f" (got {shown(repr(got))})" if isinstance(got, str | int | float | bool) else ""
+        problems.append(f"{path or 'top level'}: {shown(text, 400)}{value}")
+    if len(items) > _PROBLEMS:
+        problems.append(f"and {len(items) - _PROBLEMS} more")
     return "; ".join(problems)

@@ -28,6 +28,14 @@ class UnreadableError(ValueError):
     """A text that the readers refuse; the message says why, the caller says where."""
 
 
+def shown(value: object, most: int = 80) -> str:
+    """Something that a file said, for a line of ours."""
+    text = str(value) if isinstance(value, str) else repr(value)
+    text = text[: most + 1]
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return plain if len(plain) <= most else plain[: most - 1] + "…"
+
+
 def read_text(path: Path, limit_bytes: int) -> str:
     """A UTF-8 file of at most `limit_bytes`.
 
@@ -88,14 +96,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise UnreadableError(f"the key {twice!r} is there twice in one object")
+        raise UnreadableError(f"the key {shown(twice)!r} is there twice in one object")
     return found
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise UnreadableError(f"the number {text[:40]} is too large")
+        raise UnreadableError(f"the number {shown(text, 40)} is too large")
     return value
 
 
@@ -111,7 +119,7 @@ def _check_values(value: Any) -> None:
             raise UnreadableError(f"brackets are nested deeper than {DEPTH}")
         for text in (text for item in level for text in _texts(item)):
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise UnreadableError(f"the text {text[:40]!r} holds half of a surrogate pair")
+                raise UnreadableError(f"the text {shown(text, 40)} holds half of a surrogate pair")
         level = [inner for item in level for inner in _inner(item)]
         depth += 1
 
@@ -139,15 +147,13 @@ def parse_yaml(text: str) -> tuple[Any, list[str]]:
     if len(text) > YAML_BYTES:
         raise UnreadableError(f"larger than {YAML_BYTES} bytes, which no recipe is")
     problems: list[str] = []
-    loader = _Loader(text, problems)
     try:
+        loader = _Loader(text, problems)
         return loader.get_single_data(), problems
     except UnreadableError:
         raise
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise UnreadableError(f"not YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
+        raise UnreadableError(f"not YAML: {shown(' '.join(str(error).split()), 400)}") from None
 
 
 _DECIMAL: Final = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
@@ -173,9 +179,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            _refuse(event, f"*{event.anchor} repeats another value; write the value out")
+            _refuse(event, f"*{shown(event.anchor)} repeats another value; write the value out")
         if event.tag not in (None, "!"):
-            _refuse(event, f"the tag {event.tag} is not read; leave it out")
+            _refuse(event, f"the tag {shown(event.tag)} is not read; leave it out")
         self.depth += 1
         if self.depth > DEPTH:
             _refuse(event, f"nested deeper than {DEPTH}")
@@ -194,7 +200,7 @@ class _Loader(yaml.SafeLoader):
                 _refuse(key, "<< merges other settings in; write them out")
             if key.value in seen:
                 line = key.start_mark.line + 1
-                self.problems.append(f"{key.value}: duplicate key on line {line}")
+                self.problems.append(f"{shown(key.value)}: duplicate key on line {line}")
             seen.add(key.value)
             key.tag = _TEXT  # `on` and `1` are words in this place
         return super().construct_mapping(node, deep=True)
@@ -203,10 +209,13 @@ class _Loader(yaml.SafeLoader):
 def _check_scalar(node: yaml.ScalarNode) -> None:
     text: str = node.value
     if node.tag == _INT and not _DECIMAL.fullmatch(text):
-        what = "reads as another number in other programs"
-        _refuse(node, f"{text} {what}; write a decimal number without leading zeros, or quote it")
+        _refuse(
+            node,
+            f"{shown(text, 40)} is another number in other readers; write it in decimal without "
+            "leading zeros, or quote it",
+        )
     if node.tag == _INT and len(text) > 40 or node.tag == _FLOAT and _odd(text):
-        _refuse(node, f"{text[:40]} is not a finite decimal number; write one, or quote it")
+        _refuse(node, f"{shown(text, 40)} is not a finite decimal number; write one, or quote it")
 
 
 def _odd(text: str) -> bool:

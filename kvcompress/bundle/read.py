@@ -21,6 +21,7 @@ from kvcompress.plan import Plan
 from kvcompress.profile.store import Profile
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Recipe
+from kvcompress.strict import shown
 
 if TYPE_CHECKING:
     import torch
@@ -215,8 +216,8 @@ def _check_weights(root: Path, listed: Manifest, config: dict[str, Any]) -> None
     odd = sorted({*index.values()} ^ (stored - {manifest.PARAMS}))
     if odd:
         raise BundleError(
-            f"{root / manifest.INDEX}: {odd[0]} is not both a weight file of the bundle and in the "
-            f"index; {_AGAIN}"
+            f"{root / manifest.INDEX}: {shown(odd[0])} is not both a weight file of the bundle and "
+            f"in the index; {_AGAIN}"
         )
     found = {file: headers(root / file) for file in {*index.values()}}
     if {(name, file) for file, names in found.items() for name in names} != {*index.items()}:
@@ -227,8 +228,8 @@ def _check_weights(root: Path, listed: Manifest, config: dict[str, Any]) -> None
         for name, header in names.items():
             if header.dtype not in weights.dtypes:
                 raise BundleError(
-                    f"{root / file}: {name} is {header.dtype}, which {weights.name} weights do not "
-                    f"have; {_AGAIN}"
+                    f"{root / file}: {shown(name)} is {header.dtype}, which {weights.name} weights "
+                    f"do not have; {_AGAIN}"
                 )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kvcompress.checkpoint import settings, tensors
 from kvcompress.checkpoint.packed import check_packed
 from kvcompress.errors import KVCompressError, UnsupportedModelError
+from kvcompress.strict import shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -90,7 +91,7 @@ def _refuse_shadows(found: Checkpoint, config: PretrainedConfig) -> None:
         for key in part:
             if key.startswith("__") or callable(getattr(type(config), key, None)):
                 raise UnsupportedModelError(
-                    f"{found.name}: config.json has a key {key[:80]!r}, which names no setting; "
+                    f"{found.name}: config.json has a key {shown(key)!r}, which names no setting; "
                     "leave it out"
                 )
 
@@ -107,7 +108,8 @@ def load_tokenizer(found: Checkpoint, **options: Any) -> PreTrainedTokenizerBase
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             found.folder, trust_remote_code=False, local_files_only=True, **options
         )
-        tokenizer.get_vocab()
+        # settings of a wrong type are only met when they are used
+        tokenizer.decode(tokenizer("A word.", return_tensors="pt").input_ids[0])
         return tokenizer
 
 
@@ -187,7 +189,7 @@ def reading(name: str, what: str) -> Iterator[None]:
 
 def _refusal(name: str, what: str, error: BaseException) -> UnsupportedModelError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = (lines or [type(error).__name__])[0][:_MESSAGE]
+    reason = shown((lines or [type(error).__name__])[0], _MESSAGE)
     return UnsupportedModelError(
         f"{name}: cannot load the {what} ({reason}); give the directory of a complete model"
     )

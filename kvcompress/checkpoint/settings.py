@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.strict import CONFIG_BYTES, INDEX_BYTES, UnreadableError, read_json
+from kvcompress.strict import CONFIG_BYTES, INDEX_BYTES, UnreadableError, read_json, shown
 
 CONFIG: Final = "config.json"
 ADAPTER: Final = "adapter_config.json"
@@ -117,7 +117,7 @@ def _implementations(path: Path, config: dict[str, Any]) -> None:
         for name in _leaves(value):
             if name is not None and name not in known:
                 raise UnsupportedModelError(
-                    f"{path}: its {key} asks for {str(name)[:80]!r}, and kernels are not fetched; "
+                    f"{path}: its {key} asks for {shown(name)!r}, and kernels are not fetched; "
                     f"leave it out, or write one of {', '.join(sorted(known))}"
                 )
 
@@ -137,9 +137,8 @@ def _bounded(path: Path, config: dict[str, Any]) -> None:
             continue
         for number in _leaves(value):
             if isinstance(number, bool | str) or (number is not None and not 0 <= number <= most):
-                shown = str(number)[:40]
                 raise UnsupportedModelError(
-                    f"{path}: its {key} is {shown}, expected a number from 0 to {most}"
+                    f"{path}: its {key} is {shown(number, 40)}, expected a number from 0 to {most}"
                 )
 
 
@@ -150,7 +149,7 @@ def _no_remote_code(path: Path, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if config.get("auto_map") and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise UnsupportedModelError(
-            f"{path}: {str(kind)[:80]!r} is not an architecture of transformers but code of the "
+            f"{path}: {shown(kind)!r} is not an architecture of transformers but code of the "
             "model's own (auto_map), which is never run; give a model that transformers has"
         )
 
@@ -164,7 +163,7 @@ def _quantization(path: Path, config: dict[str, Any]) -> None:
             continue
         if method not in QUANTIZED:
             raise UnsupportedModelError(
-                f"{path}: its weights are quantized by {str(method)[:80]!r}, which is not served "
+                f"{path}: its weights are quantized by {shown(method)!r}, which is not served "
                 f"({', '.join(sorted(QUANTIZED))} are); give the model in 16 bits"
             )
 

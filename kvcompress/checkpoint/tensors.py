@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.checkpoint.settings import INDEX
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.strict import INDEX_BYTES, UnreadableError, read_json
+from kvcompress.strict import INDEX_BYTES, UnreadableError, read_json, shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,7 +41,7 @@ def headers(path: Path) -> dict[str, Header]:
             slices = {name: file.get_slice(name) for name in file.keys()}
             return {n: Header(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (OSError, SafetensorError, ValueError, OverflowError) as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = shown(str(error), 200)
         raise UnsupportedModelError(f"{path}: not a whole safetensors file ({reason})") from None
 
 
@@ -74,7 +74,7 @@ def weight_map(folder: Path) -> dict[str, str]:
         plain = isinstance(name, str) and Path(name).name == name
         if not plain or not name.endswith(".safetensors"):
             raise UnsupportedModelError(
-                f"{path}: {str(name)[:80]!r} is not the name of a safetensors file beside it"
+                f"{path}: {shown(name)!r} is not the name of a safetensors file beside it"
             )
     return listed
 
@@ -120,7 +120,7 @@ def check_report(name: str, report: dict[str, Any], exact: bool) -> None:
             continue
         wrong = sorted(map(str, report.get(check) or ()))
         if wrong:
-            raise UnsupportedModelError(f"{name}: {wrong[0][:120]} {what}; {_WHOLE}")
+            raise UnsupportedModelError(f"{name}: {shown(wrong[0], 120)} {what}; {_WHOLE}")
 
 
 def check_values(name: str, model: nn.Module) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.plan import ModelShape
+from kvcompress.strict import shown
 
 Convention = Literal["half-split", "interleaved"]
 SMALLEST_SCALE: Final = 1e-4  # of the layer's median, for channels that never move
@@ -80,7 +81,7 @@ class KVParams:
                     _check_header(name, file.get_slice(name), shape)
                 tensors = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError, OverflowError) as error:
-            raise ValueError(f"not a safetensors file ({error})") from None
+            raise ValueError(f"not a safetensors file ({shown(str(error), 200)})") from None
         for name in sorted(tensors):
             _check_values(name, tensors[name])
         parts = {
@@ -101,8 +102,8 @@ def _kinds(names: set[str], shape: ModelShape) -> list[str]:
     if odd:
         what = "missing" if odd[0] in wanted else "not one of its tensors"
         raise ValueError(
-            f"expected k_center and k_scale of layers 0 to {shape.layers - 1}; {odd[0][:80]!r} is "
-            f"{what}"
+            f"expected k_center and k_scale of layers 0 to {shape.layers - 1}; "
+            f"{shown(odd[0])!r} is {what}"
         )
     return kinds
 
