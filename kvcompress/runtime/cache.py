@@ -346,15 +346,14 @@ class CompressedCache(Cache):
 
         Raises:
             KVCompressError: where no plan is attached, or the file is damaged or of another model,
-                plan, key constants or dtype.
+                plan, key constants, dtype or weights, adapters in use included.
         """
         from kvcompress.runtime.hf.attached import own_part
         from kvcompress.runtime.persist import layer_devices, load_cache
 
         plan, params = own_part(model)
-        return load_cache(
-            path, plan, params, config=model.config, dtype=model.dtype, device=layer_devices(model)
-        )
+        own = {"model": model, "config": model.config, "dtype": model.dtype}
+        return load_cache(path, plan, params, **own, device=layer_devices(model))
 
     def nbytes(self) -> int:
         """Bytes of every tensor of the compressed layers, metadata included."""

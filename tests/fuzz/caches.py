@@ -1,2 +1,1 @@
 """Mutants of saved caches: each is sealed with the digest that its bytes have, loaded, and decoded on."""
-from random import Random
