@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Final
 import torch
 from torch import Tensor
 
-from kvcompress import atomic
+from kvcompress import atomic, strict
 from kvcompress.errors import KVCompressError
 
 FORMAT: Final = "kvcompress-cache"
@@ -57,9 +57,11 @@ def write(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> N
         CacheFileError: where the file cannot be written; a file that was there stays as it was.
     """
     try:
-        atomic.write_file(path, lambda file: _write(file, metadata, tensors))
+        with atomic.replacing(path) as file:
+            _write(file, metadata, tensors)
     except OSError as error:
-        raise CacheFileError(f"{path}: cannot be written ({error.strerror})") from None
+        told = error.strerror or error
+        raise CacheFileError(f"{path}: cannot be written ({told})") from None
 
 
 def read(
@@ -148,32 +150,10 @@ def _read_header(path: Path, file: BinaryIO) -> bytes:
     return start + file.read(length - len(_OPENING))
 
 
-def parse(text: str | bytes) -> Any:
-    """What JSON says.
-
-    Raises:
-        ValueError: also for keys that come twice and numbers that JSON does not have.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a key comes twice")
-        return found
-
-    def refuse(number: str) -> None:
-        raise ValueError(f"{number} is no number of JSON")
-
-    try:
-        return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
 def _parse_header(path: Path, text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     """Metadata and the entries of the tensors, in the order of their data."""
     try:
-        header = parse(text)
+        header = strict.load_json(text, _HEADER_LIMIT)
         metadata = header.pop("__metadata__")
         entries = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
         schema = number(metadata["schema_version"])
@@ -182,11 +162,11 @@ def _parse_header(path: Path, text: bytes) -> tuple[dict[str, str], dict[str, An
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise damaged(path, "its header cannot be read") from None
     if schema != SCHEMA_VERSION:
-        newer = schema > SCHEMA_VERSION
+        by = metadata.get("kvcompress", "")[:40]
+        way = "upgrade kvcompress or run" if schema > SCHEMA_VERSION else "run"
         raise CacheFileError(
-            f"{path}: written in schema {schema} by kvcompress {metadata.get('kvcompress', '')[:40]!r}, "
-            f"this version reads schema {SCHEMA_VERSION}; "
-            f"{'upgrade kvcompress or ' if newer else ''}run the prompt again"
+            f"{path}: written in schema {schema} by kvcompress {by!r}, this version reads schema "
+            f"{SCHEMA_VERSION}; {way} the prompt again"
         )
     return metadata, entries
 

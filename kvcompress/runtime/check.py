@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvcompress.evict.chain import fastgen_chain
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
+from kvcompress.quant.codec import Codes
 from kvcompress.runtime.state import Group, LayerState
 from kvcompress.runtime.store import EMPTY, SegmentStore, place_segments
 
@@ -234,11 +235,11 @@ def _finite(tensor: Tensor) -> Tensor:
 
 def _vectors(state: LayerState, seen: int) -> bool:
     held = [state.exact_k, state.exact_v]
-    held += [codes.data for group in state.groups for codes in _codes(group)]
+    held += [own.data for group in state.groups for own in _codes(group)]
     return all(bool(_finite(t).all()) for t in held if t.is_floating_point())
 
 
-def _codes(group: Group) -> tuple[Any, Any]:
+def _codes(group: Group) -> tuple[Codes, Codes]:
     return group.store.keys, group.store.values
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
 import kvcompress
+from kvcompress import strict
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
@@ -39,7 +40,7 @@ from kvcompress.runtime.protocol import leaving_plain_tensors
 from kvcompress.runtime.weights import weights_digest
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def save_cache(cache: CompressedCache, path: Path | str) -> None:
@@ -70,7 +71,6 @@ def load_cache(
     params: KVParams | None = None,
     *,
     model: PreTrainedModel | None = None,
-    config: PretrainedConfig | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | Sequence[torch.device] = "cpu",
 ) -> CompressedCache:
@@ -78,10 +78,9 @@ def load_cache(
 
     Args:
         plan, params: of the model that goes on; the file must have been made with the same.
-        model: that goes on; its weights must be those that filled the cache. None compares no
-            weights and serves no layers that keep something other than keys and values.
-        config: of the model, where some layers keep something other than keys and values.
-        dtype: of the model's keys; None takes what the file holds.
+        model: that goes on; its dtype and weights must be those that filled the cache. None
+            compares neither, and serves no layers that keep something other than keys and values.
+        dtype: of the model's keys, where no model is given; None takes what the file holds.
         device: of all layers, or one for each, see `layer_devices`.
 
     Raises:
@@ -91,6 +90,8 @@ def load_cache(
     path = Path(path)
     if isinstance(device, torch.device | str):
         device = [torch.device(device)] * plan.model.layers
+    config = None if model is None else model.config
+    dtype = dtype if model is None else model.dtype
     planned: list[CompressedCache] = []
 
     def new(host: Any) -> CompressedCache:
@@ -99,7 +100,7 @@ def load_cache(
 
     def accept(found: dict[str, str], declared: Declared) -> None:
         _check_identity(path, found, plan, params, dtype)
-        host = cachefile.parse(found["host"])
+        host = strict.load_json(found["host"])
         cache = new(host)
         linear = _linear_layers(cache, model)
         batch, own = cachefile.number(found["batch"]), _dtype(found["dtype"])
@@ -115,7 +116,7 @@ def load_cache(
 
     try:
         metadata, tensors = cachefile.read(path, accept)
-        cache = new(cachefile.parse(metadata["host"]))
+        cache = new(strict.load_json(metadata["host"]))
         saved.fill(cache, planned[0], tensors, device)
     except CacheFileError:
         raise

@@ -1,8 +1,8 @@
 """A cache as tensors and JSON, and back; what comes back is checked before it is used.
 
-A cache of the saved layout is built on the meta device first, from the counters alone. It says which
-tensors a file has to hold, and what its JSON would be: a file that says anything else is refused
-before a tensor is read. `kvcompress.runtime.check` has the rules for both.
+A cache of the saved layout is built on the meta device first, from the counters alone. It says
+which tensors a file has to hold, and what its JSON would be: a file that says anything else is
+refused before a tensor is read. `kvcompress.runtime.check` has the rules for both.
 """
 
 from __future__ import annotations
@@ -172,11 +172,12 @@ def fill(
     for number, (layer, like) in enumerate(zip(cache.layers, planned.layers, strict=True)):
         name = f"layers.{number}"
         if isinstance(layer, CompressedLayer):
-            for key in LAYER_FIELDS:
-                setattr(layer, key, getattr(like, key))
+            assert isinstance(like, CompressedLayer)
+            _set_fields(layer, {key: getattr(like, key) for key in LAYER_FIELDS})
             if like.state is not None:
                 _fill_state(layer, like.state, f"{name}.state", tensors, devices[number])
         elif isinstance(layer, LinearAttentionLayer):
+            assert isinstance(like, LinearAttentionLayer)
             _fill_linear(layer, like, name, tensors, devices[number])
 
 
@@ -184,7 +185,7 @@ def _lay_out(layer: CompressedLayer, saved: Any, batch: int, dtype: torch.dtype,
     for key, kind in LAYER_FIELDS.items():
         if not fits(saved[key], kind):
             raise ValueError(f"{name}: its counters have the types that counters have")
-        setattr(layer, key, saved[key])
+    _set_fields(layer, saved)
     if saved["state"] is None:
         return
     state = _empty_state(layer, batch, dtype, _META, ())
@@ -203,6 +204,12 @@ def _lay_out(layer: CompressedLayer, saved: Any, batch: int, dtype: torch.dtype,
             store.capacities,
         )
     layer.state = state
+
+
+def _set_fields(layer: CompressedLayer, values: Any) -> None:
+    for key in LAYER_FIELDS:
+        if getattr(layer, key) != values[key]:  # what a layer has from its class stays there
+            setattr(layer, key, values[key])
 
 
 def _empty_state(

@@ -19,7 +19,7 @@ _SAMPLE: Final = 256  # numbers of 8 bytes
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256, the same wherever the weights lie; under tensor parallelism of this process's part."""
+    """sha256, the same wherever the weights lie; where they are shared out, of a process's part."""
     adapters = {id(p) for layer in _adapted(model) for p in _of_adapters(layer)}
     digest = hashlib.sha256()
     lines = [
