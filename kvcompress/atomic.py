@@ -1,68 +1,72 @@
-"""Files and directories that appear whole, or not at all.
+"""Writing a file or a directory so that readers see the old one or the new one, whole.
 
-What is written lies beside its target, as ``.<name>.kvcompress-new``, until every byte is on the
-disk; then it takes the target's name in one step. Its writer holds a lock on it, which dies with
-the process: so the next writer can tell what a killed one left, and clears it, from what a living
-one is still at.
-
-A symbolic link stays and what it points to is replaced. Nothing but plain files and directories
-ever is: a device or a pipe of the target's name is refused. Every refusal is an ``OSError`` whose
-``strerror`` says why.
+What is written goes to a name beside the target and takes its place in one step. The name beside it
+carries the target's; an open lock tells the litter of a killed process from a living one's, and the
+next write of the same target clears it. Of two writers of a file the last one wins; a directory has
+one at a time, and the second is told.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
+import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
 
+_MARK: Final = ".kvcompress-writing-"
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
-_KINDS: Final = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFREG: "a plain file",
-    stat.S_IFCHR: "a character device",
-    stat.S_IFBLK: "a block device",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFLNK: "a symbolic link that leads nowhere",
-}
 
 
-def write_file(path: Path | str, content: str | bytes | Callable[[BinaryIO], None]) -> None:
-    """Write a file; one that was there is replaced, and keeps its permissions.
+class NotReplaceableError(OSError):
+    """A target that is neither absent nor what it is to be replaced by."""
 
-    Args:
-        content: text is written as UTF-8; a function is given a file that can seek.
+
+def write_file(path: Path | str, data: str | bytes) -> None:
+    """Put `data` (text as UTF-8) in the place of `path`.
 
     Raises:
-        OSError: where it cannot be written, or something else than a plain file has that name. A
-            file that was there stays as it was.
+        OSError: where it cannot be written; what was there stays.
+        NotReplaceableError: for a directory, a device, a pipe or a socket.
     """
-    target = _target(Path(path), stat.S_IFREG)
-    staged, handle = _create_file(target)
-    with os.fdopen(handle, "r+b") as file:  # closing it gives the lock free
-        try:
-            if isinstance(content, str | bytes):
-                file.write(content.encode() if isinstance(content, str) else content)
-            else:
-                content(file)
+    with replacing(path) as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[BinaryIO]:
+    """A binary file to write and read, which takes the place of `path` when the block ends well.
+
+    A symbolic link stays, and what it leads to is replaced. The new file has the old one's
+    permissions, or those that the umask gives.
+
+    Raises:
+        OSError: as `write_file`.
+    """
+    target = Path(os.path.realpath(path))
+    mode = _replaceable(target, Path(path))
+    _clear(target)
+    staged, handle = _beside(target)
+    try:
+        if mode is not None:
+            os.fchmod(handle, mode)
+        with os.fdopen(handle, "w+b", closefd=False) as file:
+            yield file
             file.flush()
-            if target.exists():
-                os.fchmod(handle, stat.S_IMODE(target.stat().st_mode))
             os.fsync(handle)
-            staged.rename(target)
-        except BaseException:
-            staged.unlink()
-            raise
-    _sync(target.parent)
+        os.replace(staged, target)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(handle)
+    sync_folder(target.parent)
 
 
 @contextmanager
@@ -76,7 +80,8 @@ def directory(path: Path | str) -> Iterator[Path]:
         OSError: where it cannot be built or put in place, where another process is building it, or
             where something else than a directory has that name.
     """
-    target = _target(Path(path), stat.S_IFDIR)
+    target = Path(os.path.realpath(path))
+    _replaceable(target, Path(path), stat.S_IFDIR)
     target.parent.mkdir(parents=True, exist_ok=True)
     _finish_two_steps(target)
     staged, handle = _create_directory(target)
@@ -89,86 +94,117 @@ def directory(path: Path | str) -> Iterator[Path]:
         raise
     finally:
         os.close(handle)
-    _sync(target.parent)
+    sync_folder(target.parent)
 
 
-# ---- the target and what is built beside it
-def _target(path: Path, kind: int) -> Path:
-    """The place that `path` names, links followed, where nothing or a `kind` lies."""
-    target = Path(os.path.realpath(path))
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder, or the bytes of a file, are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        found = stat.S_IFMT(target.lstat().st_mode)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replaceable(target: Path, named: Path, wanted: int = stat.S_IFREG) -> int | None:
+    """Permissions of the file or directory that is there, None where there is none."""
+    try:
+        mode = target.lstat().st_mode
     except FileNotFoundError:
-        return target
-    if found != kind:
-        raise OSError(
-            errno.EINVAL,
-            f"{_KINDS.get(found, 'something special')} has that name, and only {_KINDS[kind]} is "
-            "replaced; give another name",
-            str(path),
-        )
-    return target
+        return None
+    if stat.S_IFMT(mode) != wanted:
+        kinds = {
+            stat.S_IFREG: "a file",
+            stat.S_IFDIR: "a directory",
+            stat.S_IFCHR: "a device",
+            stat.S_IFBLK: "a device",
+            stat.S_IFIFO: "a pipe",
+            stat.S_IFSOCK: "a socket",
+        }
+        kind = kinds.get(stat.S_IFMT(mode), "no plain file")
+        raise NotReplaceableError(f"{named} is {kind}; name {kinds[wanted]}")
+    return stat.S_IMODE(mode)
 
 
-def _staged(target: Path) -> Path:
-    return target.with_name(f".{target.name}.kvcompress-new")
-
-
-def _create_file(target: Path) -> tuple[Path, int]:
-    """A new file of our own, locked; waits for another process that is writing it."""
-    staged = _staged(target)
+def _beside(target: Path) -> tuple[Path, int]:
+    """A new file beside the target, open and locked."""
     while True:
-        try:
-            handle = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except FileExistsError:
-            _clear(staged, target, fcntl.LOCK_EX)
-            continue
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if _is(staged, handle):
+        staged = target.with_name(_prefix(target) + secrets.token_hex(4))
+        handle = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if _lock(handle) and staged.exists():
             return staged, handle
-        os.close(handle)  # cleared by another process before it was locked
+        os.close(handle)  # another writer took it for litter before it was locked
 
 
+def _prefix(target: Path) -> str:
+    return f".{target.name}{_MARK}"
+
+
+def _clear(target: Path) -> None:
+    """Remove what killed writers of the same target left."""
+    for left in target.parent.glob(_escaped(_prefix(target)) + "*"):
+        try:
+            handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            if _lock(handle):
+                left.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+def _escaped(name: str) -> str:
+    """`name` as a pattern that matches itself."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file for as long as it is open; False where another process holds it."""
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+# ---- directories
 def _create_directory(target: Path) -> tuple[Path, int]:
     """A new directory of our own, locked; refused where another process has one."""
-    staged = _staged(target)
+    staged = target.with_name(f".{target.name}{_MARK}new")
     while True:
         try:
             staged.mkdir()
         except FileExistsError:
-            _clear(staged, target, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _clear_directory(staged, target)
             continue
         try:
             handle = os.open(staged, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             continue
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if _is(staged, handle):
+        if _lock(handle) and _is(staged, handle):
             return staged, handle
         os.close(handle)
 
 
-def _clear(staged: Path, target: Path, lock: int) -> None:
+def _clear_directory(staged: Path, target: Path) -> None:
     """Remove what a dead process left.
 
     Raises:
-        OSError: where a living one holds it and `lock` does not wait.
+        OSError: where a living one holds it.
     """
     try:
         handle = os.open(staged, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         return
     try:
-        fcntl.flock(handle, lock)
-        if not _is(staged, handle):
-            return
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
+        if not _lock(handle):
+            told = "another process is writing it; wait for that one, or give another name"
+            raise OSError(errno.EBUSY, told, str(target))
+        if _is(staged, handle):
             shutil.rmtree(staged)
-        else:
-            staged.unlink()
-    except BlockingIOError:
-        told = "another process is writing it; wait for that one, or give another name"
-        raise OSError(errno.EBUSY, told, str(target)) from None
     finally:
         os.close(handle)
 
@@ -188,7 +224,7 @@ def _put_in_place(staged: Path, target: Path) -> None:
         return
     old = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(old, fcntl.LOCK_EX)  # under the staged name in a moment: nobody else clears it
+        _lock(old)  # under the staged name in a moment: nobody else clears it
         if _exchange(staged, target):
             shutil.rmtree(staged, ignore_errors=True)
         else:
@@ -234,14 +270,5 @@ def _finish_two_steps(target: Path) -> None:
 def _sync_tree(root: Path) -> None:
     for folder, _, names in os.walk(root):
         for name in names:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the list of a folder's names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            sync_folder(Path(folder, name))
+        sync_folder(Path(folder))

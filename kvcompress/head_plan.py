@@ -8,23 +8,15 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 KVDtype = Literal["model", "fp8", "int8", "int4"]
-
-# Every integer of a file has an upper bound. Rotary embeddings count positions in float32, which
-# is exact up to 2**24; no context, budget or vocabulary is larger.
-MAX_TOKENS: Final = 2**24
-# Sinks and recent tokens are allocated before the first token comes: 8 GiB in an 8B model.
-MAX_EXACT_TOKENS: Final = 2**16
-MAX_BYTES: Final = 2**50  # a PiB; counts of bytes and whatever else is counted
-PositiveInt = Annotated[int, Field(gt=0, le=MAX_BYTES)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_BYTES)]
-Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
-SomeTokens = Annotated[int, Field(gt=0, le=MAX_TOKENS)]
-Sinks = Annotated[int, Field(ge=0, le=MAX_EXACT_TOKENS)]
-Recent = Annotated[int, Field(gt=0, le=MAX_EXACT_TOKENS)]
+# Positions and token counts are 32-bit numbers in the kernels, with room for sums of two.
+TOKENS_LIMIT: Final = 2**30
+PositiveInt = Annotated[int, Field(gt=0, le=TOKENS_LIMIT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=TOKENS_LIMIT)]
+ByteCount = Annotated[int, Field(ge=0, lt=2**60)]
 
 
 class StrictModel(BaseModel):
-    """Frozen, refuses unknown keys and numbers that are not finite, and does not coerce."""
+    """Frozen, refuses unknown keys, NaN and infinity, and does not coerce."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -35,10 +27,10 @@ class Budget(StrictModel):
     Exactly one of `tokens` and `ratio` is given.
     """
 
-    tokens: Tokens | None = None
+    tokens: NonNegativeInt | None = None
     ratio: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    min_tokens: Tokens = 0
-    max_tokens: SomeTokens | None = None
+    min_tokens: NonNegativeInt = 0
+    max_tokens: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
@@ -73,7 +65,7 @@ class HeadPlan(StrictModel):
     punct: bool = False
     frequent: Budget | None = None
     local: Budget | None = None
-    cap: SomeTokens | None = None
+    cap: PositiveInt | None = None
     k_dtype: KVDtype = "int8"
     v_dtype: KVDtype = "int8"
 

@@ -26,17 +26,13 @@ from pydantic import (
 from kvcompress.errors import PlanError
 from kvcompress.evict.registry import SUMS, known_scorer
 from kvcompress.head_plan import (
-    MAX_TOKENS,
     Budget,
+    ByteCount,
     HeadPlan,
     KVDtype,
     NonNegativeInt,
     PositiveInt,
-    Recent,
-    Sinks,
-    SomeTokens,
     StrictModel,
-    Tokens,
 )
 from kvcompress.rules import (
     DigestName,
@@ -46,10 +42,11 @@ from kvcompress.rules import (
     Recall,
     Threshold,
 )
-from kvcompress.strict import PLAN_BYTES, UnreadableError, parse_json, read_text, shown
+from kvcompress.strict import NotStrictError, load_json, read_text, shown
 
 __all__ = [
     "Budget",
+    "ByteCount",
     "DigestName",
     "FastGenChoice",
     "HeadPlan",
@@ -61,12 +58,8 @@ __all__ = [
     "PooledBudget",
     "PositiveInt",
     "Recall",
-    "Recent",
-    "Sinks",
-    "SomeTokens",
     "StrictModel",
     "Threshold",
-    "Tokens",
     "WeightScheme",
     "explain",
     "uniform",
@@ -74,22 +67,23 @@ __all__ = [
 
 SCHEMA_VERSION: Final = 1
 _PROBLEMS: Final = 20  # that one message names
+_FILE_BYTES: Final = 2**26
 
 # what a layer keeps: keys and values of all, of a window or of an aligned block of tokens; one MLA
 # latent; the keys and values of another layer; the recurrent state of linear attention; nothing
 LayerKind = Literal["full", "sliding", "chunked", "latent", "shared", "linear", "none"]
 HOLDS_KV: Final = frozenset({"full", "sliding", "chunked", "latent"})
 ScorerName = Annotated[str, AfterValidator(known_scorer)]
-Stride = Annotated[int, Field(ge=2, le=MAX_TOKENS)]
-# Layers and heads of one model, and channels of one head: several times the largest there are
-# (126 layers, 128 heads, latents of 512 channels), so that no file builds a model without end.
-Layers = Annotated[int, Field(gt=0, le=1024)]
-Heads = Annotated[int, Field(gt=0, le=1024)]
-Channels = Annotated[int, Field(gt=0, le=4096)]
-LayerIndex = Annotated[int, Field(ge=0, lt=1024)]
-# a window that averages neighbouring scores; published ones are 5 to 15
-Pool = Annotated[int, Field(gt=0, lt=1024)]
-RepeatIds = Annotated[tuple[Tokens, ...], Field(max_length=4096)]
+Stride = Annotated[int, Field(ge=2, le=2**20)]
+# Each head holds its sinks and recent tokens in arrays that are made at once, for every row.
+Slots = Annotated[int, Field(ge=0, le=2**15)]
+# Larger than any model's: a file that says more is damaged, and would be believed for gigabytes.
+Layers = Annotated[int, Field(gt=0, le=2**12)]
+Heads = Annotated[int, Field(gt=0, le=2**12)]
+Channels = Annotated[int, Field(gt=0, le=2**14)]
+TokenId = Annotated[int, Field(ge=0, lt=2**24)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(max_length=2**20)]
+Text = Annotated[str, Field(max_length=2**12)]
 WeightScheme = Literal["bf16", "int8", "nf4"]
 
 
@@ -107,18 +101,18 @@ class ModelShape(StrictModel):
         model_dtype_bytes: bytes of one element of the model's own KV cache.
     """
 
-    model_type: str
-    config_hash: str
+    model_type: Text
+    config_hash: Text
     layers: Layers
     query_heads: Heads
     kv_heads: Heads
     head_dim: Channels
     value_dim: Channels | None = None
-    sliding_windows: tuple[SomeTokens | None, ...]
+    sliding_windows: tuple[PositiveInt | None, ...]
     layer_kinds: tuple[LayerKind, ...] = ()
-    kv_sources: tuple[LayerIndex, ...] = ()
-    model_dtype_bytes: Annotated[int, Field(gt=0, le=8)] = 2
-    max_position: SomeTokens
+    kv_sources: tuple[NonNegativeInt, ...] = ()
+    model_dtype_bytes: Annotated[int, Field(ge=1, le=8)] = 2
+    max_position: PositiveInt
 
     @model_validator(mode="after")
     def _one_entry_per_layer(self) -> Self:
@@ -191,24 +185,24 @@ class Plan(StrictModel):
     schema_version: Literal[1] = 1
     model: ModelShape
     heads: tuple[tuple[HeadPlan, ...], ...]
-    sink_tokens: Sinks = 4
-    recent_tokens: Recent = 16
+    sink_tokens: Slots = 4
+    recent_tokens: Annotated[Slots, Field(gt=0)] = 16
     scorer: ScorerName = "lift"
-    score_rows: SomeTokens | None = None
+    score_rows: PositiveInt | None = None
     score_stride: Stride | None = None
-    pool_tokens: Pool = 1
+    pool_tokens: PositiveInt = 1
     per_request: PerRequest | None = None
-    repeat_ids: RepeatIds = ()
-    special_ids: tuple[Tokens, ...] = ()
-    punct_ids: tuple[Tokens, ...] = ()
+    repeat_ids: TokenIds = ()
+    special_ids: TokenIds = ()
+    punct_ids: TokenIds = ()
     special_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     punct_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    tokenizer_hash: str | None = None
-    max_position: SomeTokens
+    tokenizer_hash: Text | None = None
+    max_position: PositiveInt
     positions: Literal["original", "relative"] = "original"
-    turn_tokens: Tokens = 0
+    turn_tokens: NonNegativeInt = 0
     recall: Recall | None = None
-    target: str = "by hand"
+    target: Text = "by hand"
     predicted_loss: float | None = None
     weights: tuple[WeightScheme, ...] = ()
 
@@ -285,9 +279,9 @@ class Plan(StrictModel):
             PlanError: naming every key that is wrong, or a newer schema.
         """
         try:
-            parse_json(text)
+            load_json(text)  # pydantic's own reader takes NaN, and a key twice
             return cls.model_validate_json(text)
-        except UnreadableError as error:
+        except NotStrictError as error:
             raise PlanError(f"{where}: {error}") from None
         except ValidationError as error:
             raise PlanError(f"{where}: {explain(error)}") from None
@@ -301,8 +295,8 @@ class Plan(StrictModel):
                 path = candidate
                 break
         try:
-            text = read_text(path, PLAN_BYTES)
-        except UnreadableError as error:
+            text = read_text(path, _FILE_BYTES)
+        except NotStrictError as error:
             raise PlanError(f"{path}: cannot read the plan ({error}); give a plan.json") from None
         return cls.from_json(text, str(path))
 

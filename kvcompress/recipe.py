@@ -17,27 +17,25 @@ from pydantic import (
 
 from kvcompress.errors import RecipeError
 from kvcompress.evict.registry import SUMS
-from kvcompress.head_plan import MAX_BYTES, MAX_TOKENS
+from kvcompress.head_plan import TOKENS_LIMIT
 from kvcompress.plan import (
     Budget,
     HeadPlan,
     KVDtype,
+    NonNegativeInt,
     PerRequest,
-    Pool,
+    PositiveInt,
     Recall,
-    Recent,
     ScorerName,
-    Sinks,
-    SomeTokens,
+    Slots,
     StrictModel,
     Stride,
-    Tokens,
     WeightScheme,
     check_stride,
     explain,
     without_unset_stride,
 )
-from kvcompress.strict import YAML_BYTES, UnreadableError, parse_yaml, read_text
+from kvcompress.strict import YAML_LIMIT_BYTES, NotStrictError, load_yaml, read_text
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -57,10 +55,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*", text)
     if match is None:
         raise ValueError(f"{text!r} is not a size: write 8GiB, 512MiB, 64KiB or 1048576B")
-    count_bytes = float(match[1]) * _UNITS[match[2]]
-    if count_bytes > MAX_BYTES:
-        raise ValueError(f"{text!r} is more than {MAX_BYTES // 2**40} TiB")
-    return int(count_bytes)
+    size = float(match[1]) * _UNITS[match[2]]
+    if not size < 2**60:
+        raise ValueError(f"{text[:40]!r} is more than any machine has")
+    return int(size)
 
 
 class Calibration(StrictModel):
@@ -77,9 +75,9 @@ class Calibration(StrictModel):
     data: str = "builtin"
     text_column: str = "text"
     split: str = "train"
-    prompts: SomeTokens = 16
-    tokens: Annotated[int, Field(ge=64, le=MAX_TOKENS)] = 1024
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    prompts: Annotated[int, Field(gt=0, le=2**20)] = 16
+    tokens: Annotated[int, Field(ge=64, le=TOKENS_LIMIT)] = 1024
+    seed: NonNegativeInt = 0
 
 
 class Keep(StrictModel):
@@ -89,15 +87,15 @@ class Keep(StrictModel):
     sums estimated (`ESTIMATED_ROWS`, `ESTIMATED_STRIDE`); ``score_rows: null`` has all rows vote.
     """
 
-    sink_tokens: Sinks = 4
-    recent_tokens: Recent = 16
+    sink_tokens: Slots = 4
+    recent_tokens: Annotated[Slots, Field(gt=0)] = 16
     scorer: ScorerName = "lift"
-    score_rows: SomeTokens | None = None
+    score_rows: PositiveInt | None = None
     score_stride: Stride | None = None
-    pool_tokens: Pool = 1
+    pool_tokens: PositiveInt = 1
     per_request: PerRequest | None = None
     positions: Literal["original", "relative"] = "original"
-    turn_tokens: Tokens = 0
+    turn_tokens: NonNegativeInt = 0
     recall: Recall | None = None
 
     @model_validator(mode="before")
@@ -160,7 +158,7 @@ class LayersPolicy(StrictModel):
 
     kind: Literal["layers"]
     shape: Literal["flat", "pyramid", "funnel", "calibrated"] = "pyramid"
-    tokens: SomeTokens | None = None
+    tokens: PositiveInt | None = None
     ratio: Share | None = None
     beta: Annotated[float, Field(ge=1.0)] = 20.0
     local: Budget | None = None
@@ -230,8 +228,8 @@ class BytesPolicy(StrictModel):
     kind: Literal["bytes"]
     keep_ratio: Share | None = None
     memory: str | None = None
-    context: SomeTokens = 1024
-    batch: Annotated[int, Field(gt=0, le=2**16)] = 1
+    context: PositiveInt = 1024
+    batch: PositiveInt = 1
     dtypes: tuple[tuple[KVDtype, KVDtype], ...] = (
         ("int8", "int8"),
         ("int8", "int4"),
@@ -292,8 +290,8 @@ class Recipe(StrictModel):
         """
         path = Path(path)
         try:
-            text = read_text(path, YAML_BYTES)
-        except UnreadableError as error:
+            text = read_text(path, YAML_LIMIT_BYTES)
+        except NotStrictError as error:
             raise RecipeError(f"{path}: cannot read the recipe ({error})") from None
         return cls.from_yaml(text, str(path))
 
@@ -301,17 +299,17 @@ class Recipe(StrictModel):
     def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:
         """As `load`, from a string."""
         try:
-            data, duplicates = parse_yaml(text)
-        except UnreadableError as error:
+            data, problems = load_yaml(text)
+        except NotStrictError as error:
             raise RecipeError(f"{where}: {error}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"{where}: expected a mapping of settings at the top level")
         try:
             recipe = cls.model_validate(_tuples(data), strict=True)
         except ValidationError as error:
-            raise RecipeError(f"{where}: {'; '.join([*duplicates, explain(error)])}") from None
-        if duplicates:
-            raise RecipeError(f"{where}: {'; '.join(duplicates)}")
+            raise RecipeError(f"{where}: {'; '.join([*problems, explain(error)])}") from None
+        if problems:
+            raise RecipeError(f"{where}: {'; '.join(problems)}")
         return recipe
 
 

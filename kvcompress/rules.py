@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kvcompress.head_plan import Budget, SomeTokens, StrictModel
+from kvcompress.head_plan import Budget, PositiveInt, StrictModel
 
 DigestName = Literal["minmax", "mean"]
 
@@ -66,7 +66,7 @@ class Recall(StrictModel):
     """
 
     resident: Budget
-    recall_blocks: SomeTokens = 16
+    recall_blocks: PositiveInt = 16
     block_tokens: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 16
     digest: DigestName = "minmax"
 

@@ -1,7 +1,8 @@
-"""Strict readers of JSON and YAML: the only ones that a file of ours, or a model's, goes through.
+"""Reading JSON and YAML that somebody else wrote: bounded in size and depth, and never two ways.
 
-What a file may do to its reader is bounded: bytes, depth, no aliases, no tags, no key twice. What
-it means must be plain: no number that is not finite, no `010`, no surrogate without its partner.
+Both readers refuse what readers disagree on: repeated keys, numbers beyond 64 bits, NaN and
+infinity, and in YAML aliases, merge keys, tags, and plain words that YAML 1.1 and 1.2 read
+differently (``yes``, ``010``, ``1:30``). All errors are one line with the place in it.
 """
 
 from __future__ import annotations
@@ -9,222 +10,242 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import yaml
 
-DEPTH: Final = 64  # of brackets in brackets; our own files need 8, tokenizers about 12
-YAML_BYTES: Final = 2**16  # a resolved recipe takes 2 KiB; PyYAML reads 100 KiB in a second
-SMALL_BYTES: Final = 2**20  # settings: generation_config.json, tokenizer_config.json
-CONFIG_BYTES: Final = 2**24  # config.json: some carry a label for every class
-PLAN_BYTES: Final = 2**26  # 1,024 layers of 128 heads
-INDEX_BYTES: Final = 2**26  # a line for every tensor
-PROFILE_BYTES: Final = 2**28  # as plans, with 100 candidates for every head
+DEPTH_LIMIT: Final = 64
+YAML_LIMIT_BYTES: Final = 1 << 16
+JSON_LIMIT_BYTES: Final = 256 << 20
+_INTEGER_LIMIT: Final = 1 << 63
+
+_STRING: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_BRACKETS: Final = re.compile(rb"[\[\]{}]")
+_STEP: Final = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 
 
-class UnreadableError(ValueError):
-    """A text that the readers refuse; the message says why, the caller says where."""
+class NotStrictError(ValueError):
+    """A document that is damaged, too large, or can be read in more than one way."""
 
 
 def shown(value: object, most: int = 80) -> str:
     """Something that a file said, for a line of ours."""
-    text = str(value) if isinstance(value, str) else repr(value)
-    text = text[: most + 1]
+    text = (value if isinstance(value, str) else repr(value))[: most + 1]
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return plain if len(plain) <= most else plain[: most - 1] + "…"
 
 
-def read_text(path: Path, limit_bytes: int) -> str:
-    """A UTF-8 file of at most `limit_bytes`.
+def read_bytes(path: Path, limit_bytes: int) -> bytes:
+    """A file's bytes, of which there may be so many.
 
     Raises:
-        UnreadableError: for anything else, a directory or a missing file included.
+        NotStrictError: where it is larger, or cannot be read.
     """
     try:
         with path.open("rb") as file:
             data = file.read(limit_bytes + 1)
     except (OSError, ValueError) as error:
-        raise UnreadableError(str(getattr(error, "strerror", error))) from None
-    return decoded(data, limit_bytes)
-
-
-def decoded(data: bytes, limit_bytes: int) -> str:
-    """`read_text` of bytes in memory."""
+        raise NotStrictError(str(getattr(error, "strerror", error))) from None
     if len(data) > limit_bytes:
-        raise UnreadableError(f"larger than {limit_bytes} bytes, which no file of its kind is")
+        raise NotStrictError(f"more than the {limit_bytes} bytes allowed")
+    return data
+
+
+def read_text(path: Path, limit_bytes: int) -> str:
+    """`read_bytes` as UTF-8."""
     try:
-        return data.decode("utf-8")
+        return read_bytes(path, limit_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UnreadableError(f"not UTF-8 (byte {error.start})") from None
+        raise NotStrictError(f"not UTF-8 (byte {error.start})") from None
 
 
-def read_json(path: Path, limit_bytes: int, *, finite: bool = True) -> Any:
-    """`parse_json` of a file."""
-    return parse_json(read_text(path, limit_bytes), finite=finite)
-
-
-def parse_json(text: str, *, finite: bool = True) -> Any:
-    """The value of a JSON text.
+# ---- JSON
+def load_json(
+    text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES, *, ours: bool = True
+) -> Any:
+    """The value of a JSON document in UTF-8.
 
     Args:
-        finite: refuse NaN and infinities; foreign configurations may hold them.
+        ours: whether we wrote it; configurations of other programs may hold NaN and infinity, and
+            whole numbers of any size.
 
     Raises:
-        UnreadableError: for text that is not JSON, deeper than `DEPTH`, or that has a key twice.
+        NotStrictError: saying what is wrong.
     """
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if len(data) > limit_bytes:
+        raise NotStrictError(f"{len(data)} bytes, more than the {limit_bytes} allowed")
+    brackets = _BRACKETS.findall(_STRING.sub(b"", data))
+    if max(accumulate(map(_STEP.__getitem__, brackets)), default=0) > DEPTH_LIMIT:
+        raise NotStrictError(f"nested more than {DEPTH_LIMIT} levels deep")
     try:
         value = json.loads(
-            text,
-            object_pairs_hook=_once,
-            parse_float=_finite if finite else None,
-            parse_constant=_refuse_constant if finite else None,
+            data.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant if ours else None,
+            parse_float=_float if ours else None,
+            parse_int=_int if ours else None,
         )
-    except UnreadableError:
+    except NotStrictError:
         raise
-    except RecursionError:
-        raise UnreadableError(f"brackets are nested deeper than {DEPTH}") from None
-    except ValueError as error:
-        raise UnreadableError(f"not JSON ({error})") from None
-    _check_values(value)
+    except (ValueError, RecursionError) as error:
+        raise NotStrictError(f"not JSON ({shown(str(error), 200)})") from None
+    if b"\\u" in data and not _encodable(value):
+        raise NotStrictError("a text in it holds half of a surrogate pair")
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise UnreadableError(f"the key {shown(twice)!r} is there twice in one object")
-    return found
+def _encodable(value: Any) -> bool:
+    """Whether no text in it is one that no file can hold as UTF-8."""
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+    if isinstance(value, dict):
+        return all(_encodable(key) and _encodable(inner) for key, inner in value.items())
+    return not isinstance(value, list) or all(map(_encodable, value))
 
 
-def _finite(text: str) -> float:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(k for k, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise NotStrictError(f"the key {shown(twice)!r} stands twice in one object")
+    return made
+
+
+def _refuse_constant(name: str) -> Any:
+    raise NotStrictError(f"{name} is no JSON number")
+
+
+def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise UnreadableError(f"the number {shown(text, 40)} is too large")
+        raise NotStrictError(f"{text[:40]} is larger than any number")
     return value
 
 
-def _refuse_constant(text: str) -> NoReturn:
-    raise UnreadableError(f"{text} is not a number of JSON; it must be finite")
+def _int(text: str) -> int:
+    if len(text) > 20 or not -_INTEGER_LIMIT <= int(text) < _INTEGER_LIMIT:
+        raise NotStrictError(f"{text[:40]} does not fit 64 bits")
+    return int(text)
 
 
-def _check_values(value: Any) -> None:
-    """Depth, and text that can be encoded again."""
-    level, depth = [value], 0
-    while level:
-        if depth > DEPTH:
-            raise UnreadableError(f"brackets are nested deeper than {DEPTH}")
-        for text in (text for item in level for text in _texts(item)):
-            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise UnreadableError(f"the text {shown(text, 40)} holds half of a surrogate pair")
-        level = [inner for item in level for inner in _inner(item)]
-        depth += 1
+# ---- YAML
+_NULL: Final = frozenset({"", "~", "null", "Null", "NULL"})
+_BOOL: Final = {
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+_DECIMAL: Final = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_FLOAT: Final = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+# what YAML 1.1 reads as something other than the text, and YAML 1.2 or a person does not
+_TWO_WAYS: Final = {
+    "a truth value to YAML 1.1": re.compile(r"(?i:y|n|yes|no|on|off)"),
+    "octal to some readers and decimal to others": re.compile(r"[-+]?0o?[0-9_]+"),
+    "a number to some readers": re.compile(
+        r"[-+]?(0x[0-9a-fA-F_]+|0b[01_]+|[0-9][0-9_]*_[0-9_]*(\.[0-9_]*)?)"
+    ),
+    "a number in base 60 to YAML 1.1": re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?"),
+    "no number that can be used here": re.compile(r"[-+]?\.(inf|Inf|INF|nan|NaN|NAN)"),
+    "a date to YAML 1.1": re.compile(r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt \t].*)?"),
+}
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from value
+def load_yaml(text: str, limit_bytes: int = YAML_LIMIT_BYTES) -> tuple[Any, list[str]]:
+    """The value of a YAML document, and its problems, each with its line.
 
-
-def _inner(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, list):
-        yield from value
-
-
-def parse_yaml(text: str) -> tuple[Any, list[str]]:
-    """The value of a YAML text, and its problems that leave the value readable: repeated keys.
+    Returns:
+        Mappings, lists, strings, ints, floats, bools and None; where there are problems the value
+        is read as far as it can be.
 
     Raises:
-        UnreadableError: for text that is not YAML, or uses what the readers refuse, with the line.
+        NotStrictError: where it is no YAML, or too large or deep to be read.
     """
-    if len(text) > YAML_BYTES:
-        raise UnreadableError(f"larger than {YAML_BYTES} bytes, which no recipe is")
-    problems: list[str] = []
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > limit_bytes:
+        raise NotStrictError(f"{size} bytes, more than the {limit_bytes} allowed")
     try:
-        loader = _Loader(text, problems)
-        return loader.get_single_data(), problems
-    except UnreadableError:
-        raise
+        _check_events(text)
+        node = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise UnreadableError(f"not YAML: {shown(' '.join(str(error).split()), 400)}") from None
+        if isinstance(error, NotStrictError):
+            raise
+        raise NotStrictError(f"not YAML: {shown(' '.join(str(error).split()), 400)}") from None
+    problems: list[str] = []
+    return (None if node is None else _value(node, problems)), problems
 
 
-_DECIMAL: Final = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
-_MERGE, _INT, _FLOAT, _TEXT = (
-    f"tag:yaml.org,2002:{name}" for name in ("merge", "int", "float", "str")
-)
-# dates and `=` are text here: nothing that we read has such a type
-_AS_TEXT: Final = frozenset(f"tag:yaml.org,2002:{name}" for name in ("timestamp", "value"))
+def _check_events(text: str) -> None:
+    """Bound what composing a document costs, before it is composed."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        line = _line(event)
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise NotStrictError(f"line {line}: an alias or anchor (& or *); write the value out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > DEPTH_LIMIT:
+                raise NotStrictError(f"line {line}: nested more than {DEPTH_LIMIT} levels deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise NotStrictError(f"line {line}: the tag {shown(tag)}; write the plain value")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without aliases, tags, merge keys, and numbers that can be read two ways."""
-
-    yaml_implicit_resolvers = {
-        letter: [(tag, pattern) for tag, pattern in found if tag not in _AS_TEXT]
-        for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def __init__(self, text: str, problems: list[str]) -> None:
-        super().__init__(text)
-        self.problems, self.depth = problems, 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: Any = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            _refuse(event, f"*{shown(event.anchor)} repeats another value; write the value out")
-        if event.tag not in (None, "!"):
-            _refuse(event, f"the tag {shown(event.tag)} is not read; leave it out")
-        self.depth += 1
-        if self.depth > DEPTH:
-            _refuse(event, f"nested deeper than {DEPTH}")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        if isinstance(node, yaml.ScalarNode):
-            _check_scalar(node)
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                _refuse(key, "a key must be a word")
-            if key.tag == _MERGE:
-                _refuse(key, "<< merges other settings in; write them out")
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                self.problems.append(f"{shown(key.value)}: duplicate key on line {line}")
-            seen.add(key.value)
-            key.tag = _TEXT  # `on` and `1` are words in this place
-        return super().construct_mapping(node, deep=True)
+def _line(place: Any) -> int:
+    return int(place.start_mark.line) + 1
 
 
-def _check_scalar(node: yaml.ScalarNode) -> None:
+def _value(node: yaml.Node, problems: list[str]) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, problems) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, problems)
+    assert isinstance(node, yaml.ScalarNode)
+    return _scalar(node, problems)
+
+
+def _mapping(node: yaml.MappingNode, problems: list[str]) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        line = _line(key_node)
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(f"a list or mapping as a key on line {line}")
+            continue
+        key = key_node.value
+        if key == "<<" and key_node.style is None:
+            problems.append(f"<<: a merge key on line {line}; write the keys out")
+        elif key in made:
+            problems.append(f"{shown(key)}: duplicate key on line {line}")
+        made[key] = _value(value_node, problems)
+    return made
+
+
+def _scalar(node: yaml.ScalarNode, problems: list[str]) -> Any:
     text: str = node.value
-    if node.tag == _INT and not _DECIMAL.fullmatch(text):
-        _refuse(
-            node,
-            f"{shown(text, 40)} is another number in other readers; write it in decimal without "
-            "leading zeros, or quote it",
-        )
-    if node.tag == _INT and len(text) > 40 or node.tag == _FLOAT and _odd(text):
-        _refuse(node, f"{shown(text, 40)} is not a finite decimal number; write one, or quote it")
+    if node.style is not None:  # quoted, or a block of text
+        return text
+    if text in _NULL:
+        return None
+    if text in _BOOL:
+        return _BOOL[text]
+    if _DECIMAL.fullmatch(text) or _FLOAT.fullmatch(text):
+        return _number(text, node, problems)
+    for reason, pattern in _TWO_WAYS.items():
+        if pattern.fullmatch(text):
+            problems.append(
+                f"{shown(text, 40)} on line {_line(node)} is {reason}: write true, false or "
+                "a decimal number, or put it in quotes"
+            )
+    return text
 
 
-def _odd(text: str) -> bool:
-    """Infinities, NaN, sexagesimal numbers, and what overflows."""
+def _number(text: str, node: yaml.ScalarNode, problems: list[str]) -> int | float:
     try:
-        return not math.isfinite(float(text.replace("_", "")))
-    except ValueError:
-        return True
-
-
-def _refuse(place: Any, reason: str) -> NoReturn:
-    raise UnreadableError(f"line {place.start_mark.line + 1}: {reason}")
+        return _int(text) if _DECIMAL.fullmatch(text) else _float(text)
+    except NotStrictError as error:
+        problems.append(f"line {_line(node)}: {error}")
+        return 0

@@ -1,6 +1,4 @@
-"""What is written atomically is whole or not there, replaces only its kind, leaves no litter."""
-
-from __future__ import annotations
+"""One writer for every file: the old one or the new one, whole, and nothing left behind."""
 
 import os
 import signal
@@ -9,220 +7,210 @@ import stat
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from kvcompress import atomic
-
-ROOT = Path(__file__).parents[1]
-
-
-def build(path: Path, text: str) -> None:
-    """`text` as a file, or in a directory, whichever `path` names."""
-    if path.suffix == ".file":
-        atomic.write_file(path, text)
-        return
-    with atomic.directory(path) as folder:
-        (folder / "inner").mkdir()
-        (folder / "inner" / "text").write_text(text)
+from kvcompress.atomic import NotReplaceableError, directory, replacing, write_file
 
 
-def content(path: Path) -> str:
-    return (path / "inner" / "text" if path.is_dir() else path).read_text()
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture(params=["x.file", "x.folder"])
-def target(request, tmp_path) -> Path:
-    return tmp_path / request.param
-
-
-def test_the_new_takes_the_place_of_the_old(target, tmp_path):
-    build(target, "old")
-    assert content(target) == "old"
-    build(target, "new")
-    assert content(target) == "new"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_a_function_may_seek(tmp_path):
-    def fill(file) -> None:
-        file.write(b"..cd")
-        file.seek(0)
-        file.write(b"ab")
-
-    atomic.write_file(tmp_path / "x", fill)
-    assert (tmp_path / "x").read_bytes() == b"abcd"
-
-
-def test_permissions_stay(tmp_path):
-    path = tmp_path / "x.file"
-    build(path, "old")
-    assert stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044 & ~_umask()
-    path.chmod(0o640)
-    build(path, "new")
+def test_a_file_is_made_and_replaced(tmp_path):
+    path = tmp_path / "plan*[1].json"
+    old = os.umask(0o027)
+    try:
+        write_file(path, "ü\n")
+    finally:
+        os.umask(old)
+    assert path.read_bytes() == "ü\n".encode()
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    path.chmod(0o600)
+    write_file(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01" and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert names(tmp_path) == [path.name]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def test_what_goes_wrong_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a"
+    write_file(path, "old")
+    with pytest.raises(KeyboardInterrupt, match="stop"), replacing(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt("stop")
+    assert path.read_text() == "old" and names(tmp_path) == ["a"]
+    with pytest.raises(FileNotFoundError, match="no_such"):
+        write_file(tmp_path / "no_such" / "a", "x")
 
 
-def make(kind: str, path: Path) -> None:
-    if kind == "fifo":
+@pytest.mark.parametrize("kind", ["directory", "pipe", "socket", "device", "link to a device"])
+def test_only_a_plain_file_is_replaced(kind, tmp_path):
+    path = tmp_path / "target"
+    word = kind
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(str(path))
-    elif kind == "device":
-        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
-    elif kind == "loop":
-        path.symlink_to(path)
-    elif kind == "directory" and path.suffix == ".file":
-        path.mkdir()
     else:
-        path.write_text("kept")
+        path, word = tmp_path / "link", "device"
+        path.symlink_to("/dev/full")
+        if kind == "device":
+            path = path.resolve()
+    before = os.stat(path).st_mode
+    with pytest.raises(NotReplaceableError, match=f"{path.name} is a {word}; name a file"):
+        write_file(path, "x")
+    assert os.stat(path).st_mode == before
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("fifo", "a named pipe"),
-        ("socket", "a socket"),
-        ("device", "a character device"),
-        ("loop", "a symbolic link that leads nowhere"),
-        ("directory", "a directory|a plain file"),
-    ],
-)
-def test_only_its_own_kind_is_replaced(kind, words, target, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the address of a socket is short
-    target = Path(target.name)
-    try:
-        make(kind, target)
-    except PermissionError:
-        pytest.skip("only root makes a device")
-    before = target.lstat()
-    with pytest.raises(OSError, match=f"({words}) has that name, and only .* is replaced"):
-        build(target, "new")
-    assert target.lstat().st_mode == before.st_mode
-    assert target.lstat().st_ino == before.st_ino
-    assert list(tmp_path.iterdir()) == [tmp_path / target]
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    path = tmp_path / "link"
+    path.symlink_to(tmp_path / "there" / "file")
+    for text in ("one", "two"):
+        write_file(path, text)
+        assert path.is_symlink() and (tmp_path / "there" / "file").read_text() == text
+    assert names(tmp_path / "there") == ["file"]
 
 
-def test_dev_full_stays_a_device():
-    with pytest.raises(OSError, match="a character device has that name"):
-        atomic.write_file("/dev/full", "x")
-    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+def kill(child):
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
 
 
-def test_a_link_stays_and_what_it_points_to_is_replaced(target, tmp_path):
-    link = tmp_path / "link"
-    link.symlink_to(target.name)
-    for text in ("first", "second"):  # it points to nothing first
-        if target.suffix == ".file":
-            atomic.write_file(link, text)
-        else:
-            with atomic.directory(link) as folder:
-                (folder / "inner").mkdir()
-                (folder / "inner" / "text").write_text(text)
-        assert link.is_symlink()
-        assert content(target) == text
-    assert sorted(tmp_path.iterdir()) == sorted([link, target])
-
-
-def test_a_failure_leaves_the_old(target, tmp_path, monkeypatch):
-    build(target, "old")
-
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left on device"):
-            build(target, "new")
-    assert content(target) == "old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-KILLED = """
+WRITER = """
 import sys, time
-from pathlib import Path
-from kvcompress import atomic
-target = Path(sys.argv[1])
-def wait(file):
+from kvcompress.atomic import replacing
+with replacing(sys.argv[1]) as file:
     file.write(b"half")
     file.flush()
-    print("begun", flush=True)
-    time.sleep(600)
-if target.suffix == ".file":
-    atomic.write_file(target, wait)
-with atomic.directory(target) as folder:
-    with (folder / "half").open("wb") as file:
-        wait(file)
+    print("open", flush=True)
+    time.sleep(60)
 """
 
 
-def start(target: Path) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, target], cwd=ROOT, stdout=subprocess.PIPE, text=True
+def test_litter_of_a_killed_writer_is_cleared_and_a_living_ones_is_not(tmp_path):
+    path, other = tmp_path / "a.json", tmp_path / "ab.json"
+    write_file(path, "old")
+    writers = []
+    for target in (path, path, other):
+        child = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout.readline() == "open\n"
+        writers.append(child)
+    killed, alive, elsewhere = writers
+    for child in (killed, elsewhere):
+        kill(child)
+    assert len(names(tmp_path)) == 4  # the file and three that were being written
+    write_file(path, "new")
+    assert path.read_text() == "new"
+    left = [name for name in names(tmp_path) if name != "a.json"]
+    assert len(left) == 2 and left[1].startswith(".ab.json.")  # another target's litter is not ours
+    kill(alive)
+    write_file(path, "newer")
+    write_file(other, "newer")
+    assert names(tmp_path) == ["a.json", "ab.json"]
+
+
+def test_two_writers_of_one_file_at_once(tmp_path):
+    path = tmp_path / "a"
+    code = (
+        "import sys\nfrom kvcompress.atomic import write_file\n"
+        "for i in range(200): write_file(sys.argv[1], b'x' * 5000 + b'%d' % i)"
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "begun\n"
-    return process
+    children = [subprocess.Popen([sys.executable, "-c", code, str(path)]) for _ in range(2)]
+    seen = 0
+    while any(child.poll() is None for child in children):
+        if path.exists():
+            assert path.read_bytes()[:5000] == b"x" * 5000
+            seen += 1
+        time.sleep(0.01)
+    assert [child.returncode for child in children] == [0, 0] and seen
+    assert names(tmp_path) == ["a"]
 
 
-def end(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+# ---- directories
+def build(path, text):
+    with directory(path) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "text").write_text(text)
 
 
-def test_the_litter_of_a_killed_writer_is_cleared_by_the_next(target, tmp_path):
-    build(target, "old")
-    end(start(target))
-    assert len(list(tmp_path.iterdir())) == 2
-    assert content(target) == "old"
-    build(target, "new")
-    assert content(target) == "new"
-    assert list(tmp_path.iterdir()) == [target]
+def content(path):
+    return (path / "inner" / "text").read_text()
 
 
-def test_a_living_builder_of_a_directory_is_left_alone_and_the_second_is_told(tmp_path):
-    target = tmp_path / "x.folder"
-    living = start(target)
-    try:
-        with pytest.raises(OSError, match="another process is writing it; wait for that one"):
-            build(target, "new")
-        assert (tmp_path / ".x.folder.kvcompress-new" / "half").exists()
-    finally:
-        end(living)
-    build(target, "new")
-    assert content(target) == "new"
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_directory_is_made_and_replaced(exchanges, tmp_path, monkeypatch):
+    if not exchanges:
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    path = tmp_path / "above" / "made"
+    for text in ("one", "two"):
+        build(path, text)
+        assert content(path) == text
+    with pytest.raises(KeyboardInterrupt, match="stop"), directory(path) as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt("stop")
+    assert content(path) == "two" and names(path.parent) == ["made"]
 
 
-def test_a_second_writer_of_a_file_waits(tmp_path):
-    target = tmp_path / "x.file"
-    living = start(target)
-    code = f"from kvcompress import atomic; atomic.write_file({str(target)!r}, 'second')"
-    second = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    time.sleep(0.3)
-    assert second.poll() is None
-    end(living)
-    assert second.wait(timeout=20) == 0
-    assert content(target) == "second"
-    assert list(tmp_path.iterdir()) == [target]
+def test_a_kill_between_the_two_steps_is_mended(tmp_path):
+    path = tmp_path / "made"
+    build(path, "old")
+    path.rename(tmp_path / ".made.kvcompress-old")
+    with pytest.raises(KeyboardInterrupt, match="stop"), directory(path):
+        raise KeyboardInterrupt("stop")
+    assert content(path) == "old" and names(tmp_path) == ["made"]
 
 
-def test_without_an_exchange_of_names_a_directory_is_replaced_in_two_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
-    target = tmp_path / "x.folder"
-    for text in ("old", "new"):
-        build(target, text)
-        assert content(target) == text
-    assert list(tmp_path.iterdir()) == [target]
-    target.rename(tmp_path / ".x.folder.kvcompress-old")  # killed between the two
-    with pytest.raises(ValueError, match="no more"), atomic.directory(target):
-        raise ValueError("no more")
-    assert content(target) == "new"
-    assert list(tmp_path.iterdir()) == [target]
+@pytest.mark.parametrize("kind", ["file", "pipe", "device"])
+def test_only_a_directory_is_replaced_by_one(kind, tmp_path):
+    path = tmp_path / "target"
+    if kind == "device":
+        path.symlink_to("/dev/full")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("kept")
+    before = os.stat(path).st_mode
+    with pytest.raises(NotReplaceableError, match=f"target is a {kind}; name a directory"):
+        build(path, "x")
+    assert os.stat(path).st_mode == before and names(tmp_path) == ["target"]
+
+
+def test_a_link_to_a_directory_stays(tmp_path):
+    path = tmp_path / "link"
+    path.symlink_to("there")
+    for text in ("one", "two"):
+        build(path, text)
+        assert path.is_symlink() and content(tmp_path / "there") == text
+    assert names(tmp_path) == ["link", "there"]
+
+
+BUILDER = """
+import sys, time
+from kvcompress.atomic import directory
+with directory(sys.argv[1]) as folder:
+    (folder / "half").touch()
+    print("open", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_directory_has_one_builder_and_a_killed_ones_litter_is_cleared(tmp_path):
+    path = tmp_path / "made"
+    build(path, "old")
+    child = subprocess.Popen(
+        [sys.executable, "-c", BUILDER, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "open\n"
+    with pytest.raises(OSError, match="another process is writing it; wait for that one"):
+        build(path, "second")
+    kill(child)
+    assert content(path) == "old" and len(names(tmp_path)) == 2
+    build(path, "third")
+    assert content(path) == "third" and names(tmp_path) == ["made"]

@@ -23,10 +23,10 @@ MAY_IMPORT = {
     "atomic": set(),
     "errors": set(),
     "fingerprint": set(),
-    "head_plan": set(),
-    "rules": {"head_plan"},
     "strict": set(),
     "checkpoint": {"errors", "strict"},
+    "head_plan": set(),
+    "rules": {"head_plan"},
     "plan": {"errors", "evict.registry", "head_plan", "rules", "strict"},
     "recipe": {"errors", "evict.registry", "head_plan", "plan", "strict"},
     # they read codes in place, and rank by the one keep rule
@@ -37,25 +37,12 @@ MAY_IMPORT = {
     "profile": VALUES
     | {"accounting", "evict.chain", "evict.finish", "evict.scorers", "evict.voters"}
     | {"quant.codec", "quant.keystats", "quant.weights"}
-    | {
-        "checkpoint",
-        "evaluate.tasks",
-        "evaluate.words",
-        "runtime.families",
-        "runtime.hf",
-        "runtime.rotation",
-    },
+    | {"checkpoint"}
+    | {"evaluate.tasks", "evaluate.words", "runtime.families", "runtime.hf", "runtime.rotation"},
     "runtime": VALUES | {"accounting", "evict", "kernels", "quant", "bundle"},
     "bundle": VALUES
-    | {
-        "accounting",
-        "checkpoint",
-        "evaluate",
-        "profile.source",
-        "profile.store",
-        "quant",
-        "runtime",
-    },
+    | {"accounting", "checkpoint", "profile.source", "profile.store", "quant", "runtime"}
+    | {"evaluate"},
     "evaluate": VALUES | {"accounting", "evict", "quant", "runtime", "bundle"},
     "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant"},
     "league": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "evict"},

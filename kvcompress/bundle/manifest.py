@@ -9,9 +9,9 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kvcompress.errors import BundleError
-from kvcompress.plan import NonNegativeInt, StrictModel, explain
+from kvcompress.plan import ByteCount, StrictModel, explain
 from kvcompress.recipe import WeightScheme
-from kvcompress.strict import UnreadableError, decoded, parse_json
+from kvcompress.strict import NotStrictError, load_json
 
 SCHEMA: Final = 1
 FOLDER: Final = "kvcompress"
@@ -53,7 +53,7 @@ class FileEntry(StrictModel):
     """One file of the bundle."""
 
     path: RelativePath
-    size_bytes: NonNegativeInt
+    size_bytes: ByteCount
     sha256: Sha256
 
 
@@ -80,7 +80,7 @@ class WeightsEntry(StrictModel):
     """
 
     format: WeightScheme
-    size_bytes: NonNegativeInt
+    size_bytes: ByteCount
     kept: tuple[str, ...] = ()
 
 
@@ -135,8 +135,8 @@ def parse(text: bytes, where: str) -> Manifest:
         BundleError: for anything that is not a schema-1 manifest, a newer schema by name.
     """
     try:
-        data: Any = parse_json(decoded(text, LIMIT_BYTES))
-    except UnreadableError as error:
+        data: Any = load_json(text, LIMIT_BYTES)
+    except NotStrictError as error:
         raise BundleError(f"{where}: {error}; the file is damaged, copy the bundle again") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:

@@ -11,13 +11,14 @@ from kvcompress.bundle.manifest import SUFFIXES
 from kvcompress.checkpoint import load as checkpoint
 from kvcompress.checkpoint.load import Checkpoint
 from kvcompress.errors import BundleError, UnsupportedModelError
-from kvcompress.strict import CONFIG_BYTES, UnreadableError, parse_yaml, read_text
+from kvcompress.strict import NotStrictError, load_yaml, read_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _LEGAL: Final = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _LICENSE_KEYS: Final = ("license", "license_name", "license_link")
+_CARD_BYTES: Final = 2**24
 _LICENSE_LINE: Final = re.compile(r"^license(?:_name|_link)?:.*", re.MULTILINE)
 _FRONT_MATTER: Final = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
@@ -106,10 +107,10 @@ def _skeleton(found: Checkpoint, config: PretrainedConfig) -> PreTrainedModel:
 def _license(card: Path) -> dict[str, Any]:
     """``license``, ``license_name`` and ``license_link`` of a model card, where it has them."""
     try:
-        found = _FRONT_MATTER.match(read_text(card, CONFIG_BYTES))
+        found = _FRONT_MATTER.match(read_text(card, _CARD_BYTES))
         lines = _LICENSE_LINE.findall(found[1]) if found else []
-        data, _ = parse_yaml("\n".join(lines))
-    except UnreadableError:
+        data, _ = load_yaml("\n".join(lines))
+    except NotStrictError:
         return {}
     if not isinstance(data, dict):
         return {}

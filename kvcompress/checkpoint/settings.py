@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.strict import CONFIG_BYTES, INDEX_BYTES, UnreadableError, read_json, shown
+from kvcompress.strict import NotStrictError, load_json, read_bytes, shown
 
 CONFIG: Final = "config.json"
 ADAPTER: Final = "adapter_config.json"
 INDEX: Final = "model.safetensors.index.json"
+CONFIG_BYTES: Final = 2**24  # some carry a label for every class
+INDEX_BYTES: Final = 2**26
 # bytes that each may have; a tokenizer.json is bounded and left to its own parser
 _LIMITS: Final = {
     CONFIG: CONFIG_BYTES,
@@ -83,8 +85,8 @@ def _read(path: Path, limit_bytes: int) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        value = read_json(path, limit_bytes, finite=False)
-    except UnreadableError as error:
+        value = load_json(read_bytes(path, limit_bytes), limit_bytes, ours=False)
+    except NotStrictError as error:
         raise UnsupportedModelError(f"{path}: {error}; get the file again") from None
     if not isinstance(value, dict):
         raise UnsupportedModelError(f"{path}: not a JSON object; get the file again")

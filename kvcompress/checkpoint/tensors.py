@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvcompress.checkpoint.settings import INDEX
+from kvcompress.checkpoint.settings import INDEX, INDEX_BYTES
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.strict import INDEX_BYTES, UnreadableError, read_json, shown
+from kvcompress.strict import NotStrictError, load_json, read_bytes, shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -64,8 +64,8 @@ def weight_map(folder: Path) -> dict[str, str]:
     """
     path = folder / INDEX
     try:
-        found = read_json(path, INDEX_BYTES)
-    except UnreadableError as error:
+        found = load_json(read_bytes(path, INDEX_BYTES))
+    except NotStrictError as error:
         raise UnsupportedModelError(f"{path}: {error}; {_WHOLE}") from None
     listed = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(listed, dict) or not listed:

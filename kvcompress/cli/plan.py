@@ -33,10 +33,11 @@ def command(
 
         kvcompress plan runs/fastgen --keep-ratio 0.25 --context 1024 -o plan.json
     """
+    from kvcompress.atomic import write_file
     from kvcompress.profile import report
     from kvcompress.profile.options import policy_from_options
     from kvcompress.profile.solve import solve
-    from kvcompress.profile.store import Profile, write_atomically
+    from kvcompress.profile.store import Profile
 
     measured = Profile.load(profile)
     policy = policy_from_options(
@@ -49,7 +50,7 @@ def command(
     )
     plan = solve(measured, policy)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, plan.to_json())
+    write_file(out, plan.to_json())
     console().print(f"plan written to {out}")
     size = report.planned_size(measured.recipe, policy)
     emit(report.summary(plan, *size) if json_ else report.table(plan, *size), json_)

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from kvcompress.head_plan import MAX_TOKENS
 from kvcompress.plan import Budget, HeadPlan, Plan
 from kvcompress.recipe import Keep
 
@@ -60,7 +59,7 @@ def in_tokens(plan: Plan, length_tokens: int) -> Plan:
     )
 
 
-def scaled(plan: Plan, factor: float, extra_layers: int = 0, most_tokens: int = MAX_TOKENS) -> Plan:
+def scaled(plan: Plan, factor: float, extra_layers: int = 0, most_tokens: int = 2**31) -> Plan:
     """`plan`, whose budgets are tokens, times `factor`.
 
     Args:

@@ -12,24 +12,22 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from kvcompress import atomic
+from kvcompress.atomic import write_file
 from kvcompress.errors import ProfileError
 from kvcompress.plan import (
+    ByteCount,
     HeadPlan,
     ModelShape,
     NonNegativeInt,
-    Recent,
-    RepeatIds,
-    Sinks,
-    SomeTokens,
+    PositiveInt,
     StrictModel,
-    Tokens,
+    TokenIds,
     WeightScheme,
     explain,
 )
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Recipe
-from kvcompress.strict import PROFILE_BYTES, UnreadableError, parse_json, read_text
+from kvcompress.strict import JSON_LIMIT_BYTES, NotStrictError, load_json, read_text
 
 PROFILE_FILE: Final = "profile.json"
 PARAMS_FILE: Final = "kv_params.safetensors"
@@ -53,9 +51,9 @@ class Provenance(StrictModel):
     data: str
     data_hash: str
     weights_hash: str
-    prompts: SomeTokens
-    prompt_tokens: SomeTokens
-    held_out_rows: SomeTokens
+    prompts: PositiveInt
+    prompt_tokens: PositiveInt
+    held_out_rows: PositiveInt
     device: str
     dtype: str
     versions: dict[str, str]
@@ -68,8 +66,8 @@ class ExactSetting(StrictModel):
         losses: loss of each candidate in each head, see `kvcompress.profile.losses`.
     """
 
-    sink_tokens: Sinks
-    recent_tokens: Recent
+    sink_tokens: NonNegativeInt
+    recent_tokens: PositiveInt
     candidates: tuple[HeadPlan, ...]
     losses: Table
 
@@ -83,7 +81,7 @@ class LayerWeights(StrictModel):
     """
 
     modules: tuple[str, ...]
-    size_bytes: dict[WeightScheme, NonNegativeInt]
+    size_bytes: dict[WeightScheme, ByteCount]
     nats: dict[WeightScheme, float]
 
 
@@ -118,10 +116,10 @@ class Profile(StrictModel):
     recipe: Recipe
     provenance: Provenance
     tokenizer_hash: str
-    weight_bytes: dict[str, NonNegativeInt]
-    special_ids: tuple[Tokens, ...]
-    punct_ids: tuple[Tokens, ...]
-    repeat_ids: RepeatIds = ()
+    weight_bytes: dict[str, ByteCount]
+    special_ids: TokenIds
+    punct_ids: TokenIds
+    repeat_ids: TokenIds = ()
     special_share: Annotated[float, Field(ge=0.0, le=1.0)]
     punct_share: Annotated[float, Field(ge=0.0, le=1.0)]
     rotations: tuple[str, ...]
@@ -172,7 +170,7 @@ class Profile(StrictModel):
 
     def save(self, directory: Path | str) -> None:
         """Write profile.json; it appears whole or not at all."""
-        write_atomically(Path(directory) / PROFILE_FILE, self.model_dump_json(indent=1) + "\n")
+        write_file(Path(directory) / PROFILE_FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Path | str) -> Self:
@@ -188,10 +186,10 @@ class Profile(StrictModel):
             what = "unfinished, run the same profile command again" if begun else "no profile there"
             raise ProfileError(f"{directory}: {what}; give a directory that `profile` has written")
         try:
-            text = read_text(path, PROFILE_BYTES)
-            parse_json(text)
+            text = read_text(path, JSON_LIMIT_BYTES)
+            load_json(text)
             return cls.model_validate_json(text)
-        except UnreadableError as error:
+        except NotStrictError as error:
             raise ProfileError(f"{path}: {error}; profile again") from None
         except ValidationError as error:
             raise ProfileError(f"{path}: {explain(error)}; profile again") from None
@@ -212,8 +210,3 @@ def load_params(directory: Path | str, shape: ModelShape) -> KVParams:
         return KVParams.load(path, shape)
     except ValueError as error:
         raise ProfileError(f"{path}: no usable key constants ({error}); profile again") from None
-
-
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Readers see the old file or the new one, see `kvcompress.atomic`."""
-    atomic.write_file(path, data)
