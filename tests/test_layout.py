@@ -34,10 +34,12 @@ MAY_IMPORT = {
     "profile": VALUES
     | {"accounting", "evict.chain", "evict.finish", "evict.scorers", "evict.voters"}
     | {"quant.codec", "quant.keystats", "quant.weights"}
-    | {"evaluate.tasks", "evaluate.words", "runtime.families", "runtime.hf", "runtime.rotation"},
+    | {"evaluate.tasks", "evaluate.words", "runtime.chat", "runtime.families", "runtime.hf"}
+    | {"runtime.rotation"},
     "runtime": VALUES | {"accounting", "evict", "kernels", "quant", "bundle"},
     "bundle": VALUES
-    | {"accounting", "profile.source", "profile.store", "quant", "runtime", "evaluate"},
+    | {"accounting", "profile.solve", "profile.source", "profile.store", "quant", "runtime"}
+    | {"evaluate"},
     "evaluate": VALUES | {"accounting", "evict", "quant", "runtime", "bundle"},
     "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant"},
     "league": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "evict"},

@@ -26,7 +26,8 @@ def command(
         Path | None, typer.Option(help="plan.json to ship in place of the profile's.")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("-r", "--recipe", help="Recipe in place of the profile's.")
+        Path | None,
+        typer.Option("-r", "--recipe", help="Recipe to solve in place of the profile's."),
     ] = None,
     weights: Annotated[
         Weights | None, typer.Option(help="Weight format in place of the recipe's.")
