@@ -39,6 +39,7 @@ from kvcompress.profile.run import run
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import Profile
 from kvcompress.recipe import Calibration, FastGenPolicy, Keep, Recipe
+from kvcompress.runtime.hf.names import as_argument
 
 RESULTS = ROOT / "benchmarks" / "results" / "fastgen.json"
 TARGETS = (0.8, 0.9, 0.95)  # kept mass; ‖A − Â‖₁ ≤ 1 − T is the mass (1 + T) / 2
@@ -90,7 +91,7 @@ def requests(
     sizes, places = [], []
     for ids in prompts:
         cache = kvcompress.new_cache(model)
-        model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(torch.tensor([ids]), **as_argument(cache), use_cache=True, logits_to_keep=1)
         cache.finish_prompt(model)
         sizes.append(cache.nbytes() / profile.shape.bf16_kv_bytes(len(ids), 1))
         chosen = [layer[0] for layer in cache.chosen_heads()]
@@ -119,7 +120,7 @@ def cost(model: Any, profile: Profile, params: Any, ids: list[int]) -> dict[str,
             kvcompress.attach(model, plan, params)
             cache = kvcompress.new_cache(model)
             started = time.process_time()
-            model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(tokens, **as_argument(cache), use_cache=True, logits_to_keep=1)
             cache.finish_prompt(model)
             times[name].append(1000 * (time.process_time() - started))
             kvcompress.detach(model)

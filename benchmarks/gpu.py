@@ -36,6 +36,8 @@ from typing import Any
 import torch
 import transformers
 
+from kvcompress.runtime.hf.names import as_argument
+
 SIZES = {
     "8b": dict(hidden=4096, inner=14336, layers=32, heads=32, kv_heads=8, dim=128, vocab=128256),
     "1b": dict(hidden=2048, inner=8192, layers=16, heads=32, kv_heads=8, dim=64, vocab=128256),
@@ -497,7 +499,7 @@ def measure_theirs(
 
     def step() -> Any:
         return call(
-            input_ids=ids, position_ids=position, past_key_values=cache, logits_to_keep=1
+            input_ids=ids, position_ids=position, **as_argument(cache), logits_to_keep=1
         ).logits
 
     for _ in range(3):

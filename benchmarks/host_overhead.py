@@ -34,7 +34,8 @@ from kvcompress.evaluate.serving import model_shape
 from kvcompress.kernels.cpu.library import Library, library
 from kvcompress.profile.store import write_atomically
 from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.hf import attach, detach
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.linear8 import Int8Linear
 from kvcompress.runtime.linear16 import Linear16
@@ -103,7 +104,7 @@ def parts_of(models: Models, weights: str, steps: int) -> dict[str, Any]:
         token = torch.zeros(1, 1, dtype=torch.int64)
 
         def forward() -> None:
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, **as_argument(cache), use_cache=True)
 
         for _ in range(5):
             forward()

@@ -30,6 +30,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvcompress.runtime.hf.names import cache_of
+
 if TYPE_CHECKING:
     from kvcompress.plan import Plan
 
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from kvcompress.accounting import prefill_bytes
     from kvcompress.evaluate.serving import cache_bytes
     from kvcompress.runtime.families import shape_of
-    from kvcompress.runtime.hf import attach
+    from kvcompress.runtime.hf.attach import attach
 
     torch.manual_seed(0)
     heads = args.kv_heads
@@ -120,7 +122,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     def once(prompt: torch.Tensor) -> Any:
         if args.variant != NO_CACHE:
-            return generate(prompt).past_key_values
+            return cache_of(generate(prompt))
         with torch.no_grad():
             model(prompt, use_cache=False, logits_to_keep=1)
         return None

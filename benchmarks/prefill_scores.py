@@ -31,7 +31,9 @@ from kvcompress.runtime import layer as layer_module
 from kvcompress.runtime.attend import Chunk, attend
 from kvcompress.runtime.evidence import new_scores
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach, detach, new_cache
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.state import LayerSettings, LayerState
 from kvcompress.runtime.voters import LateVoters, attend_prompt
 
@@ -161,7 +163,7 @@ def model_runs(args: argparse.Namespace, context: int) -> dict[str, Run]:
     ids = ids.to(args.device)
 
     def prefill(cache: Any) -> None:
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, **as_argument(cache), use_cache=True, logits_to_keep=1)
 
     def compressed(plan: Plan, old: bool = False) -> Run:
         def run() -> None:

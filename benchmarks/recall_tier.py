@@ -40,6 +40,7 @@ from kvcompress.evaluate.workloads_run import run_workload
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan, Recall, uniform
 from kvcompress.profile.source import load_source
 from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.hf.names import as_argument
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "kvcompress" / "demo" / "model"
@@ -156,7 +157,7 @@ def measure_steps(model, context: int, steps: int) -> list[dict]:
         else:
             kvcompress.attach(model, plan)
             caches[name] = kvcompress.new_cache(model)
-        model(input_ids=ids, past_key_values=caches[name], logits_to_keep=1)
+        model(input_ids=ids, **as_argument(caches[name]), logits_to_keep=1)
     for step in range(steps):
         for name, plan in plans.items():
             kvcompress.detach(model)
@@ -164,7 +165,7 @@ def measure_steps(model, context: int, steps: int) -> list[dict]:
                 kvcompress.attach(model, plan)
             token = torch.tensor([[100 + step]])
             start = time.perf_counter()
-            model(input_ids=token, past_key_values=caches[name])
+            model(input_ids=token, **as_argument(caches[name]))
             times[name].append(1e3 * (time.perf_counter() - start))
     kvcompress.detach(model)
     rows = []

@@ -25,6 +25,7 @@ from kvcompress.evaluate.session import Session
 from kvcompress.evaluate.suite import Suite, make_suite
 from kvcompress.plan import Plan
 from kvcompress.profile.source import load_source
+from kvcompress.runtime.hf.names import as_argument
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "kvcompress" / "demo" / "model"
@@ -214,7 +215,7 @@ def held_positions(model: Any, plan: Plan, ids: torch.Tensor) -> list[list[list[
     kvcompress.attach(model, plan)
     try:
         cache = kvcompress.new_cache(model)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, **as_argument(cache), use_cache=True, logits_to_keep=1)
     finally:
         kvcompress.detach(model)
     found = []

@@ -34,7 +34,9 @@ from kvcompress.profile.run import run
 from kvcompress.profile.source import load_source
 from kvcompress.profile.store import Profile
 from kvcompress.recipe import Calibration, Keep, Recipe, UniformPolicy
-from kvcompress.runtime.hf import attach, detach, new_cache
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument
 
 MODEL = Path(__file__).parents[1] / "kvcompress" / "demo" / "model"
 CONTEXT, RATIOS, QUESTIONS = 960, (0.25, 0.125, 0.0625), 48
@@ -107,7 +109,7 @@ def prefill_cost(model, profile: Profile, params, repeats: int) -> dict[str, Any
                 attach(model, plan_of(profile.shape, SYSTEMS[name], True, 0.25), params)
             cache = DynamicCache() if name == "plain" else new_cache(model)
             began = time.perf_counter()
-            model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            model(input_ids=ids, **as_argument(cache), logits_to_keep=1)
             if name != "plain":
                 cache.finish_prompt(model)
             if number:  # the first round warms up

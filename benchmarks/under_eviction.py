@@ -27,6 +27,7 @@ from kvcompress.profile.calibration import load_prompts
 from kvcompress.profile.source import load_source
 from kvcompress.recipe import Calibration
 from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.hf.names import as_argument
 
 MODEL = Path(__file__).parents[1] / "kvcompress" / "demo" / "model"
 PROMPT, NEXT, SIZES = 896, 64, (32, 128, 448)
@@ -48,12 +49,12 @@ def plans(model) -> dict[str, Plan]:
 def next_logits(model, cache, ids: torch.Tensor, size: int) -> torch.Tensor:
     """Logits of the NEXT tokens after the prompt, fed one by one, ``[NEXT, vocabulary]``."""
     for part in ids[:, :PROMPT].split(size, 1):
-        out = model(input_ids=part, past_key_values=cache, use_cache=True)
+        out = model(input_ids=part, **as_argument(cache), use_cache=True)
     if isinstance(cache, kvcompress.CompressedCache):
         cache.end_prefill()
     rows = [out.logits[0, -1:]]
     for token in ids[0, PROMPT : PROMPT + NEXT - 1]:
-        out = model(input_ids=token[None, None], past_key_values=cache, use_cache=True)
+        out = model(input_ids=token[None, None], **as_argument(cache), use_cache=True)
         rows.append(out.logits[0])
     return torch.cat(rows).double()
 

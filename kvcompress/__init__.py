@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from kvcompress.recipe import Recipe as Recipe
     from kvcompress.runtime.cache import CompressedCache as CompressedCache
     from kvcompress.runtime.chat import system_span as system_span
-    from kvcompress.runtime.hf import attach as attach
-    from kvcompress.runtime.hf import detach as detach
-    from kvcompress.runtime.hf import new_cache as new_cache
+    from kvcompress.runtime.hf.attach import attach as attach
+    from kvcompress.runtime.hf.attach import detach as detach
+    from kvcompress.runtime.hf.attached import new_cache as new_cache
     from kvcompress.runtime.load import load as load
     from kvcompress.runtime.static import StaticCompressedCache as StaticCompressedCache
 
@@ -35,10 +35,10 @@ _HOME = {
     "Profile": "kvcompress.profile.store",
     "Recipe": "kvcompress.recipe",
     "StaticCompressedCache": "kvcompress.runtime.static",
-    "attach": "kvcompress.runtime.hf",
-    "detach": "kvcompress.runtime.hf",
+    "attach": "kvcompress.runtime.hf.attach",
+    "detach": "kvcompress.runtime.hf.attach",
     "load": "kvcompress.runtime.load",
-    "new_cache": "kvcompress.runtime.hf",
+    "new_cache": "kvcompress.runtime.hf.attached",
     "system_span": "kvcompress.runtime.chat",
 }
 

@@ -31,3 +31,7 @@ class UnsupportedModelError(KVCompressError):
 
 class PositionRangeWarning(UserWarning):
     """A token's position is beyond what the plan's key constants were derived for."""
+
+
+class UntestedReleaseWarning(UserWarning):
+    """The installed transformers is newer than every release that was tested."""

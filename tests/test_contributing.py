@@ -17,6 +17,7 @@ from kvcompress.evict.scorers import scorer
 from kvcompress.plan import Plan
 from kvcompress.recipe import Recipe, UniformPolicy
 from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.hf.names import as_argument
 from tests.evict import test_scorers
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +98,7 @@ def test_a_model_keeps_the_longest_values(contributed, tiny_llama):
     try:
         cache = kvcompress.new_cache(tiny_llama)
         with torch.no_grad():
-            tiny_llama(ids, past_key_values=cache, use_cache=True)
+            tiny_llama(ids, **as_argument(cache), use_cache=True)
         for layer, value in zip(cache.compressed_layers, values, strict=True):
             norms = value.double().unflatten(-1, (2, -1)).norm(dim=-1)[SINKS : TOKENS - RECENT]
             best = norms.topk(12, dim=0).indices.T + SINKS

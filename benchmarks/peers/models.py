@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -11,11 +12,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "kvcompress" / "demo" / "model"
 VOCAB, LAYERS = 512, 4
+# the environment of kvpress has no kvcompress to ask for this name
+_ASKED = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_CACHE = "cache" if "cache" in _ASKED else "past_key_values"
 
 _PLAIN = {
     "vocab_size": VOCAB,
@@ -170,6 +174,6 @@ def feed(
         given: dict[str, Any] = {} if mask is None else {"attention_mask": mask[:, :high]}
         if positions:
             given["position_ids"] = position_ids[:, low:high]
-        out = model(input_ids=ids[:, low:high], past_key_values=cache, use_cache=True, **given)
+        out = model(input_ids=ids[:, low:high], **{_CACHE: cache}, use_cache=True, **given)
         logits.append(out.logits.float())
     return logits

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from kvcompress.bench import caches
 from kvcompress.bench.timing import Window, stopwatch
+from kvcompress.runtime.hf.names import as_argument
 from speed.model import NAMES, Models
 from speed.protocol import Record, Replies, serve
 
@@ -67,7 +68,7 @@ def main() -> None:
         nonlocal seen
         given = {} if prompt is None else {"position_ids": torch.full((args.batch, 1), seen)}
         seen += 1
-        model(token, past_key_values=cache, use_cache=True, logits_to_keep=1, **given)
+        model(token, **as_argument(cache), use_cache=True, logits_to_keep=1, **given)
 
     step()
 
@@ -104,7 +105,7 @@ def pressed(model: Any, args: argparse.Namespace) -> Callable[[], Any]:
     def read() -> Any:
         cache = DynamicCache()
         with press(model):
-            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(ids, **as_argument(cache), use_cache=True, logits_to_keep=1)
         return cache
 
     return read

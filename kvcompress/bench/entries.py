@@ -18,6 +18,7 @@ from kvcompress.evaluate.quality import weights_bytes
 from kvcompress.evaluate.serving import cache_bytes, model_shape
 from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
+from kvcompress.runtime.hf.names import as_argument
 
 Fill = Literal["synthetic", "prompt"]
 _FIRST_ID: Final = 3
@@ -134,7 +135,7 @@ def quantized_holder(config: Any, backend: str, bits: int | None) -> Holder:
 
 
 def compressed_holder(model: Any, plan: Plan, params: KVParams | None = None) -> Holder:
-    from kvcompress.runtime.hf import new_cache
+    from kvcompress.runtime.hf.attached import new_cache
 
     return Holder(
         plan,
@@ -165,7 +166,7 @@ def decode_entry(
 
         @torch.inference_mode()
         def step() -> None:
-            model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=token, **as_argument(cache), use_cache=True, logits_to_keep=1)
 
         _serve(model, holder, size.threads)
         step()  # what does not run shows here
@@ -234,7 +235,7 @@ def prompt_timing(model: Any, holder: Holder, size: Size, repeats: int) -> Timin
 def read_prompt(model: Any, holder: Holder, ids: torch.Tensor, size: Size) -> Any:
     """The cache after a forward over `ids`."""
     cache = holder.empty(size.context_tokens + size.room_tokens)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, **as_argument(cache), use_cache=True, logits_to_keep=1)
     finish = getattr(cache, "finish_prompt", None)
     if finish is not None:
         finish(model)
@@ -287,7 +288,8 @@ def _fill(model: Any, holder: Holder, size: Size) -> Any:
 
 def _serve(model: Any, holder: Holder, threads: int) -> None:
     """Have the model serve caches of `holder`, with so many threads."""
-    from kvcompress.runtime.hf import attach, attached, detach
+    from kvcompress.runtime.hf.attach import attach, detach
+    from kvcompress.runtime.hf.attached import attached
 
     use_threads(threads)
     now = attached(model)

@@ -112,7 +112,7 @@ def _skeleton(location: str, config: PretrainedConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from kvcompress.runtime.hf import check
+    from kvcompress.runtime.hf.attach import check
 
     try:
         with torch.device("meta"):

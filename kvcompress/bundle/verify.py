@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kvcompress.bundle.read import Bundle, open_bundle
 from kvcompress.errors import BundleError, KVCompressError
 from kvcompress.plan import HeadPlan, Plan, uniform
+from kvcompress.runtime.hf.names import as_argument, cache_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,11 +105,11 @@ def _decode(model: PreTrainedModel, cache: Any) -> Tensor:
     start = ids.shape[1] - _STEPS
     rows = []
     with torch.inference_mode():
-        output = model(input_ids=ids[:, :start], past_key_values=cache, use_cache=True)
+        output = model(input_ids=ids[:, :start], **as_argument(cache), use_cache=True)
         for step in range(start, ids.shape[1]):
             output = model(
                 input_ids=ids[:, step : step + 1],
-                past_key_values=output.past_key_values,
+                **as_argument(cache_of(output)),
                 use_cache=True,
             )
             rows.append(output.logits[0, -1].float().cpu())
@@ -117,7 +118,8 @@ def _decode(model: PreTrainedModel, cache: Any) -> Tensor:
 
 def _compressed(bundle: Bundle, model: PreTrainedModel, plan: Plan, params: Any) -> Tensor:
     """`_decode` through a compressed cache."""
-    from kvcompress.runtime.hf import attach, detach, new_cache
+    from kvcompress.runtime.hf.attach import attach, detach
+    from kvcompress.runtime.hf.attached import new_cache
 
     attach(model, plan, params)
     try:

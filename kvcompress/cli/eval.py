@@ -160,7 +160,7 @@ def _load(model: str, plan: Path | None, device: str) -> tuple[Any, Any, list[Ro
     from kvcompress.bundle.read import is_bundle
     from kvcompress.evaluate.compare import Row, plan_row
     from kvcompress.profile.source import load_source
-    from kvcompress.runtime.hf import attached
+    from kvcompress.runtime.hf.attached import attached
     from kvcompress.runtime.load import load
 
     rows = [] if plan is None else [plan_row(plan)]

@@ -13,6 +13,7 @@ from kvcompress.errors import KVCompressError
 from kvcompress.evaluate.report import QualityReport
 from kvcompress.evaluate.tasks import HELD_OUT
 from kvcompress.plan import StrictModel
+from kvcompress.runtime.hf.names import cache_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -173,7 +174,7 @@ def _measure(
 ) -> tuple[Example, list[QualityReport]]:
     """All of `plans`, then what `more` gives for the bytes that the last of them held."""
     from kvcompress.evaluate.quality import measure
-    from kvcompress.runtime.hf import attached
+    from kvcompress.runtime.hf.attached import attached
     from kvcompress.runtime.load import load
 
     note("loading the bundle and generating from it")
@@ -222,5 +223,5 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: 
         question=sample.question,
         answer=str(answer),
         expected=sample.answer,
-        kv_bytes=cache_bytes(generated.past_key_values),
+        kv_bytes=cache_bytes(cache_of(generated)),
     )

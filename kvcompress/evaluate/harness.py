@@ -76,7 +76,7 @@ def evaluate_harness(
         KVCompressError: as `run_harness`, and where the bundle is damaged.
     """
     _need_harness()
-    from kvcompress.runtime.hf import attached
+    from kvcompress.runtime.hf.attached import attached
     from kvcompress.runtime.load import load
 
     model, tokenizer = load(bundle, device_map=device)

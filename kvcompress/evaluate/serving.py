@@ -23,7 +23,8 @@ def serving(
     Args:
         plan: None for transformers' DynamicCache.
     """
-    from kvcompress.runtime.hf import attach, attached, detach, new_cache
+    from kvcompress.runtime.hf.attach import attach, detach
+    from kvcompress.runtime.hf.attached import attached, new_cache
 
     before = attached(model)
     detach(model)

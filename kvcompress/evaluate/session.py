@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from kvcompress.runtime.hf.names import as_argument
+
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
@@ -80,7 +82,7 @@ class Session:
             input_ids=ids,
             attention_mask=self.mask if padded else None,
             position_ids=positions,
-            past_key_values=self.cache,
+            **as_argument(self.cache),
             use_cache=True,
             logits_to_keep=keep,
         ).logits

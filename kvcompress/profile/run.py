@@ -59,7 +59,7 @@ from kvcompress.profile.weights import ROUNDED, WEIGHT_PROMPTS, measure_weights
 from kvcompress.quant.keystats import KeyStats, KVParams, derive
 from kvcompress.recipe import Recipe
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import check
+from kvcompress.runtime.hf.attach import check
 
 HEAD_PROMPTS: Final = 4  # read twice for the scores of heads
 KEY_PROMPTS: Final = 8  # moments of 8 k tokens are exact enough: 4 k are, see `keystats`

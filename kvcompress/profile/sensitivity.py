@@ -30,6 +30,7 @@ from kvcompress.profile.hf import attention_through
 from kvcompress.profile.rows import held_out_rows
 from kvcompress.profile.store import PATH
 from kvcompress.recipe import Keep
+from kvcompress.runtime.hf.names import as_argument
 
 _TRIAL_TOKENS: Final = 128
 
@@ -71,13 +72,13 @@ def path_sensitivity(
     with attention_through(model, path.attend):
         prefix = DynamicCache(config=model.config)
         with torch.no_grad():
-            model.base_model(input_ids=tokens[:, :-rows], past_key_values=prefix, use_cache=True)
+            model.base_model(input_ids=tokens[:, :-rows], **as_argument(prefix), use_cache=True)
         path.rows = rows
 
         def predict(alpha: float) -> Tensor:
             path.alpha = alpha
             cache = copy.deepcopy(prefix)
-            out = model(input_ids=tokens[:, -rows:], past_key_values=cache, use_cache=True)
+            out = model(input_ids=tokens[:, -rows:], **as_argument(cache), use_cache=True)
             return out.logits[0].float().log_softmax(-1)
 
         with torch.no_grad():

@@ -17,6 +17,7 @@ from kvcompress.evict.scorers import scorer
 from kvcompress.plan import HOLDS_KV, HeadPlan, Plan, PooledBudget
 from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.choose import pooled_over_layers
+from kvcompress.runtime.hf.names import cropped_tokens
 from kvcompress.runtime.latent import LatentLayer
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.protocol import Arrival, leaving_plain_tensors
@@ -34,7 +35,7 @@ Compress = Literal["per_chunk", "after_prefill"]
 
 
 class CompressedCache(Cache):
-    """A KV cache that follows a plan; pass it as `past_key_values`, or let `generate` make it.
+    """A KV cache that follows a plan; pass it as `cache`, or let `generate` make it.
 
     Args:
         plan: of this very model; see `kvcompress.attach`.
@@ -135,26 +136,23 @@ class CompressedCache(Cache):
                 "pass input_ids, or these classes are not kept",
             )
         if self._reader.reading:
-            self.arrival = Arrival(None, None, True)
-            for layer in self.compressed_layers:
-                layer.arrival = self.arrival
+            self._announce(Arrival(None, None, True, length))
             return
         if length == 1 and not self._in_prompt and not self._drafts_wait:
             self.end_prefill()
         certain = None if not logits_to_keep else max(0, length - logits_to_keep + 1)
         if self.assists and certain:
             certain -= 1
-        self.arrival = Arrival(
-            self._class_ids.flags(input_ids) if uses and input_ids is not None else None,
-            certain,
-            self._in_prompt,
-        )
-        for layer in self.compressed_layers:
-            layer.arrival = self.arrival
         self._check_mask(length, attention_mask)
         self._check_position(length, attention_mask)
+        flags = self._class_ids.flags(input_ids) if uses and input_ids is not None else None
+        self._announce(Arrival(flags, certain, self._in_prompt, length))
         self.token_digest.update(input_ids)
         self._reader.note(input_ids, length, attention_mask)
+
+    def _announce(self, arrival: Arrival) -> None:
+        for layer in self.compressed_layers:
+            layer.announce(arrival)
 
     def relative_positions(
         self,
@@ -175,10 +173,6 @@ class CompressedCache(Cache):
         known = None if first.state is None else first.state.start
         start = row_starts(known, attention_mask, first.seen, batch)
         return frame_positions(self.plan, start, first.seen, length)
-
-    def note_tokens(self, input_ids: Tensor | None) -> None:
-        """`note_forward` for ids alone."""
-        self.note_forward(input_ids, 0 if input_ids is None else input_ids.shape[1])
 
     def _check_mask(self, length: int, mask: Tensor | None) -> None:
         """A mask must show the stored tokens as it did when they came."""
@@ -283,7 +277,7 @@ class CompressedCache(Cache):
 
     def crop(self, max_length: int) -> None:
         super().crop(max_length)
-        self.token_digest.crop(-int(max_length))  # transformers 5.17 gives a tensor
+        self.token_digest.crop(cropped_tokens(max_length))
 
     def reset(self) -> None:
         """Empty, for any batch: transformers' own layers would keep the size of theirs."""
@@ -334,7 +328,7 @@ class CompressedCache(Cache):
             KVCompressError: where no plan is attached, or the file is damaged or of another model,
                 plan, key constants or dtype.
         """
-        from kvcompress.runtime.hf import own_part
+        from kvcompress.runtime.hf.attached import own_part
         from kvcompress.runtime.persist import layer_devices, load_cache
 
         plan, params = own_part(model)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.hf import new_cache
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument, cache_of
 from kvcompress.runtime.spans import Span
 
 
@@ -61,11 +62,11 @@ def complete(
         **inputs,
         **sampling,
         max_new_tokens=max_new_tokens,
-        past_key_values=new_cache(model, protect=protect),
+        **as_argument(new_cache(model, protect=protect)),
         return_dict_in_generate=True,
         streamer=TextStreamer(tokenizer, skip_prompt=True) if stream else None,
     )
-    cache = output.past_key_values
+    cache = cache_of(output)
     assert isinstance(cache, CompressedCache)
     new_ids = output.sequences[0, prompt_tokens:]
     return Completion(

@@ -1,7 +1,7 @@
 """Decoding with a `StaticCompressedCache` as one CUDA graph, replayed for every token.
 
     cache = kvcompress.StaticCompressedCache(plan, params, batch=1, max_tokens=32768)
-    logits = model(**prompt, past_key_values=cache).logits[:, -1]
+    logits = model(**prompt, cache=cache).logits[:, -1]
     decode = DecodeGraph(model, cache)
     while not done:
         logits = decode(logits.argmax(-1, keepdim=True))
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import KVCompressError
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.static import StaticCompressedCache
 
 _WARM_UP: Final = 2  # steps that compile kernels and settle the allocator before the capture
@@ -114,7 +115,7 @@ class DecodeGraph:
             out = self._step(
                 input_ids=self._ids,
                 position_ids=self._row_seen[:, None].long(),
-                past_key_values=self.cache,
+                **as_argument(self.cache),
                 use_cache=True,
             )
         finally:

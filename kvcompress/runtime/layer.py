@@ -17,6 +17,7 @@ from kvcompress.runtime.commit import commit
 from kvcompress.runtime.evidence import NOTHING, new_scores
 from kvcompress.runtime.fused import FusedStep, Token, refusal, serves
 from kvcompress.runtime.held import Waiting
+from kvcompress.runtime.hf.names import cropped_tokens
 from kvcompress.runtime.holding import HoldingLayer
 from kvcompress.runtime.insert import insert
 from kvcompress.runtime.protocol import leaving_plain_tensors
@@ -43,7 +44,6 @@ class CompressedLayer(HoldingLayer):
         hold_prompt: bool = False,
     ) -> None:
         super().__init__(settings, spans, hold_prompt)
-        self.record_past = False
         self._shared: Waiting | None = None
         self._journal = Journal()
         self._decoded = False  # the last forward decoded, so that a prompt opens a turn
@@ -108,7 +108,7 @@ class CompressedLayer(HoldingLayer):
         Raises:
             KVCompressError: for tokens that were not drafted while the cache recorded.
         """
-        count = -int(max_length)  # a tensor before transformers 5.18
+        count = cropped_tokens(max_length)
         waiting = self._held if self._drafts_wait else None
         drafted = len(self._journal) if waiting is None else waiting.chunk.key.shape[2]
         if count < 0 or count > drafted:

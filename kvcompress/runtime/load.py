@@ -28,7 +28,7 @@ def load(
         BundleError: where the bundle is damaged, foreign or from a newer version.
     """
     from kvcompress.kernels.cpu.library import library
-    from kvcompress.runtime.hf import attach
+    from kvcompress.runtime.hf.attach import attach
     from kvcompress.runtime.linear8 import serve_bitsandbytes
     from kvcompress.runtime.linear16 import serve_16_bit
 

@@ -19,7 +19,9 @@ from transformers import DynamicCache
 from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.plan import Budget, HeadPlan, LayerKind, ModelShape, uniform
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach, attached, detach, new_cache
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.attached import attached, new_cache
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.static import StaticCompressedCache
 
 if TYPE_CHECKING:
@@ -136,7 +138,7 @@ class _Runs:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **as_argument(cache),
             use_cache=True,
         )
         return out.logits.float()

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
+from kvcompress.runtime.hf.names import CACHE, release
 from kvcompress.runtime.state import LayerSettings, LayerState
 
 P = ParamSpec("P")
@@ -40,11 +41,13 @@ class Arrival:
         certain: tokens that will not be taken back; the rest of the chunk is a draft. None: all,
             or, while a cache records, none but those of a first prompt.
         in_prompt: the forward is a part of a prompt that goes on, whatever its length.
+        length: T, 0 where it is not known.
     """
 
     flags: Tensor | None = None
     certain: int | None = None
     in_prompt: bool = False
+    length: int = 0
 
 
 class StoringLayer(CacheLayerMixin):
@@ -55,7 +58,7 @@ class StoringLayer(CacheLayerMixin):
     """
 
     is_compileable = False
-    is_croppable = False
+    record_past = False  # drafted tokens can be taken back
     supports_early_init = False
 
     def __init__(
@@ -68,11 +71,17 @@ class StoringLayer(CacheLayerMixin):
         self.seen = 0
         self.state: LayerState | None = None
         self.arrival = Arrival()
+        self._announced = False
         self._spans = spans
         # the keys and values that `update` handed on, until they are read
         self._given: tuple[Tensor, Tensor] | None = None
 
     # ---- what transformers calls
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` can take tokens back; transformers 5.24 asks before it drafts."""
+        return self.record_past
+
     @leaving_plain_tensors
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = self.settings.plan.model
@@ -103,8 +112,10 @@ class StoringLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        self._take_announcement(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._check_fits(key_states)
         if self._given is not None:
             raise UnsupportedModelError(
                 f"layer {self.settings.layer}: the model stored keys but never called the "
@@ -115,6 +126,45 @@ class StoringLayer(CacheLayerMixin):
         self.seen += key_states.shape[-2]
         key_states._kvc_layer = self  # type: ignore[attr-defined]  # how the attention finds its layer
         return key_states, value_states
+
+    # ---- the handshake with the model's pre-hook
+    def announce(self, arrival: Arrival) -> None:
+        """The next call of `update` belongs to this forward."""
+        self.arrival, self._announced = arrival, True
+
+    def _take_announcement(self, key_states: Tensor) -> None:
+        """Refuse a forward of which the cache was not told, or was told otherwise.
+
+        Raises:
+            KVCompressError: naming the release and how the cache has to be passed.
+        """
+        length, announced = key_states.shape[-2], self._announced
+        self._announced = False
+        if not announced or self.arrival.length not in (0, length):
+            was = f"announced with {self.arrival.length}" if announced else "not announced"
+            raise KVCompressError(
+                f"layer {self.settings.layer}: a forward of {length} tokens was {was} to its cache "
+                f"({release()}): call kvcompress.attach(model, plan) first, then the model itself, "
+                f"no part of it, with the cache as {CACHE}="
+            )
+
+    def _check_fits(self, key_states: Tensor) -> None:
+        """Refuse another batch, dtype or device than that of the tokens held.
+
+        Raises:
+            KVCompressError: naming both.
+        """
+        state = self.state
+        if state is None:
+            return
+        held = {"rows": state.batch, "dtype": self.dtype, "device": self.device}
+        came = (key_states.shape[0], key_states.dtype, key_states.device)
+        for (name, have), now in zip(held.items(), came, strict=True):
+            if have != now:
+                raise KVCompressError(
+                    f"the cache holds tokens of {name} {have}, this forward has {name} {now}: pass "
+                    "the same batch to the same model, or call cache.reset()"
+                )
 
     def get_seq_length(self) -> int:
         """Tokens seen, kept or not: positions and masks follow it."""
@@ -150,7 +200,7 @@ class StoringLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.seen, self.state, self.is_initialized = 0, None, False
-        self._given = None
+        self._given, self._announced = None, False
 
     def offload(self) -> None:
         raise KVCompressError("the compressed cache cannot be offloaded; drop offloading=True")

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvcompress.errors import KVCompressError
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import Plan
+from kvcompress.runtime.hf.names import as_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +109,7 @@ class Reader:
             input_ids=chunk,
             attention_mask=None if bool(whole.all()) else whole,
             position_ids=position,
-            past_key_values=cache,
+            **as_argument(cache),
             use_cache=True,
             logits_to_keep=1,
         )

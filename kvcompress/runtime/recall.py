@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcompress.errors import KVCompressError
 from kvcompress.runtime.attend import Chunk
 from kvcompress.runtime.held import Waiting
+from kvcompress.runtime.hf.names import cropped_tokens
 from kvcompress.runtime.layer import CompressedLayer, FastAttention
 from kvcompress.runtime.protocol import leaving_plain_tensors
 from kvcompress.runtime.recall_attend import attend
@@ -173,7 +174,7 @@ class RecallLayer(CompressedLayer):
         Raises:
             KVCompressError: for tokens that were not drafted while the cache recorded.
         """
-        count = -int(max_length)  # a tensor before transformers 5.18
+        count = cropped_tokens(max_length)
         drafted = 0 if self._draft is None else len(self._draft.tokens)
         if count < 0 or count > drafted:
             raise KVCompressError(

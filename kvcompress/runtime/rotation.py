@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcompress.plan import ModelShape
 from kvcompress.quant.keystats import Convention, Rotation
+from kvcompress.runtime.hf.names import as_argument
 
 PROBE_POSITIONS: Final = (1, 17, 61)
 # relative error of a key turned back; 16-bit models round cosines, keys and products
@@ -116,7 +117,7 @@ def _probe(model: Any, token: int, position: int) -> dict[int, Tensor]:
     model.base_model(
         input_ids=ids,
         position_ids=torch.full_like(ids, position),
-        past_key_values=cache,
+        **as_argument(cache),
         use_cache=True,
     )
     held = ((layer, getattr(own, "keys", None)) for layer, own in enumerate(cache.layers))

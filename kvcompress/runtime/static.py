@@ -1,9 +1,9 @@
 """A compressed cache of fixed size, whose decode step `torch.compile` takes as one graph.
 
     cache = StaticCompressedCache(plan, params, batch=1, max_tokens=4096)
-    logits = model(prompt, past_key_values=cache).logits  # eager
+    logits = model(prompt, cache=cache).logits  # eager
     decode = torch.compile(model, fullgraph=True)
-    logits = decode(token, past_key_values=cache).logits  # one graph for every token
+    logits = decode(token, cache=cache).logits  # one graph for every token
 
 Prompts run eagerly through the code of the growing cache; what they leave is laid into arrays that
 keep their addresses for the cache's life. A forward with one token then follows the rules of
@@ -25,6 +25,7 @@ from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.layer import CompressedLayer
+from kvcompress.runtime.protocol import Arrival
 from kvcompress.runtime.spans import Span
 from kvcompress.runtime.state import LayerSettings
 from kvcompress.runtime.static_moves import freeze, thaw
@@ -40,6 +41,7 @@ from kvcompress.runtime.static_triton import (
 
 __all__ = ["StaticCompressedCache", "static_cache_bytes"]
 
+_STEP: Final = Arrival(length=1)
 _SERVED: Final = frozenset({"full", "sliding", "chunked"})
 
 
@@ -111,6 +113,7 @@ class StaticCompressedLayer(CompressedLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if self.frozen and key_states.shape[2] == 1:
+            self._take_announcement(key_states)
             assert self.fixed is not None
             self.fixed.counter.add_(1)
             key_states._kvc_layer = self  # type: ignore[attr-defined]
@@ -247,7 +250,7 @@ class _StepClasses:
 
 
 class StaticCompressedCache(CompressedCache):
-    """A `CompressedCache` whose arrays are allocated once; pass it as `past_key_values`.
+    """A `CompressedCache` whose arrays are allocated once; pass it as `cache`.
 
     The first prompt allocates the arrays, for good: `reset` and further prompts leave them where
     they are. Caches made with the same plan and numbers share one compiled graph. A head that
@@ -314,6 +317,8 @@ class StaticCompressedCache(CompressedCache):
             if self.checks_steps and not torch.compiler.is_compiling():
                 self._check_step()
             self._step_classes.ids = input_ids
+            for layer in self.static_layers:
+                layer.announce(_STEP)
             return
         if not torch.compiler.is_compiling():
             first.check_prompt(None if input_ids is None else input_ids.shape[0], length)

@@ -14,7 +14,8 @@ from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.rules import Recall
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach, detach
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.names import as_argument
 from tests.runtime.models import build
 
 CONTEXT, BATCH = 120, 2
@@ -40,7 +41,7 @@ def logits_of(model, cache, steps: int = 3) -> torch.Tensor:
     with torch.inference_mode():
         return torch.cat(
             [
-                model(input_ids=ids[:, [step]], past_key_values=cache, use_cache=True).logits
+                model(input_ids=ids[:, [step]], **as_argument(cache), use_cache=True).logits
                 for step in range(steps)
             ],
             1,

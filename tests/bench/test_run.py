@@ -20,7 +20,8 @@ from kvcompress.evaluate.compare import Row as PlanRow
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.rules import Recall
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attached
+from kvcompress.runtime.hf.attached import attached
+from kvcompress.runtime.hf.names import CACHE
 
 ROUNDS = Rounds(2, 1, buffer_bytes=2**20)
 
@@ -83,7 +84,7 @@ def test_the_model_serves_no_plan_while_its_rivals_are_timed(tiny_llama, shape):
     plan = plan_of(shape, Setup("int8", "int8", 1.0))
 
     def look(module, args, kwargs) -> None:
-        seen[type(kwargs["past_key_values"]).__name__] = attached(module)
+        seen[type(kwargs[CACHE]).__name__] = attached(module)
 
     hook = tiny_llama.register_forward_pre_hook(look, with_kwargs=True)
     try:

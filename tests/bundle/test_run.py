@@ -18,6 +18,7 @@ from kvcompress.errors import PlanError
 from kvcompress.plan import Plan
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.complete import complete
+from kvcompress.runtime.hf.names import cache_of
 from tests.bundle.helpers import Exported
 
 SCHEMES = ("bf16", "int8", "nf4")
@@ -48,7 +49,7 @@ def test_load_generates_with_the_compressed_cache(
             do_sample=False,
             return_dict_in_generate=True,
         )
-    cache = output.past_key_values
+    cache = cache_of(output)
     assert isinstance(cache, CompressedCache)
     assert cache.plan == plan
     assert output.sequences.shape == (2, batch["input_ids"].shape[1] + 40)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, LlamaConfig, PreTrainedTokenizerFast
 
+from kvcompress.runtime.hf.names import CACHE
+
 
 @pytest.fixture(scope="session")
 def filler() -> str:
@@ -47,14 +49,14 @@ class Reader(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor,
-        past_key_values: Cache,
         logits_to_keep: int,
         **kwargs: Any,
     ) -> SimpleNamespace:
         batch, length = input_ids.shape
-        seen = past_key_values.get_seq_length()
+        cache: Cache = kwargs[CACHE]
+        seen = cache.get_seq_length()
         new = input_ids.float().reshape(batch, 1, length, 1)
-        history = past_key_values.update(new, new, 0)[0][:, 0, :, 0].long()
+        history = cache.update(new, new, 0)[0][:, 0, :, 0].long()
         mask = torch.ones_like(history) if attention_mask is None else attention_mask
         assert torch.equal(position_ids[:, -1], mask.sum(-1) - 1)
         kept = range(length - logits_to_keep if logits_to_keep else 0, length)

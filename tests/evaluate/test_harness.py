@@ -14,6 +14,7 @@ from kvcompress.evaluate.serving import serving
 from kvcompress.evaluate.session import Session
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.hf.names import as_argument
 
 TASK = """
 task: {name}
@@ -172,10 +173,10 @@ def test_a_compressed_cache_scores_as_a_cache_fed_by_hand(tiny_llama, tiny_token
                 if (
                     len(context) > 1
                 ):  # the last token is decoded, so that its logits tell of the cache
-                    tiny_llama(ids[:, :-1], past_key_values=cache)
+                    tiny_llama(ids[:, :-1], **as_argument(cache))
                     ids = ids[:, -1:]
                 for token in continuation:
-                    logits = tiny_llama(ids, past_key_values=cache).logits[0, -1]
+                    logits = tiny_llama(ids, **as_argument(cache)).logits[0, -1]
                     expected += logits.log_softmax(-1)[token].item()
                     ids = torch.tensor([[token]])
             # rows are padded in a batch; float32 logits then agree to about 1e-5

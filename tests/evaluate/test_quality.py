@@ -9,7 +9,8 @@ from kvcompress.evaluate.quality import evaluate, measure
 from kvcompress.evaluate.suite import make_suite
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach, attached
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.attached import attached
 
 EVERYTHING = 10**6
 

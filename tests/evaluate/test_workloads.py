@@ -17,7 +17,7 @@ from kvcompress.evaluate.workloads_run import reference_logits, run_workload
 from kvcompress.evaluate.workloads_table import beside, compare_workloads, workload_table
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attached
+from kvcompress.runtime.hf.attached import attached
 
 EVERYTHING = 10**6
 SMALL = {"notes": 6, "instructions": 10, "max_words": 2, "long_words": (3, 4), "windows": 0}

@@ -8,7 +8,8 @@ from kvcompress.evict.scorers import Rows, Tokens, newest, scorer
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.profile.repeat import score_context
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach, new_cache
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.attached import new_cache
 from tests.runtime.battery import EXACT
 from tests.runtime.models import build, prompts
 from tests.runtime.test_cache import feed, kept_numbers

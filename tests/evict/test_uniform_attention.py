@@ -10,6 +10,7 @@ import torch
 import kvcompress
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.hf.names import as_argument
 
 TOKENS, SINKS, RECENT, BUDGET = 120, 4, 16, 30
 
@@ -40,7 +41,7 @@ def stores_after_a_prompt(model, scorer, score_rows=None, score_stride=None):
     try:
         cache = kvcompress.new_cache(model)
         with torch.no_grad():
-            model(ids, past_key_values=cache, use_cache=True)
+            model(ids, **as_argument(cache), use_cache=True)
         cache.finish_prompt(model)
     finally:
         kvcompress.detach(model)

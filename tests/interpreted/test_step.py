@@ -11,7 +11,8 @@ import torch
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import HeadPlan
 from kvcompress.runtime.graphs import DecodeGraph
-from kvcompress.runtime.hf import attach
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.static import StaticCompressedCache
 from tests.runtime.models import prompts
 from tests.runtime.static_compare import assert_same_arrays
@@ -82,7 +83,7 @@ def test_protected_spans_and_padding_in_a_step():
     for kernels in ("triton", "torch"):
         cache = StaticCompressedCache(plan, batch=2, max_tokens=60, protect=spans, kernels=kernels)
         decode(model, model, cache, inputs, 1)
-        token = {"input_ids": torch.full((2, 1), 6), "past_key_values": cache}
+        token = {"input_ids": torch.full((2, 1), 6), **as_argument(cache)}
         padded = torch.cat([mask[:, :1], mask], 1)
         model(**token, attention_mask=padded)
         caches.append(cache)
@@ -114,7 +115,7 @@ def test_the_graph_helper_runs_the_same_step():
     for kernels in ("triton", "torch"):
         cache = StaticCompressedCache(plan, batch=2, max_tokens=30, kernels=kernels)
         position = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        out = model(**inputs, position_ids=position, past_key_values=cache).logits[:, -1]
+        out = model(**inputs, position_ids=position, **as_argument(cache)).logits[:, -1]
         step, found = DecodeGraph(model, cache, capture=False), [out]
         for _ in range(2):
             found.append(step(found[-1].argmax(-1, keepdim=True)).clone())

@@ -9,7 +9,7 @@ import torch
 
 from kvcompress.kernels.decode_split.flat import decode_split
 from kvcompress.runtime import static_triton
-from kvcompress.runtime.hf import attach
+from kvcompress.runtime.hf.attach import attach
 from kvcompress.runtime.static import StaticCompressedCache
 from tests.kernels import by_reference
 from tests.kernels.cases import SHAPES, check_split, split

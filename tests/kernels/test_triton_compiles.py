@@ -14,7 +14,7 @@ import torch
 
 from kvcompress.quant.codec import encode, value_groups
 from kvcompress.runtime import static
-from kvcompress.runtime.hf import attach
+from kvcompress.runtime.hf.attach import attach
 from kvcompress.runtime.static import StaticCompressedCache
 from tests.kernels.ahead import compiling_for
 from tests.kernels.cases import random, run_split, split

@@ -16,6 +16,7 @@ from kvcompress.profile.run import run
 from kvcompress.profile.solve import solve
 from kvcompress.recipe import Calibration, DuoPolicy, FastGenPolicy, Keep, Recipe
 from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.hf.names import as_argument
 from tests.profile import planted
 
 TOKENS, PROMPT = 512, 448
@@ -147,11 +148,11 @@ def decode_rows(model, plan, params, ids):
     kvcompress.attach(model, plan, params)
     try:
         cache = kvcompress.new_cache(model)
-        model(torch.tensor([ids[:PROMPT]]), past_key_values=cache, use_cache=True)
+        model(torch.tensor([ids[:PROMPT]]), **as_argument(cache), use_cache=True)
         held = []
         for token in ids[PROMPT:]:
             held.append(held_positions(cache))
-            model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            model(torch.tensor([[token]]), **as_argument(cache), use_cache=True)
     finally:
         kvcompress.detach(model)
     return held

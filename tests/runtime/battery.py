@@ -19,7 +19,8 @@ from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.names import as_argument
 from tests.runtime import oracle, ways
 from tests.runtime.models import build, prompts
 from tests.runtime.ways import DTYPES, LENGTH, PADS, WAYS, Results, Subject, forced
@@ -273,7 +274,7 @@ def measure_v8(family: str) -> Outcome:
             subject = served_subject(family, *KEEP_SETS["mixed"])
             cache = kvcompress.new_cache(subject.model, compress=HELD)
             inputs = prompts(3, LENGTH, PADS)
-            results.append(ways.generate(subject, inputs, past_key_values=cache, **settings))
+            results.append(ways.generate(subject, inputs, **as_argument(cache), **settings))
         return difference(*results)
 
     return _or_refusal(family, HELD, measured)

@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    GPTJForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -156,14 +157,12 @@ CONFIGS: Final[dict[str, Callable[[], PretrainedConfig]]] = {
     "glm4": lambda: _config("glm4", _GQA_16),
 }
 
-FAMILIES: Final = tuple(CONFIGS)
 # one of each mechanism that needs nothing beside full and sliding layers
 SUPPORTED: Final = ("llama", "llama_mha", "qwen3", "mistral", "gemma2", "opt", "gpt_neox")
 
 # models that must be refused
 REFUSED: Final[dict[str, Callable[[], PretrainedConfig]]] = {
     "falcon": lambda: _config("falcon", _MHA, num_kv_heads=4),
-    "gptj": lambda: _config("gptj", _GPT, rotary_dim=8),
     "bloom": lambda: _config("bloom", _IDS, hidden_size=64, n_layer=2, n_head=4),
     "jetmoe": lambda: _config("jetmoe", _GQA, _LOCAL_EXPERTS, kv_channels=16),
     "diffllama": lambda: _config("diffllama", _GQA),
@@ -180,6 +179,10 @@ REFUSED: Final[dict[str, Callable[[], PretrainedConfig]]] = {
         decoder_start_token_id=0,
     ),
 }
+# the attention of GPT-J can be replaced since transformers 5.24
+_GPTJ_IS_SERVED: Final = GPTJForCausalLM._can_set_attn_implementation()
+(CONFIGS if _GPTJ_IS_SERVED else REFUSED)["gptj"] = lambda: _config("gptj", _GPT, rotary_dim=8)
+FAMILIES: Final = tuple(CONFIGS)
 
 
 def build(

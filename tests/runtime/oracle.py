@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from kvcompress.evict.scorers import scorer as scorer_named
 from kvcompress.plan import HeadPlan, Plan
+from kvcompress.runtime.hf.names import as_argument
 
 NAME = "kvcompress_oracle"
 Spans = Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, int]]]
@@ -346,7 +347,7 @@ def feed(
             input_ids=ids[:, low:high],
             attention_mask=mask[:, :high],
             position_ids=positions[:, low:high],
-            past_key_values=cache,
+            **as_argument(cache),
             use_cache=True,
         )
         logits.append(out.logits[:, -1].float())

@@ -13,7 +13,9 @@ from kvcompress import accounting
 from kvcompress.errors import KVCompressError, PositionRangeWarning, UnsupportedModelError
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.hf import attach, new_cache
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument, cache_of
 from kvcompress.runtime.state import LayerSettings, LayerState
 from tests.runtime.battery import EXACT, FULL, PUNCT, plan_for
 from tests.runtime.models import build, prompts, refused
@@ -29,7 +31,7 @@ def llama(*heads: HeadPlan, **settings):
 
 @torch.no_grad()
 def feed(model, cache, ids, mask=None):
-    return model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+    return model(input_ids=ids, attention_mask=mask, **as_argument(cache)).logits
 
 
 def kept_numbers(cache, row=0) -> list[set[int]]:
@@ -56,11 +58,11 @@ def test_a_held_prompt_equals_one_that_came_at_once(size, rows, stride):
     inputs = prompts(3, 60, [7, 1, 0])
     expected = greedy(model, inputs)
     cache = new_cache(model, compress="after_prefill")
-    got = greedy(model, inputs, prefill_chunk_size=size, past_key_values=cache)
+    got = greedy(model, inputs, prefill_chunk_size=size, **as_argument(cache))
     assert torch.equal(got.sequences, expected.sequences)
     for ours, theirs in zip(got.logits, expected.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
-    assert cache.nbytes() == expected.past_key_values.nbytes()
+    assert cache.nbytes() == cache_of(expected).nbytes()
 
 
 def test_a_held_prompt_ends_at_the_first_decoded_token_or_when_told():
@@ -98,7 +100,7 @@ def test_protected_spans_outlive_any_generation():
     model = llama(HeadPlan(**EXACT), FREQUENT, HeadPlan(punct=True, **EXACT))
     cache = new_cache(model, protect=[(3, 9), range(20, 30)])
     out = greedy(
-        model, prompts(2, 50, [5, 0]), past_key_values=cache, max_new_tokens=120, eos_token_id=None
+        model, prompts(2, 50, [5, 0]), **as_argument(cache), max_new_tokens=120, eos_token_id=None
     )
     assert out.sequences.shape[1] == 170
     for row in (0, 1):
@@ -108,7 +110,7 @@ def test_protected_spans_outlive_any_generation():
     plan = plan_for(model, HeadPlan(**EXACT), FREQUENT)
     attach(model, plan)
     cache = new_cache(model, protect=[(3, 9), (20, 30)])
-    greedy(model, prompts(2, 50, [5, 0]), past_key_values=cache, max_new_tokens=40)
+    greedy(model, prompts(2, 50, [5, 0]), **as_argument(cache), max_new_tokens=40)
     lengths = [45, 50]
     now = [n + cache.get_seq_length() - 50 for n in lengths]
     assert cache.nbytes() == accounting.cache_bytes(plan, now, lengths, spans)
@@ -250,10 +252,10 @@ def test_two_caches_interleaved_step_by_step():
 def test_reset_gives_an_empty_cache():
     model, inputs = llama(*KEEP_SETS.values()), prompts(2, 40)
     cache = new_cache(model)
-    first = greedy(model, inputs, past_key_values=cache)
+    first = greedy(model, inputs, **as_argument(cache))
     cache.reset()
     assert cache.get_seq_length() == cache.nbytes() == 0
-    again = greedy(model, inputs, past_key_values=cache)
+    again = greedy(model, inputs, **as_argument(cache))
     assert torch.equal(first.sequences, again.sequences)
 
 
@@ -261,10 +263,10 @@ def test_a_hybrid_cache_can_be_reset_to_another_batch():
     model = build("qwen3_next")
     attach(model, plan_for(model, FREQUENT))
     cache = new_cache(model)
-    greedy(model, prompts(3, 20), past_key_values=cache, max_new_tokens=4)
+    greedy(model, prompts(3, 20), **as_argument(cache), max_new_tokens=4)
     cache.reset()
-    got = greedy(model, prompts(1, 30), past_key_values=cache, max_new_tokens=8)
-    expected = greedy(model, prompts(1, 30), past_key_values=new_cache(model), max_new_tokens=8)
+    got = greedy(model, prompts(1, 30), **as_argument(cache), max_new_tokens=8)
+    expected = greedy(model, prompts(1, 30), **as_argument(new_cache(model)), max_new_tokens=8)
     assert torch.equal(got.sequences, expected.sequences)
 
 
@@ -313,7 +315,7 @@ def test_a_model_spread_by_accelerate(tmp_path):
 # ---- misuse
 def test_what_the_cache_cannot_do_is_refused():
     model, inputs = llama(), prompts(2, 20, [4, 0])
-    with pytest.raises(KVCompressError, match="offloaded.*would move an uncompressed cache"):
+    with pytest.raises(KVCompressError, match="offloaded.*would go past the compressed cache"):
         greedy(model, inputs, cache_implementation="offloaded")
     with pytest.raises(KVCompressError, match="generate_batch uses its own paged cache"):
         model.generate_batch([[5, 6, 7]])
@@ -346,8 +348,8 @@ def test_a_forward_outside_of_no_grad_works_and_refuses_a_gradient(family):
     attach(model, plan_for(model, FREQUENT))
     caches = [new_cache(model), new_cache(model)]
     with torch.no_grad():
-        expected = [model(input_ids=i, past_key_values=caches[0]).logits for i in ids.split(15, 1)]
-    got = [model(input_ids=i, past_key_values=caches[1]).logits for i in ids.split(15, 1)]
+        expected = [model(input_ids=i, **as_argument(caches[0])).logits for i in ids.split(15, 1)]
+    got = [model(input_ids=i, **as_argument(caches[1])).logits for i in ids.split(15, 1)]
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     held = [t for layer in caches[1].compressed_layers for t in layer.state.tensors()]
     assert not any(t.requires_grad for t in held)
@@ -358,14 +360,14 @@ def test_a_forward_outside_of_no_grad_works_and_refuses_a_gradient(family):
 def test_generate_notices_another_text_or_no_new_token():
     model = llama(*KEEP_SETS.values())
     cache, inputs = new_cache(model), prompts(1, 40)
-    first = greedy(model, inputs, past_key_values=cache, max_new_tokens=5).sequences
+    first = greedy(model, inputs, **as_argument(cache), max_new_tokens=5).sequences
     with pytest.raises(KVCompressError, match="row 0: the first 44 ids are not the tokens"):
-        greedy(model, {"input_ids": first.flip(1)}, past_key_values=cache)
+        greedy(model, {"input_ids": first.flip(1)}, **as_argument(cache))
     with pytest.raises(KVCompressError, match="seen all 44 tokens of this prompt already"):
-        greedy(model, {"input_ids": first[:, :-1]}, past_key_values=cache)
-    expected = greedy(model, {"input_ids": first}, past_key_values=copy.deepcopy(cache)).sequences
+        greedy(model, {"input_ids": first[:, :-1]}, **as_argument(cache))
+    expected = greedy(model, {"input_ids": first}, **as_argument(copy.deepcopy(cache))).sequences
     only_new = {"input_ids": first[:, -1:], "attention_mask": torch.ones_like(first)}
-    got = greedy(model, only_new, past_key_values=cache).sequences
+    got = greedy(model, only_new, **as_argument(cache)).sequences
     assert torch.equal(got[:, 1:], expected[:, 45:])
 
 
@@ -373,7 +375,7 @@ def test_embeddings_show_no_token_classes():
     model = llama(KEEP_SETS["punct"])
     embeds = model.get_input_embeddings()(prompts(1, 20)["input_ids"])
     with pytest.warns(UserWarning, match="embeddings do not show"), torch.no_grad():
-        model(inputs_embeds=embeds, past_key_values=new_cache(model))
+        model(inputs_embeds=embeds, **as_argument(new_cache(model)))
 
 
 @pytest.mark.parametrize("family", ["jetmoe", "diffllama"])

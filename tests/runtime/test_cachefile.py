@@ -12,7 +12,7 @@ from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime import cachefile
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.cachefile import CacheFileError
-from kvcompress.runtime.hf import attach
+from kvcompress.runtime.hf.attach import attach
 from kvcompress.runtime.persist import load_cache, save_cache
 from tests.runtime.models import build
 from tests.runtime.test_persist import plan_for, talk

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from kvcompress import accounting
 from kvcompress.demo.run import MODEL
 from kvcompress.plan import HeadPlan
-from kvcompress.runtime.hf import attach, detach
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.names import cache_of
 from tests.runtime import oracle
 from tests.runtime.battery import FULL, plan_for
 from tests.runtime.test_parity import KEEP_SETS, compressed_logits, greedy
@@ -84,7 +85,7 @@ def test_v4(model, text):
 def test_v5(model, text):
     plan = plan_for(model, KEEP_SETS["frequent"], HeadPlan(full=True), HeadPlan(k_dtype="int4"))
     attach(model, plan)
-    cache = greedy(model, prompt_of(text)).past_key_values
+    cache = cache_of(greedy(model, prompt_of(text)))
     detach(model)
     prompt = [60 - pad for pad in PADS]
     # a row that ends early is fed pads on: every row has the length of the longest

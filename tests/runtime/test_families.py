@@ -12,7 +12,8 @@ from kvcompress.errors import UnsupportedModelError
 from kvcompress.plan import uniform
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.names import as_argument
 from tests.runtime import battery, oracle, ways
 from tests.runtime.battery import CASES, DRAFTED, FULL, Outcome, plan_for
 from tests.runtime.models import FAMILIES, REFUSED, build, prompts, refused
@@ -96,7 +97,7 @@ def test_a_model_that_would_be_served_wrongly_is_refused(name):
     with pytest.raises(UnsupportedModelError, match=REASONS[name]), torch.no_grad():
         plan = uniform(shape_of(model.config, model.dtype), FULL)
         attach(model, plan)
-        model(prompts(1, 12)["input_ids"], past_key_values=CompressedCache(plan))
+        model(prompts(1, 12)["input_ids"], **as_argument(CompressedCache(plan)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -98,7 +98,7 @@ class Pair:
         flags = torch.where(flags > 3, 0, flags).to(torch.uint8)
         out = []
         for layer in (self.fused, self.plain):
-            layer.arrival = Arrival(flags=flags)
+            layer.announce(Arrival(flags=flags))
             layer.update(key, value)
             given = {"softcap": None, "sinks": None, "mask": None, **more}
             result = layer.forward(
@@ -282,7 +282,7 @@ def test_codes_are_those_of_the_codec(isa):
         )
         vectors = vectors[None, :, None]
         for layer in (pair.fused, pair.plain):
-            layer.arrival = Arrival()
+            layer.announce(Arrival())
             layer.update(vectors, vectors)
             layer.forward(vectors * 0, vectors, vectors, None, 1.0, None, None)
     pair.compare(1e-5)
@@ -302,9 +302,11 @@ def test_protected_spans_go_the_other_way():
     plan = plan_of(some_heads("int8", "int8"), 32)
     layer = CompressedLayer(LayerSettings(plan, params_of(plan), 0), (range(3, 9),))
     x = torch.randn(1, 5, 60, 32)
+    layer.announce(Arrival())
     layer.update(x, x)
     layer.forward(x, x, x, None, 1.0, None, None)
     token = torch.randn(1, 5, 1, 32)
+    layer.announce(Arrival())
     layer.update(token, token)
     layer.forward(token, token, token, None, 1.0, None, None)
     assert layer._fused is not None and layer._fused._view is None

@@ -8,7 +8,7 @@ import torch
 from kvcompress import accounting
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.hf import attach, detach
+from kvcompress.runtime.hf.attach import attach, detach
 from tests.runtime import oracle
 from tests.runtime.battery import FULL, plan_for
 from tests.runtime.models import SUPPORTED, build

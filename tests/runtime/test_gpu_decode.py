@@ -9,7 +9,8 @@ import torch
 
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime.graphs import DecodeGraph
-from kvcompress.runtime.hf import attach
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.static import StaticCompressedCache
 from tests.interpreted.test_step import CASES
 from tests.runtime.models import build, prompts
@@ -71,7 +72,7 @@ def test_a_captured_step_equals_an_eager_one(family, compiled):
     caches, found = [], []
     for capture in (True, False):
         cache = StaticCompressedCache(plan, batch=2, max_tokens=MAX_TOKENS)
-        logits = model(**inputs, position_ids=position, past_key_values=cache).logits[:, -1]
+        logits = model(**inputs, position_ids=position, **as_argument(cache)).logits[:, -1]
         step = torch.compile(model, fullgraph=True) if compiled and capture else None
         run, line = DecodeGraph(model, cache, step, capture), [logits]
         for _ in range(12):
@@ -86,9 +87,9 @@ def test_a_captured_step_equals_an_eager_one(family, compiled):
         cache = caches[0]
         cache.reset()
         other = on_gpu(prompts(2, 17))
-        logits = model(**other, past_key_values=cache).logits[:, -1]
+        logits = model(**other, **as_argument(cache)).logits[:, -1]
         again = StaticCompressedCache(plan, batch=2, max_tokens=MAX_TOKENS)
-        expected = model(**other, past_key_values=again).logits[:, -1]
+        expected = model(**other, **as_argument(again)).logits[:, -1]
         assert torch.equal(logits, expected)
 
 
@@ -98,17 +99,17 @@ def test_a_graph_serves_the_next_prompt():
     attach(model, plan)
     cache = StaticCompressedCache(plan, batch=1, max_tokens=MAX_TOKENS)
     token = torch.full((1, 1), 6, device="cuda")
-    model(**on_gpu(prompts(1, 30)), past_key_values=cache)
+    model(**on_gpu(prompts(1, 30)), **as_argument(cache))
     step = DecodeGraph(model, cache)
     for _ in range(5):
         step(token)
     cache.reset()
-    model(**on_gpu(prompts(1, 11)), past_key_values=cache)
+    model(**on_gpu(prompts(1, 11)), **as_argument(cache))
     other = StaticCompressedCache(plan, batch=1, max_tokens=MAX_TOKENS)
-    model(**on_gpu(prompts(1, 11)), past_key_values=other)
+    model(**on_gpu(prompts(1, 11)), **as_argument(other))
     for _ in range(5):
         got = step(token).clone()
-        expected = model(input_ids=token, past_key_values=other).logits[:, -1]
+        expected = model(input_ids=token, **as_argument(other)).logits[:, -1]
         torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
     assert_same_arrays(cache, other, tolerance=1e-5)
 
@@ -118,7 +119,7 @@ def test_a_step_waits_for_nothing_and_a_replay_allocates_nothing():
     plan = plan_for(model, HEADS["fastgen"], HEADS["full"], scorer="lift")
     attach(model, plan)
     cache = StaticCompressedCache(plan, batch=2, max_tokens=MAX_TOKENS)
-    model(**on_gpu(prompts(2, 30)), past_key_values=cache)
+    model(**on_gpu(prompts(2, 30)), **as_argument(cache))
     token = torch.full((2, 1), 6, device="cuda")
     eager = DecodeGraph(model, cache, capture=False)
     eager(token)  # compiles, and asks once how much the cache holds

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvcompress.errors import KVCompressError, PositionRangeWarning
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.graphs import DecodeGraph
-from kvcompress.runtime.hf import attach
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.static import StaticCompressedCache
 from tests.runtime.models import build, prompts
 from tests.runtime.test_static import HEADS, MAX_TOKENS, decode, one_layer, plan_for
@@ -40,7 +41,7 @@ class NoWaiting(TorchDispatchMode):
 
 def prompt(model, cache, inputs):
     position = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    return model(**inputs, position_ids=position, past_key_values=cache).logits[:, -1]
+    return model(**inputs, position_ids=position, **as_argument(cache)).logits[:, -1]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "llama4"])
@@ -84,7 +85,7 @@ def test_a_further_prompt_goes_on_with_the_same_graph():
     expected = CompressedCache(plan)
     for held in (cache, expected):
         prompt(model, held, prompts(1, 5))
-    one = model(input_ids=token, past_key_values=expected).logits[:, -1]
+    one = model(input_ids=token, **as_argument(expected)).logits[:, -1]
     torch.testing.assert_close(step(token), one, atol=1e-5, rtol=0)
     assert cache.room() == 12 - 6
 

@@ -19,7 +19,8 @@ from kvcompress.errors import UnsupportedModelError
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan, uniform
 from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.names import cache_of
 from kvcompress.runtime.parallel import mesh_of, shard_params, shard_plan
 from tests.runtime import tp_worker
 from tests.runtime.models import prompts
@@ -176,7 +177,7 @@ def test_all_processes_hold_every_head_once(job):
             of_heads(found.report["bytes"][name], shard_plan(plan, rank, SIZE))
             for rank, found in enumerate(job.found)
         ]
-        assert sum(parts) == of_heads(job.expected[name].past_key_values.nbytes(), plan)
+        assert sum(parts) == of_heads(cache_of(job.expected[name]).nbytes(), plan)
 
 
 def test_heads_that_cannot_be_shared_are_refused(job):

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from kvcompress import accounting
-from kvcompress.errors import PlanError, UnsupportedModelError
+from kvcompress.errors import KVCompressError, PlanError, UnsupportedModelError
 from kvcompress.evict.registry import SUMS
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.hf import attach, detach, new_cache
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument, cache_of
 from tests.runtime import oracle
 from tests.runtime.battery import EXACT, FULL, plan_for
 from tests.runtime.models import SUPPORTED, build, falcon
@@ -63,7 +65,7 @@ def test_v1_budget_beyond_the_context_changes_nothing(family, head):
     expected = greedy(model, inputs)
     attach(model, plan_for(model, head))
     got = greedy(model, inputs)
-    assert isinstance(got.past_key_values, CompressedCache)
+    assert isinstance(cache_of(got), CompressedCache)
     assert torch.equal(got.sequences, expected.sequences)
     for ours, theirs in zip(got.logits, expected.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
@@ -171,7 +173,7 @@ def test_v5_bytes_equal_the_accounting(family, dtypes):
     ]
     plan = plan_for(model, *heads)
     attach(model, plan)
-    cache = greedy(model, inputs, max_new_tokens=36).past_key_values
+    cache = cache_of(greedy(model, inputs, max_new_tokens=36))
     held = sum(
         t.untyped_storage().nbytes() for layer in cache.layers for t in layer.state.tensors()
     )
@@ -184,7 +186,7 @@ def test_v5_bytes_equal_the_accounting(family, dtypes):
 def test_v5_every_tensor_is_counted():
     model, inputs = build("llama"), prompts(2, 60)
     attach(model, plan_for(model, *KEEP_SETS.values()))
-    state = greedy(model, inputs).past_key_values.layers[0].state
+    state = cache_of(greedy(model, inputs)).layers[0].state
     found = {id(t) for t in state.tensors()}
     for group in state.groups:
         owners = [group.store, group.store.keys, group.store.values, group]
@@ -228,9 +230,9 @@ def test_a_second_turn_equals_masked():
     attach(model, plan)
     cache = CompressedCache(plan)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **as_argument(cache))
         turn = prompts(2, 60)["input_ids"][:, 40:60]
-        got = model(input_ids=turn, past_key_values=cache).logits[:, -1]
+        got = model(input_ids=turn, **as_argument(cache)).logits[:, -1]
     detach(model)
     reference = oracle.Oracle(plan, torch.cat([inputs["input_ids"], turn], 1), torch.ones(2, 60))
     oracle.AttentionInterface.register(oracle.NAME, reference.attention)
@@ -239,9 +241,9 @@ def test_a_second_turn_equals_masked():
     full = oracle.DynamicCache(config=model.config)
     with torch.no_grad():
         reference.new_tokens = 40
-        model(**inputs, past_key_values=full)
+        model(**inputs, **as_argument(full))
         reference.new_tokens = 20
-        expected = model(input_ids=turn, past_key_values=full).logits[:, -1]
+        expected = model(input_ids=turn, **as_argument(full)).logits[:, -1]
     torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -251,10 +253,10 @@ def test_a_copied_cache_goes_on_alone():
     attach(model, plan)
     cache = CompressedCache(plan)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **as_argument(cache))
         kept, tokens = copy.deepcopy(cache), torch.full((2, 1), 9)
-        first = model(input_ids=tokens, past_key_values=cache).logits
-        again = model(input_ids=tokens, past_key_values=kept).logits
+        first = model(input_ids=tokens, **as_argument(cache)).logits
+        again = model(input_ids=tokens, **as_argument(kept)).logits
     assert torch.equal(first, again)
     assert kept.plan is cache.plan
 
@@ -268,9 +270,8 @@ def test_a_bypassing_model_is_refused():
 def test_a_cache_without_attach_is_refused():
     model, inputs = build("llama"), prompts(1, 10)
     cache = CompressedCache(plan_for(model, FULL))
-    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="never called the compressed"):
-        model(**inputs, past_key_values=cache)
-        model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache)
+    with torch.no_grad(), pytest.raises(KVCompressError, match="call kvcompress.attach"):
+        model(**inputs, **as_argument(cache))
 
 
 def test_a_plan_of_another_model_is_refused():
@@ -286,4 +287,4 @@ def test_detach_gives_the_model_back():
     detach(model)
     again = greedy(model, inputs)
     assert torch.equal(again.sequences, expected.sequences)
-    assert not isinstance(again.past_key_values, CompressedCache)
+    assert not isinstance(cache_of(again), CompressedCache)

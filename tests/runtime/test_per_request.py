@@ -22,7 +22,9 @@ from kvcompress.plan import (
 from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach, detach, new_cache
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import cache_of
 from kvcompress.runtime.reader import LEAD_TOKENS
 from tests.runtime.battery import EXACT
 from tests.runtime.models import build, prompts
@@ -119,7 +121,7 @@ def test_pooled_bytes_are_those_of_the_accounting_and_survive_decoding():
     out = model.generate(
         **inputs, max_new_tokens=12, min_new_tokens=12, return_dict_in_generate=True
     )
-    cache = out.past_key_values
+    cache = cache_of(out)
     lengths = inputs["attention_mask"].sum(1).tolist()
     assert cache.nbytes() == accounting.cache_bytes(
         cache.plan, [n + 11 for n in lengths], lengths, chosen=cache.chosen_heads()
@@ -131,9 +133,7 @@ def test_pooled_bytes_are_those_of_the_accounting_and_survive_decoding():
         return_dict_in_generate=True,
     )
     assert torch.equal(alone.sequences[0, 34:], out.sequences[0, 40:])
-    assert [h[0] for h in cache.chosen_heads()] == [
-        h[0] for h in alone.past_key_values.chosen_heads()
-    ]
+    assert [h[0] for h in cache.chosen_heads()] == [h[0] for h in cache_of(alone).chosen_heads()]
 
 
 def test_a_threshold_keeps_what_reaches_it_and_its_cap_holds_while_decoding():

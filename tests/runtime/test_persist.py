@@ -19,7 +19,9 @@ from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.cachefile import CacheFileError
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach, new_cache
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.persist import layer_devices, load_cache, save_cache
 from kvcompress.runtime.state import LayerSettings
 from tests.runtime.models import VOCAB, build, prompts
@@ -97,7 +99,7 @@ def talk(model, cache, pads: list[int], *turns: int) -> torch.Tensor:
         ids[mask[:, seen:] == 0] = 2
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, seen:]
         out = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+            input_ids=ids, attention_mask=mask, position_ids=positions, **as_argument(cache)
         )
         logits.append(out.logits[:, -1])
         seen += turn
@@ -197,21 +199,21 @@ def test_a_prefix_is_computed_once(tmp_path):
     document, questions = prompts(1, 60)["input_ids"], prompts(3, 12)["input_ids"]
     cache = CompressedCache(plan)
     with torch.no_grad():
-        model(input_ids=document, past_key_values=cache)
+        model(input_ids=document, **as_argument(cache))
     cache.save(tmp_path / "document.kvc")
     answers = []
     for question in questions:
         ids = torch.cat([document, question[None]], 1)
         again = CompressedCache(plan)
         with torch.no_grad():
-            model(input_ids=document, past_key_values=again)
+            model(input_ids=document, **as_argument(again))
         loaded = CompressedCache.load(tmp_path / "document.kvc", model)
         loaded.check_prefix(ids)
         ways = (again, copy.deepcopy(cache), loaded)
         expected, *others = (
             model.generate(
                 input_ids=ids,
-                past_key_values=way,
+                **as_argument(way),
                 max_new_tokens=12,
                 do_sample=False,
                 return_dict_in_generate=True,
@@ -279,6 +281,7 @@ def test_a_cache_that_holds_nothing_or_half_a_forward_is_not_saved(mixed, tmp_pa
     with pytest.raises(CacheFileError, match="the cache is empty"):
         save_cache(CompressedCache(cache.plan, cache.params), tmp_path / "cache.kvc")
     half = copy.deepcopy(cache)
+    half.note_forward(None, 1)
     half.update(torch.zeros(2, 2, 1, 16), torch.zeros(2, 2, 1, 16), 0)
     with pytest.raises(KVCompressError, match="layer 0: save the cache between two forwards"):
         save_cache(half, tmp_path / "cache.kvc")

@@ -12,7 +12,9 @@ from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.runtime.attend import Chunk
 from kvcompress.runtime.evidence import new_scores
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach, detach, new_cache
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.state import LayerSettings, LayerState
 from tests.runtime.live import LiveBytes
@@ -48,7 +50,7 @@ def prefill(model, cache) -> LiveBytes:
     """What was alive while a prompt ran."""
     ids = torch.randint(3, 60, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), LiveBytes(*model.parameters(), *model.buffers()) as live:
-        model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+        model(ids, **as_argument(cache), use_cache=cache is not None, logits_to_keep=1)
     return live
 
 

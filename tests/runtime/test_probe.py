@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvcompress.runtime.hf import attach, attached
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.attached import attached
 from kvcompress.runtime.probe import PROMPT, probe
 from kvcompress.runtime.state import LayerSettings
 from tests.runtime.battery import FULL, plan_for

@@ -13,7 +13,9 @@ from kvcompress.kernels.cpu.library import library
 from kvcompress.kernels.prefill_colsum import reference as colsum
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime import commit, prompt_kernels
-from kvcompress.runtime.hf import attach, detach, new_cache
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.store import SegmentStore, StorageKind
 from tests.kernels.cases import awkward, random, same_codes
 from tests.runtime.battery import plan_for
@@ -57,12 +59,12 @@ def states_of(family, keep, pads, tokens=60):
     attach(model, plan)
     cache = new_cache(model)
     with torch.no_grad():
-        logits = [model(**inputs, past_key_values=cache, use_cache=True).logits]
+        logits = [model(**inputs, **as_argument(cache), use_cache=True).logits]
         mask = inputs["attention_mask"]
         for _ in range(2):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             token = torch.full((2, 1), 7)
-            made = model(input_ids=token, attention_mask=mask, past_key_values=cache)
+            made = model(input_ids=token, attention_mask=mask, **as_argument(cache))
             logits.append(made.logits)
     detach(model)
     return [layer.state for layer in cache.compressed_layers], torch.cat(logits, 1)

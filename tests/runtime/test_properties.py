@@ -157,7 +157,7 @@ class Driver:
         self.values.append(v)
         self.flags.append(flags)
         self.real.append(real)
-        self.layer.arrival = Arrival(flags=flags, in_prompt=False)
+        self.layer.announce(Arrival(flags=flags, in_prompt=False))
         self.layer.update(k, v)
         out = self.layer.forward(q, k, v, mask, dim**-0.5, None, None)
         if self.exact and length == 1 and before is not None:

@@ -16,7 +16,9 @@ from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime import recall as runtime_recall
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach, new_cache
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.recall import RecallLayer
 from kvcompress.runtime.recall_state import RecallState
@@ -83,7 +85,7 @@ def places(cache) -> list:
 
 @torch.no_grad()
 def feed(model, cache, ids):
-    return model(input_ids=ids, past_key_values=cache).logits
+    return model(input_ids=ids, **as_argument(cache)).logits
 
 
 # ---- V1: nothing is lost
@@ -216,7 +218,7 @@ def test_v5_bytes_equal_accounting(heads, dtype):
         inputs = prompts(3, 90, [60, 12, 0])
         cache.note_forward(inputs["input_ids"], 90)
         with torch.no_grad():
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **as_argument(cache))
         seen = prompt = [30, 78, 90]
         for step in range(40):
             assert cache.nbytes() == accounting.cache_bytes(plan, seen, prompt)
@@ -367,7 +369,7 @@ def test_v8_a_held_prompt_equals_one_that_came_at_once(size):
     options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     expected = model.generate(**inputs, **options)
     cache = new_cache(model, compress="after_prefill")
-    got = model.generate(**inputs, **options, past_key_values=cache, prefill_chunk_size=size)
+    got = model.generate(**inputs, **options, **as_argument(cache), prefill_chunk_size=size)
     assert torch.equal(got, expected)
 
 

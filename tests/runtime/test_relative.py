@@ -28,7 +28,9 @@ from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime import relative
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach, detach, new_cache
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument, cache_of
 from kvcompress.runtime.relative import (
     check_relative,
     frame_positions,
@@ -96,7 +98,7 @@ def tokens(batch, length, pads=()):
 def step(model, cache, ids, mask, low, high):
     """Logits ``[B, T, vocab]`` of one forward."""
     return model(
-        input_ids=ids[:, low:high], attention_mask=mask[:, :high], past_key_values=cache
+        input_ids=ids[:, low:high], attention_mask=mask[:, :high], **as_argument(cache)
     ).logits
 
 
@@ -326,7 +328,7 @@ def test_generate_equals_a_loop_of_forwards():
     )
     assert torch.equal(out.sequences, ids)
     expected = accounting.cache_bytes(plan, [111 - 7, 111], [93, 100])
-    assert out.past_key_values.nbytes() == cache.nbytes() == expected
+    assert cache_of(out).nbytes() == cache.nbytes() == expected
 
 
 def test_drafts_leave_no_trace_beyond_the_range():
@@ -474,7 +476,7 @@ def test_given_positions_do_not_matter():
     for places in (None, torch.arange(30)[None] + 7):
         cache = CompressedCache(plan)
         with torch.no_grad():
-            out = model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+            out = model(ids, attention_mask=mask, position_ids=places, **as_argument(cache))
         outputs.append(out.logits)
     assert torch.equal(*outputs)
 
@@ -552,7 +554,7 @@ def stream_losses(model, cache, ids, width=64):
     with torch.no_grad():
         for low in range(0, ids.shape[1] - 1, width):
             part = ids[:, low : min(low + width, ids.shape[1] - 1)]
-            logits = model(input_ids=part, past_key_values=cache).logits[0]
+            logits = model(input_ids=part, **as_argument(cache)).logits[0]
             target = ids[0, low + 1 : low + 1 + part.shape[1]]
             losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
     return torch.cat(losses)

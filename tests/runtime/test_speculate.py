@@ -9,7 +9,9 @@ import torch
 
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan
-from kvcompress.runtime.hf import attach, detach, new_cache
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument, cache_of
 from tests.runtime.battery import EXACT, FULL, plan_for
 from tests.runtime.models import VOCAB, build, prompts
 from tests.runtime.test_parity import KEEP_SETS
@@ -67,9 +69,9 @@ def test_prompt_lookup_changes_no_token_under_eviction(family, heads):
     bar = 5e-3 if heads == "int4" else 2e-5
     for ours, theirs in zip(drafted.logits, plain.logits, strict=True):
         torch.testing.assert_close(ours, theirs, atol=bar, rtol=0)
-    held = drafted.past_key_values
+    held = cache_of(drafted)
     # the last token of a draft is never fed, so the caches may differ by what came after it
-    assert abs(held.get_seq_length() - plain.past_key_values.get_seq_length()) <= 5
+    assert abs(held.get_seq_length() - cache_of(plain).get_seq_length()) <= 5
 
 
 def test_an_assistant_changes_no_token_under_eviction():
@@ -95,19 +97,19 @@ def test_a_cropped_draft_leaves_the_state_as_it_was(heads, prompt):
     draft = torch.randint(3, VOCAB, (1, 40), generator=torch.Generator().manual_seed(3))
     cache = new_cache(model)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **as_argument(cache))
         cache.activate_past_recording()
         before = everything(cache)
-        model(input_ids=draft, past_key_values=cache)  # long enough to grow and to evict
+        model(input_ids=draft, **as_argument(cache))  # long enough to grow and to evict
         assert everything(cache) != before
         cache.crop(-40)
         assert everything(cache) == before
-        model(input_ids=draft, past_key_values=cache)
+        model(input_ids=draft, **as_argument(cache))
         cache.crop(-33)
         again = new_cache(model)
-        model(input_ids=ids, past_key_values=again)
+        model(input_ids=ids, **as_argument(again))
         for token in draft[:, :7].T:
-            model(input_ids=token[None], past_key_values=again)
+            model(input_ids=token[None], **as_argument(again))
     for layer, alone in zip(cache.compressed_layers, again.compressed_layers, strict=True):
         assert layer.state.row_seen == alone.state.row_seen
         assert layer.state.class_counts == alone.state.class_counts
@@ -132,12 +134,12 @@ def test_only_drafted_tokens_can_be_taken_back():
     attach(model, plan_for(model, FULL))
     cache = new_cache(model)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **as_argument(cache))
     with pytest.raises(KVCompressError, match=r"crop\(-1\): only the 0 newest drafted"):
         cache.crop(-1)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(input_ids=inputs["input_ids"][:, :3], past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, :3], **as_argument(cache))
     with pytest.raises(KVCompressError, match="call crop first"):
         cache.reorder_cache(torch.tensor([0]))
     with pytest.raises(KVCompressError, match=r"crop\(2\)"):

@@ -16,7 +16,8 @@ from kvcompress.errors import KVCompressError, PositionRangeWarning
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.static import StaticCompressedCache, static_cache_bytes
 from kvcompress.runtime.static_moves import thaw
 from tests.runtime.models import build, prompts
@@ -85,12 +86,12 @@ def decode(
     """Greedy logits ``[B, steps + 1, vocab]`` and tokens ``[B, steps]``; `model` runs the prompt,
     `step` what follows."""
     position = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    out = model(**inputs, position_ids=position, past_key_values=cache).logits[:, -1]
+    out = model(**inputs, position_ids=position, **as_argument(cache)).logits[:, -1]
     position, logits, tokens = position[:, -1:], [out], []
     for _ in range(steps):
         tokens.append(out.argmax(-1, keepdim=True))
         position = position + 1
-        out = step(input_ids=tokens[-1], position_ids=position, past_key_values=cache)
+        out = step(input_ids=tokens[-1], position_ids=position, **as_argument(cache))
         out = out.logits[:, -1].clone()
         logits.append(out)
     return torch.stack(logits, 1), torch.cat(tokens, 1)
@@ -213,7 +214,7 @@ def test_a_second_turn_and_a_prompt_in_parts():
         StaticCompressedCache(plan, batch=2, max_tokens=MAX_TOKENS),
     ):
         parts = [(0, 20), (20, 37), *((n, n + 1) for n in range(37, 42)), (42, 57), (57, 58)]
-        forwards = [model(input_ids=inputs[:, a:b], past_key_values=cache) for a, b in parts]
+        forwards = [model(input_ids=inputs[:, a:b], **as_argument(cache)) for a, b in parts]
         logits.append(torch.cat([out.logits for out in forwards], 1))
     torch.testing.assert_close(logits[1], logits[0], atol=TOLERANCE, rtol=0)
 
@@ -223,10 +224,10 @@ def test_padding_in_a_step_leaves_its_row_alone():
     plan = plan_for(model, HEADS["fastgen"], HEADS["full"])
     attach(model, plan)
     cache = StaticCompressedCache(plan, batch=2, max_tokens=40)
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **as_argument(cache))
     before = held(cache)
     mask = torch.cat([inputs["attention_mask"], torch.tensor([[1], [0]])], 1)
-    model(input_ids=torch.full((2, 1), 6), attention_mask=mask, past_key_values=cache)
+    model(input_ids=torch.full((2, 1), 6), attention_mask=mask, **as_argument(cache))
     changed = {
         row: any(
             not torch.equal(a, b)
@@ -317,7 +318,7 @@ def test_generate(way):
     if "compile_config" in way:
         way["compile_config"]._compile_all_devices = True
         torch._dynamo.reset()
-    assert torch.equal(model.generate(**settings, **way, past_key_values=cache), expected)
+    assert torch.equal(model.generate(**settings, **way, **as_argument(cache)), expected)
     assert counters["stats"]["unique_graphs"] == ("compile_config" in way)
     assert int(cache.get_seq_length()) == 49
     assert cache.room() == 1
@@ -337,7 +338,7 @@ def test_bytes_equal_the_formula(names, prompt_tokens):
     attach(model, plan)
     cache = StaticCompressedCache(plan, batch=2, max_tokens=90, prompt_tokens=prompt_tokens)
     assert cache.nbytes() == 0
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **as_argument(cache))
     expected = static_cache_bytes(plan, 2, 90, prompt_tokens)
     assert cache.nbytes() == expected
     counted = {id(t) for layer in cache.layers for t in layer.fixed.tensors()}
@@ -366,11 +367,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_overwritten():
     cache = StaticCompressedCache(plan, batch=2, max_tokens=33, prompt_tokens=31)
     decode(model, model, cache, inputs, 2)
     before = [t.clone() for layer in cache.layers for t in layer.fixed.tensors()]
-    token = {"input_ids": torch.full((2, 1), 6), "past_key_values": cache}
+    token = {"input_ids": torch.full((2, 1), 6), **as_argument(cache)}
     with pytest.raises(KVCompressError, match="a prompt of 34 tokens.*prompt_tokens=31"):
-        model(input_ids=torch.full((2, 2), 6), past_key_values=cache)
+        model(input_ids=torch.full((2, 2), 6), **as_argument(cache))
     with pytest.raises(KVCompressError, match="this batch has 3"):
-        model(**prompts(3, 2), past_key_values=cache)
+        model(**prompts(3, 2), **as_argument(cache))
     model(**token)
     expected = copy.deepcopy(cache)
     with pytest.raises(KVCompressError, match="34 tokens of prompt and answer.*max_tokens=33"):
@@ -439,7 +440,7 @@ def test_positions_beyond_the_plan_warn_once():
     decode(model, model, cache, prompts(1, 20), 2)
     with pytest.warns(PositionRangeWarning, match="position 22 is beyond 21") as caught:
         for _ in range(3):
-            model(input_ids=torch.full((1, 1), 6), past_key_values=cache)
+            model(input_ids=torch.full((1, 1), 6), **as_argument(cache))
     assert len(caught) == 1
 
 
@@ -456,4 +457,4 @@ def test_a_compiled_prompt_is_refused():
     cache = StaticCompressedCache(plan, batch=1, max_tokens=9)
     torch._dynamo.reset()
     with pytest.raises(Exception, match="run the prompt through the model itself first"):
-        torch.compile(model, fullgraph=True, backend="eager")(**inputs, past_key_values=cache)
+        torch.compile(model, fullgraph=True, backend="eager")(**inputs, **as_argument(cache))

@@ -18,7 +18,9 @@ from transformers.masking_utils import sdpa_mask
 from kvcompress.plan import Budget, FastGenChoice, Plan, Threshold, uniform
 from kvcompress.recipe import Recipe, UniformPolicy
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach, detach, new_cache
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument
 from tests.runtime.models import build, prompts
 from tests.runtime.test_cache import feed, kept_numbers
 
@@ -266,10 +268,10 @@ def truth_of(name, model, plan, ids, told, length=LENGTH):
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     cache = DynamicCache(config=model.config)
-    logits = [model(input_ids=ids[:, :length], past_key_values=cache).logits[:, -1]]
+    logits = [model(input_ids=ids[:, :length], **as_argument(cache)).logits[:, -1]]
     kept = [[truth.kept[key] for key in sorted(truth.kept)]]
     for t in range(length, ids.shape[1]):
-        logits.append(model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits[:, -1])
+        logits.append(model(input_ids=ids[:, t : t + 1], **as_argument(cache)).logits[:, -1])
         kept.append([truth.kept[key] for key in sorted(truth.kept)])
     model.set_attn_implementation("eager")
     return torch.stack(logits, 1), kept
@@ -336,9 +338,9 @@ def test_a_budget_as_large_as_the_prompt_is_dynamic_cache(name):
     ids = prompts(1, 94)["input_ids"]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        plain = [model(input_ids=ids[:, :80], past_key_values=cache).logits[:, -1]]
+        plain = [model(input_ids=ids[:, :80], **as_argument(cache)).logits[:, -1]]
         for t in range(80, 94):
-            plain.append(model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits[:, -1])
+            plain.append(model(input_ids=ids[:, t : t + 1], **as_argument(cache)).logits[:, -1])
     logits, kept = runtime_of(model, generous(name, model), ids, 80)
     assert kept[-1] == [set(range(94))] * 4
     torch.testing.assert_close(logits, torch.stack(plain, 1), atol=1e-5, rtol=0)

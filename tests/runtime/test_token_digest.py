@@ -8,7 +8,8 @@ import torch
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import attach
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.names import cache_of
 from kvcompress.runtime.token_digest import UNDO_TOKENS, TokenDigest
 from tests.runtime.models import VOCAB, build, prompts
 
@@ -75,13 +76,13 @@ def test_the_digest_of_a_cache_follows_generate(model, way):
     out = model.generate(
         **inputs, max_new_tokens=8, min_new_tokens=8, return_dict_in_generate=True, **way
     )
-    seen = out.past_key_values.token_digest
-    assert seen.tokens == out.past_key_values.get_seq_length()
+    seen = cache_of(out).token_digest
+    assert seen.tokens == cache_of(out).get_seq_length()
     assert seen.rows[0] != seen.rows[-1]
     if not way:
-        out.past_key_values.check_prefix(out.sequences)
+        cache_of(out).check_prefix(out.sequences)
         with pytest.raises(KVCompressError, match="row 0: the first 37 ids"):
-            out.past_key_values.check_prefix(out.sequences.flip(0))
+            cache_of(out).check_prefix(out.sequences.flip(0))
 
 
 def test_the_digest_of_a_cache_follows_drafts(model):
@@ -89,8 +90,8 @@ def test_the_digest_of_a_cache_follows_drafts(model):
     out = model.generate(
         input_ids=ids, max_new_tokens=12, prompt_lookup_num_tokens=4, return_dict_in_generate=True
     )
-    out.past_key_values.check_prefix(out.sequences)
+    cache_of(out).check_prefix(out.sequences)
     wrong = out.sequences.clone()
     wrong[0, 65] = (wrong[0, 65] + 1) % VOCAB
     with pytest.raises(KVCompressError, match="row 0: the first"):
-        out.past_key_values.check_prefix(wrong)
+        cache_of(out).check_prefix(wrong)

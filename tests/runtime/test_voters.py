@@ -14,7 +14,9 @@ from kvcompress.recipe import Keep
 from kvcompress.runtime import voters
 from kvcompress.runtime.attend import attend
 from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.hf import attach, detach, new_cache
+from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.voters import LateVoters, attend_prompt
 from tests.runtime import oracle
 from tests.runtime.battery import EXACT, plan_for
@@ -43,7 +45,7 @@ def seen(monkeypatch):
 
 @torch.no_grad()
 def feed(model, cache, inputs):
-    return model(**inputs, past_key_values=cache, use_cache=True).logits
+    return model(**inputs, **as_argument(cache), use_cache=True).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.hf import attach, device_mesh
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.attached import device_mesh
+from kvcompress.runtime.hf.names import cache_of
 from kvcompress.runtime.parallel import mesh_of
 
 STEPS = 24
@@ -50,9 +52,9 @@ def run(folder: Path, rank: int, size: int) -> None:
         out = greedy(model, inputs)
         tensors[f"{name}.tokens"] = out.sequences.contiguous()
         tensors[f"{name}.logits"] = torch.stack(out.logits, 1).contiguous()
-        report["bytes"][name] = out.past_key_values.nbytes()
-        report["heads"] = out.past_key_values.layers[0].state.exact_k.shape[1]
-    tensors["k_center"] = torch.stack(out.past_key_values.params.k_center)
+        report["bytes"][name] = cache_of(out).nbytes()
+        report["heads"] = cache_of(out).layers[0].state.exact_k.shape[1]
+    tensors["k_center"] = torch.stack(cache_of(out).params.k_center)
     try:
         attach(_load(folder / "narrow"), Plan.load(folder / "narrow.json"))
     except UnsupportedModelError as error:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
+from kvcompress.runtime.hf.names import as_argument, cache_of
 from tests.runtime.models import PAD, VOCAB, build, prompts
 
 LENGTH: Final = 44
@@ -56,14 +57,14 @@ def _generate(
     out = subject.model.generate(
         **inputs, **settings, return_dict_in_generate=True, output_logits=True
     )
-    used = out.past_key_values
+    used = cache_of(out)
     assert type(used) is subject.cache_type, f"generate used a {type(used).__name__}"
     return [out.sequences, *out.logits], used
 
 
 def _forward(subject: Subject, cache: Cache, ids: Tensor, **more: Tensor) -> Tensor:
     with torch.no_grad():
-        return subject.model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits
+        return subject.model(input_ids=ids, **as_argument(cache), use_cache=True, **more).logits
 
 
 def greedy(subject: Subject) -> Results:
@@ -178,7 +179,7 @@ def turns(subject: Subject) -> Results:
     later = prompts(4, 20)["input_ids"][2:]
     results: Results = []
     for low, high in ((0, 12), (12, 13), (13, 20)):
-        found = generate(subject, inputs, past_key_values=cache, max_new_tokens=6)
+        found = generate(subject, inputs, **as_argument(cache), max_new_tokens=6)
         results += found
         ids = torch.cat([found[0], later[:, low:high]], 1)
         added = ids.shape[1] - inputs["attention_mask"].shape[1]
@@ -201,13 +202,13 @@ def manual(subject: Subject) -> Results:
 def reuse(subject: Subject) -> Results:
     """A cache that is reset between two generations; `fresh` is what it must equal."""
     cache = subject.new_cache()
-    generate(subject, prompts(3, LENGTH, PADS), past_key_values=cache)
+    generate(subject, prompts(3, LENGTH, PADS), **as_argument(cache))
     cache.reset()
-    return generate(subject, _second_prompt(), past_key_values=cache)
+    return generate(subject, _second_prompt(), **as_argument(cache))
 
 
 def fresh(subject: Subject) -> Results:
-    return generate(subject, _second_prompt(), past_key_values=subject.new_cache())
+    return generate(subject, _second_prompt(), **as_argument(subject.new_cache()))
 
 
 def _second_prompt() -> dict[str, Tensor]:

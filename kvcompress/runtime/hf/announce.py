@@ -1,0 +1,93 @@
+"""Every forward of the model is announced to its cache before its layers run.
+
+A layer that attends for a forward that was not announced raises, see
+`kvcompress.runtime.protocol.StoringLayer.update`: nothing that depends on the announcement can be
+lost in silence when transformers changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompress.errors import KVCompressError, PlanError
+from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.hf import generate
+from kvcompress.runtime.hf.attached import Attached, new_cache, record_of_hooked
+from kvcompress.runtime.hf.names import CACHE, by_keyword
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def announce(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook: the cache learns what comes, the attention function learns the cache."""
+    own = record_of_hooked(model)
+    given = by_keyword(own.arguments, args, kwargs)
+    if given.get(CACHE) is None and _wants_a_cache(model, given):
+        given[CACHE] = new_cache(model)
+    cache = given.get(CACHE)
+    generate.check_forward(model, cache)
+    if not isinstance(cache, CompressedCache):
+        return (), given
+    given["kvc_cache"] = cache
+    ids = given.get("input_ids")
+    shown = ids if ids is not None else given.get("inputs_embeds")
+    keep = given.get("logits_to_keep")
+    cache.note_forward(
+        ids,
+        0 if shown is None else shown.shape[1],
+        given.get("attention_mask"),
+        keep if isinstance(keep, int) else None,
+    )
+    if cache.plan.positions == "relative":
+        given["position_ids"] = _relative_positions(own, cache, shown, given)
+    elif cache.needs_rotations and own.rotations is not None:
+        for layer in cache.compressed_layers:
+            layer.settings.rotation = own.rotations[layer.settings.layer]
+    return (), given
+
+
+def _wants_a_cache(model: Any, given: dict[str, Any]) -> bool:
+    """Whether transformers would make a cache of its own, as it does where the caller gives none.
+
+    Not in training: gradients do not flow through the compressed cache.
+    """
+    use = given.get("use_cache")
+    if use is None:
+        use = getattr(model.config.get_text_config(decoder=True), "use_cache", False)
+    return bool(use) and not model.training
+
+
+def _relative_positions(
+    own: Attached, cache: CompressedCache, shown: Tensor | None, given: dict[str, Any]
+) -> Tensor:
+    """The position ids that the cache wants, in place of the caller's."""
+    mask = given.get("attention_mask")
+    foreseen = cache.plan.max_position <= own.plan.max_position
+    if own.rotations is None or not foreseen:
+        raise PlanError(
+            "the cache has relative positions that the attached plan does not foresee; call "
+            "kvcompress.attach(model, cache.plan)"
+        )
+    if shown is None or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+        raise KVCompressError(
+            "relative positions need input_ids or inputs_embeds, and the usual 2-dimensional "
+            "attention_mask if any"
+        )
+    batch, length = shown.shape[:2]
+    return cache.relative_positions(own.rotations, batch, length, mask).to(shown.device)
+
+
+def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The innermost modules that know the number of their layer."""
+    found = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    return [m for m in found if not any(c in found for c in m.modules() if c is not m)]
+
+
+def hand_over_input(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Pre-hook of an attention module: its attention function learns the module's input."""
+    if "kvc_cache" in kwargs:
+        kwargs["kvc_hidden"] = kwargs.get("hidden_states", args[0] if args else None)
+    return args, kwargs

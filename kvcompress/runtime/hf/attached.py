@@ -1,0 +1,134 @@
+"""What a model with a plan attached carries, and the caches that are made for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from kvcompress.errors import KVCompressError, UnsupportedModelError
+from kvcompress.plan import Plan
+from kvcompress.quant.keystats import KVParams, Rotation
+from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.hf import attention
+from kvcompress.runtime.hf.names import forward_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ATTRIBUTE: Final = "_kvcompress_attached"
+
+
+class Attached:
+    """What `attach` changed on a model, so that `detach` can undo it.
+
+    Args:
+        kind: the model's class.
+
+    Attributes:
+        arguments: names of the arguments of the model's forward, in order.
+        own: the plan and key constants of the KV heads that this process holds.
+        before: the attention implementation that the model had.
+        hooks: handles of the hooks to take away.
+        rotations: of every layer, where the plan turns keys.
+    """
+
+    def __init__(self, kind: type, plan: Plan, params: KVParams | None, before: str) -> None:
+        self.plan, self.params, self.before = plan, params, before
+        self.own = (plan, params)
+        self.arguments = forward_arguments(kind)
+        self.hooks: list[Any] = []
+        self.rotations: tuple[Rotation | None, ...] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A model that was pickled may wake up in a process that never attached a plan."""
+        self.__dict__.update(state)
+        attention.register()
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """The transformers model inside of torch.compile's or PEFT's wrapper, or the model itself.
+
+    Raises:
+        UnsupportedModelError: for another wrapper, or PEFT's prompt learning, whose keys and values
+            the compressed cache would never see.
+    """
+    from transformers import PreTrainedModel
+
+    found = model
+    while not isinstance(found, PreTrainedModel):
+        if hasattr(found, "_orig_mod"):
+            found = found._orig_mod
+        elif hasattr(found, "get_base_model") and hasattr(found, "active_peft_config"):
+            kind = found.active_peft_config
+            if getattr(kind, "is_prompt_learning", False):
+                raise UnsupportedModelError(
+                    f"PEFT's {type(kind).__name__} puts keys and values of its own into the cache, "
+                    "which the plan does not know; use LoRA or another method that changes weights"
+                )
+            found = found.get_base_model()
+        else:
+            raise UnsupportedModelError(
+                f"a {type(model).__name__} is no transformers model; give the PreTrainedModel "
+                "inside it"
+            )
+    return found
+
+
+def record(model: Any) -> Attached | None:
+    """What is attached to a model, None without a plan."""
+    found: Attached | None = base_of(model).__dict__.get(_ATTRIBUTE)
+    return found
+
+
+def record_of_hooked(model: Any) -> Attached:
+    """What is attached to a model whose pre-hook runs."""
+    found: Attached = model.__dict__[_ATTRIBUTE]
+    return found
+
+
+def set_record(model: PreTrainedModel, value: Attached) -> None:
+    model.__dict__[_ATTRIBUTE] = value
+
+
+def take_record(model: PreTrainedModel) -> Attached | None:
+    """Remove and return what is attached."""
+    found: Attached | None = model.__dict__.pop(_ATTRIBUTE, None)
+    return found
+
+
+def attached(model: Any) -> tuple[Plan, KVParams | None] | None:
+    """The plan and key constants that the model serves now, None without any."""
+    found = record(model)
+    return None if found is None else (found.plan, found.params)
+
+
+def own_part(model: Any) -> tuple[Plan, KVParams | None]:
+    """The plan and key constants of the KV heads that this process holds; caches are made of them.
+
+    Raises:
+        KVCompressError: if no plan is attached.
+    """
+    found = record(model)
+    if found is None:
+        raise KVCompressError(
+            f"{type(model).__name__} has no plan: call kvcompress.attach(model, plan) first"
+        )
+    return found.own
+
+
+def new_cache(model: Any, **options: Any) -> CompressedCache:
+    """An empty cache for a model that has a plan attached.
+
+    Args:
+        options: `protect` and `compress` of `CompressedCache`.
+
+    Raises:
+        KVCompressError: if no plan is attached.
+    """
+    plan, params = own_part(model)
+    plain = all(plan.model.heads_of(layer) for layer in range(plan.model.layers))
+    return CompressedCache(plan, params, None if plain else base_of(model).config, **options)
+
+
+def device_mesh(model: Any) -> Any:
+    """The `DeviceMesh` over which transformers spread the model, None for one process."""
+    return getattr(model, "_device_mesh", None)

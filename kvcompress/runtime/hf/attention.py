@@ -1,0 +1,108 @@
+"""The attention function that transformers calls in place of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kvcompress.errors import KVCompressError, UnsupportedModelError
+from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.eager import eager_attention
+from kvcompress.runtime.evidence import Evidence
+from kvcompress.runtime.layer import CompressedLayer
+
+IMPLEMENTATION: Final = "kvcompress"
+
+
+def register() -> None:
+    """Name our attention and mask functions to transformers; doing it twice changes nothing."""
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature; see `CompressedLayer.forward`."""
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: attention with position_bias is not built yet"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    cache, hidden = kwargs.pop("kvc_cache", None), kwargs.pop("kvc_hidden", None)
+    layer = _layer_of(module, key, cache)
+
+    def fast() -> Tensor:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=kwargs.get("is_causal"),
+        )[0]
+
+    plain = softcap is None and s_aux is None
+    if layer is not None:
+        reader = cast(int, module.layer_idx)
+        if layer.settings.scorer.needs and reader == layer.settings.layer:
+            layer.evidence = Evidence(module, hidden)
+        kernel = fast if plain else None
+
+        def compressed() -> Tensor:
+            return layer.forward(
+                query, key, value, attention_mask, scaling, softcap, kernel, s_aux, reader
+            )
+
+        return _without_gradient(compressed, query), None
+    if plain:
+        return fast(), None
+    return eager_attention(query, key, value, attention_mask, scaling, softcap, s_aux), None
+
+
+def _without_gradient(attend: Callable[[], Tensor], query: Tensor) -> Tensor:
+    """What is stored belongs to no graph: outside of no_grad the output refuses a gradient."""
+    if not (torch.is_grad_enabled() and query.requires_grad):
+        return attend()
+    with torch.no_grad():
+        out = attend()
+    return cast(Tensor, _NoGradient.apply(out, query))
+
+
+class _NoGradient(torch.autograd.Function):
+    """Hands its first input on; a backward pass through it is an error, never a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise KVCompressError(
+            "no gradient flows through the compressed cache; train with use_cache=False"
+        )
+
+
+def _layer_of(module: Any, key: Tensor, cache: Any) -> CompressedLayer | None:
+    """The cache layer that holds these keys: they carry it, unless the model made them anew."""
+    layer = getattr(key, "_kvc_layer", None)
+    if layer is None and isinstance(cache, CompressedCache):
+        layer = cache.layers[module.layer_idx]
+    return layer if isinstance(layer, CompressedLayer) else None

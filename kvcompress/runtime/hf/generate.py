@@ -1,0 +1,209 @@
+"""transformers' `generate` on a model with a plan: it uses the compressed cache, or an error says
+why not.
+
+`attach` puts functions of this file in place of the model's methods. `generate` itself only
+looks at the arguments; transformers does the rest, and asks us for the cache (`_prepare_cache`) and
+to feed the prompt (`_prefill`, or `_drafts` where a draft comes with it). That it asked is checked
+before every forward, so that a release that no longer asks is noticed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, NoReturn
+
+import torch
+from torch import Tensor
+
+from kvcompress.errors import KVCompressError, UnsupportedModelError
+from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.hf.names import CACHE, release, with_one_cache
+from kvcompress.runtime.static import StaticCompressedCache
+
+# what would keep `generate` from the compressed cache, and the value that means "not asked for"
+_BYPASSES: Final = {"use_cache": (None, True), "cache_implementation": (None,)}
+
+
+@dataclass(slots=True)
+class _Running:
+    """A call of `generate`: what transformers has asked for so far."""
+
+    model: Any
+    own_loop: bool  # the caller's function decodes, transformers only prepares
+    cache_prepared: bool = False
+    prompt_fed: bool = False
+
+
+_RUNNING: ContextVar[_Running | None] = ContextVar("kvcompress_generate", default=None)
+
+
+def override(model: Any) -> None:
+    """Put our functions in place of the model's methods.
+
+    Raises:
+        UnsupportedModelError: where this release has no such methods.
+    """
+    missing = [name for name in _OVERRIDES if not hasattr(type(model), name)]
+    if missing:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} of {release()} has no {missing[0]}, through which its "
+            "generate would get the compressed cache; use a tested release"
+        )
+    model.__dict__.update({name: partial(f, model) for name, f in _OVERRIDES.items()})
+
+
+def restore(model: Any) -> None:
+    """Undo `override`."""
+    for name in _OVERRIDES:
+        model.__dict__.pop(name, None)
+
+
+def check_forward(model: Any, cache: Any) -> None:
+    """Refuse a forward inside of `generate` for which transformers did not ask us.
+
+    Raises:
+        KVCompressError: naming the release and the method that it did not call.
+    """
+    if torch.compiler.is_compiling():  # a decode step: the prompt went the eager way before it
+        return
+    running = _RUNNING.get()
+    if running is None or running.model is not model or running.own_loop:
+        return
+    missed = None
+    if not running.cache_prepared:
+        missed = "_prepare_cache_for_generation"
+    elif isinstance(cache, CompressedCache) and not running.prompt_fed:
+        missed = "_prefill"
+    if missed is not None:
+        raise KVCompressError(
+            f"generate of {release()} fed {type(model).__name__} without calling its {missed}, "
+            "which kvcompress needs; use a tested release, or pass forwards by hand"
+        )
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`generate` with the arguments that lead to the compressed cache."""
+    kwargs = with_one_cache(kwargs)
+    own_loop = kwargs.get("custom_generate")
+    if isinstance(own_loop, str) or kwargs.get("trust_remote_code"):
+        raise KVCompressError(
+            f"custom_generate={own_loop!r}, trust_remote_code={kwargs.get('trust_remote_code')}: "
+            "generate would run code of a repository, and remote code is never run"
+        )
+    given = kwargs.get(CACHE)
+    if given is None or isinstance(given, CompressedCache):
+        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        _refuse_bypass(model, config, kwargs)
+        kwargs["use_cache"] = True
+    token = _RUNNING.set(_Running(model, own_loop is not None))
+    try:
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        _RUNNING.reset(token)
+
+
+def _refuse_bypass(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
+    """What a checkpoint says of caches is about transformers' own; what the caller says counts."""
+    for name, harmless in _BYPASSES.items():
+        value = kwargs.get(name)
+        if name not in kwargs and config is not None:
+            value = getattr(config, name, None)
+            if value == getattr(model.generation_config, name, None):
+                continue
+        if value not in harmless:
+            raise KVCompressError(
+                f"generate({name}={value!r}) would go past the compressed cache; drop it, or call "
+                "kvcompress.detach(model) first"
+            )
+
+
+def _prepare_cache(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """`generate` asks for a cache: ours, unless the caller passed another kind."""
+    running, given = _RUNNING.get(), model_kwargs.get(CACHE)
+    if running is not None and running.model is model:
+        running.cache_prepared = True
+    if isinstance(given, StaticCompressedCache):
+        given.check_length(generation_config.max_length - 1)  # the last token is not fed back
+    if given is None:
+        cache = model_kwargs[CACHE] = new_cache(model)
+        if getattr(generation_config, "is_assistant", False):
+            cache.assists = True
+            cache.activate_past_recording()
+        return
+    if isinstance(given, CompressedCache):
+        generation_config.cache_implementation = None  # a checkpoint's, see `_refuse_bypass`
+    original: Callable[..., None] = type(model)._prepare_cache_for_generation
+    original(model, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _prefill(
+    model: Any,
+    input_ids: Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`generate` feeds the prompt, at once or in chunks: the cache learns where it ends."""
+    cache = model_kwargs.get(CACHE)
+    _note_prompt(model)
+    original: Callable[..., Any] = type(model)._prefill
+    if not isinstance(cache, CompressedCache):
+        return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    _check_text(cache, input_ids, model_kwargs.get("attention_mask"))
+    cache.begin_prefill()
+    out = original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    cache.finish_prompt(model)
+    return out
+
+
+def _drafts(model: Any, **kwargs: Any) -> Any:
+    """Assisted decoding and prompt lookup feed the prompt together with the first draft."""
+    model_kwargs = kwargs["model_kwargs"]
+    cache = model_kwargs.get(CACHE)
+    _note_prompt(model)
+    if isinstance(cache, CompressedCache):
+        _check_text(cache, kwargs["input_ids"], model_kwargs.get("attention_mask"))
+    return type(model)._get_candidate_generator(model, **kwargs)
+
+
+def _note_prompt(model: Any) -> None:
+    running = _RUNNING.get()
+    if running is not None and running.model is model:
+        running.prompt_fed = True
+
+
+def _check_text(cache: CompressedCache, input_ids: Tensor, mask: Tensor | None) -> None:
+    """A prompt that begins with what the cache holds must be the text that it was made from."""
+    seen = cache.get_seq_length()
+    only_new = mask is not None and mask.shape[1] > input_ids.shape[1]
+    if not seen or only_new or cache.assists or cache.token_digest.rows is None:
+        return
+    if input_ids.shape[1] == seen:
+        raise KVCompressError(
+            f"the cache has seen all {seen} tokens of this prompt already, so there is nothing to "
+            "feed; pass the prompt with what follows it, or call cache.reset()"
+        )
+    if input_ids.shape[1] > seen:
+        cache.check_prefix(input_ids)
+
+
+def _refuse_generate_batch(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    raise KVCompressError(
+        "generate_batch uses its own paged cache and would run uncompressed; call generate instead"
+    )
+
+
+_OVERRIDES: Final[dict[str, Callable[..., Any]]] = {
+    "generate": _generate,
+    "_prepare_cache_for_generation": _prepare_cache,
+    "_prefill": _prefill,
+    "_get_candidate_generator": _drafts,
+    "generate_batch": _refuse_generate_batch,
+}
