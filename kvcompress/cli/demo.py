@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.cli.common import JsonOption, console, emit, human_bytes, progress
+from kvcompress.cli.common import JsonOption, console, emit, human_bytes
+from kvcompress.cli.progress import progress
 
 
 def command(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcompress.cli.common import JsonOption, emit, progress
+from kvcompress.cli.common import JsonOption, emit
+from kvcompress.cli.progress import progress
 
 if TYPE_CHECKING:
     from kvcompress.evaluate.compare import Row

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvcompress.cli.common import JsonOption, console, emit, progress
+from kvcompress.cli.common import JsonOption, console, emit
+from kvcompress.cli.progress import progress
 
 if TYPE_CHECKING:
     from kvcompress.league.result import League

@@ -20,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from kvcompress.cli.common import console
+
 EVERY_SECONDS: Final = 25.0  # a line is late where Python waits for a library: 30 are promised
 
 
@@ -39,12 +41,12 @@ def progress(label: str, total: int = 1) -> Iterator[Step]:
         label: what is done, like ``profiling MODEL``.
         total: 1 for work whose end cannot be told: only the time is shown.
     """
-    screen = Console(stderr=True, highlight=False)
+    screen = console()
     if screen.is_terminal:
         with _bar(screen, label, total) as step:
             yield step
         return
-    lines = Lines(label, total, lambda text: screen.print(text, markup=False, soft_wrap=True))
+    lines = Lines(label, total, screen.print)
     stop = threading.Event()
     teller = threading.Thread(target=lines.tell, args=(stop.wait,), daemon=True)
     teller.start()
@@ -133,5 +135,5 @@ class _BarStep:
         self.bar.update(self.task, completed=done)
 
     def note(self, text: str, /) -> None:
-        self.bar.console.print(text, markup=False, soft_wrap=True)
+        self.bar.console.print(text)
         self.bar.update(self.task, description=f"{self.label}: {text}")

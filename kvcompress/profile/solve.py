@@ -100,6 +100,8 @@ def solve_recipe(
             trained scorer that the profile lacks; it says what to run.
     """
     policy = recipe.policy if policy is None else policy
+    if recipe == profile.recipe:
+        return solve(profile, policy, weights=weights)
     own = profile.recipe.model_copy(update={"weights": recipe.weights})
     try:
         _check_calibration(profile, recipe)
