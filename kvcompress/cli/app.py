@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command.
 
     Exits with 0; with 2 and one line on stderr for an error that the user can mend; with 70 and
-    one line for a bug of ours, whose traceback ``--traceback`` shows; with 128 and the number of the
-    signal when it is stopped, also by a reader of its output that has gone.
+    one line for a bug of ours, whose traceback ``--traceback`` shows; with 128 plus the number of
+    the signal when it is stopped, also where the reader of its output has gone.
     """
     ending.check_streams()
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]

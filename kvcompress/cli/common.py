@@ -44,6 +44,34 @@ def usable_device(value: str) -> str:
     return value
 
 
+def chosen(device: str) -> str:
+    """`device`, or the one that ``auto`` means."""
+    import torch
+
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def is_given(context: typer.Context, *names: str) -> list[str]:
+    """Those of the options `names` that stand on the command line, as they are written."""
+    given = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            given.append(parameter.opts[-1] if parameter.opts else str(parameter.name))
+    return given
+
+
+def refuse_unread(context: typer.Context, where: str, *names: str) -> None:
+    """Refuse options that were given and that the command does not read in this way of using it.
+
+    Args:
+        where: what makes it not read them, like ``with --render``.
+    """
+    given = is_given(context, *names)
+    if given:
+        raise typer.BadParameter(f"{', '.join(given)} does nothing {where}: leave it out")
+
+
 def usable_map(value: str) -> str:
     """As `usable_device`, or a way in which transformers shares a model out over devices."""
     return value if value in DEVICE_MAPS else usable_device(value)
@@ -72,7 +100,7 @@ class _Console(Console):
     """Leaves it to the program what to do where nobody reads on."""
 
     def on_broken_pipe(self) -> None:
-        raise  # noqa: PLE0704 - rich calls this while it handles the BrokenPipeError
+        raise  # the BrokenPipeError that rich is handling
 
 
 def console() -> Console:

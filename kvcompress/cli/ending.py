@@ -122,7 +122,7 @@ def check_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the program runs
+        sys.stderr = open(os.devnull, "w")
     if sys.stdout is None:
         fail("standard output is closed; send it to a file, or to /dev/null")
     reconfigure = getattr(sys.stdout, "reconfigure", None)
@@ -137,9 +137,7 @@ def check_arguments(arguments: list[str]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             raw = os.fsencode(argument)
-            fail(
-                f"argument {raw!r} is not UTF-8; write it in UTF-8, or rename the file that it names"
-            )
+            fail(f"argument {raw!r} is not UTF-8; write it so, or rename the file that it names")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvcompress.cli.common import JsonOption, console, emit
+from kvcompress.cli.progress import progress
 
 
 def command(
@@ -55,7 +56,8 @@ def command(
         context=context,
         batch=batch,
     )
-    plan = solve_recipe(measured, wanted, policy)
+    with progress("planning"):
+        plan = solve_recipe(measured, wanted, policy)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, plan.to_json())
     console().print(f"plan written to {out}")
