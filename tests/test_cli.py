@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import typer
 
 from kvcompress.cli import app, common
-from kvcompress.errors import BundleError
 
 RECIPE = """\
 name: small
@@ -122,58 +119,6 @@ def test_the_module_is_the_same_program() -> None:
     assert done.stderr == "error: No such option: --nonsense: see kvcompress --help\n"
 
 
-# the frame, with commands made for the purpose
-
-
-@pytest.fixture
-def raising(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException], None]]:
-    def install(error: BaseException) -> None:
-        program = typer.Typer()
-
-        @program.command("profile")
-        def command() -> None:
-            raise error
-
-        program.callback()(app._root)
-        monkeypatch.setattr(app, "build", lambda: program)
-
-    yield install
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (BundleError("b: damaged;\n  export it again"), "b: damaged; export it again"),
-        (ValueError("'8GB' is not a size"), "'8GB' is not a size"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "x: No such file or d"),
-        (OSError(errno.ENOSPC, "No space left on device", "b"), "b: No space left on device; free"),
-        (OSError("cannot reach the hub"), "cannot reach the hub"),
-    ],
-)
-def test_a_users_error_is_one_line(run: Run, raising, error: Exception, line: str) -> None:
-    raising(error)
-    assert_one_line(run("profile"), line)
-
-
-def test_a_users_error_can_show_its_traceback(raising) -> None:
-    raising(BundleError("damaged"))
-    with pytest.raises(BundleError, match="damaged"):
-        app.main(["--traceback", "profile"])
-
-
-def test_a_bug_keeps_its_traceback(raising) -> None:
-    raising(KeyError("ours"))
-    with pytest.raises(KeyError, match="ours"):
-        app.main(["profile"])
-
-
-def test_an_interrupt_says_how_to_go_on(run: Run, raising) -> None:
-    raising(KeyboardInterrupt())
-    result = run("profile")
-    assert result.code == 130
-    assert result.err.splitlines()[-1] == f"stopped; {app.GO_ON['profile']}"
-
-
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -212,12 +157,6 @@ def test_emit_prints_tables_with_units(capsys: pytest.CaptureFixture[str]) -> No
 )
 def test_human_bytes(count_bytes: int, text: str) -> None:
     assert common.human_bytes(count_bytes) == text
-
-
-def test_progress_is_silent_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
-    with common.progress("prompts", 2) as step:
-        step(1)
-    assert capsys.readouterr() == ("", "")
 
 
 # recipes

@@ -24,6 +24,8 @@ from kvcompress.cli.common import console
 
 EVERY_SECONDS: Final = 25.0  # a line is late where Python waits for a library: 30 are promised
 
+THREAD: Final = "kvcompress progress"
+
 
 class Step(Protocol):
     """Told what is done; `note` prints a remark and says what goes on from here."""
@@ -48,7 +50,7 @@ def progress(label: str, total: int = 1) -> Iterator[Step]:
         return
     lines = Lines(label, total, screen.print)
     stop = threading.Event()
-    teller = threading.Thread(target=lines.tell, args=(stop.wait,), daemon=True)
+    teller = threading.Thread(target=lines.tell, args=(stop.wait,), name=THREAD, daemon=True)
     teller.start()
     try:
         yield lines
@@ -77,7 +79,8 @@ class Lines:
         self.moved = self.begun
 
     def __call__(self, done: int, /) -> None:
-        self.done, self.moved = done, self.clock()
+        if done > self.done:
+            self.done, self.moved = done, self.clock()
 
     def note(self, text: str, /) -> None:
         self.say(text)
@@ -94,8 +97,9 @@ class Lines:
         if self.total > 1:
             parts = [f"{self.done} of {self.total} ({100 * self.done // self.total} %)"]
         parts.append(f"{words(self.clock() - self.begun)} so far")
-        if 0 < self.done < self.total:
-            parts.append(f"about {words(self._left_seconds())} left")
+        left = self._left_seconds() if 0 < self.done < self.total else 0.0
+        if left > 0:
+            parts.append(f"about {words(left)} left")
         doing = f"{self.label}: {self.doing}" if self.doing else self.label
         return f"{doing}: {', '.join(parts)}"
 
@@ -117,7 +121,10 @@ def words(seconds: float) -> str:
 
 @contextmanager
 def _bar(screen: Console, label: str, total: int) -> Iterator[Step]:
-    columns: tuple[ProgressColumn, ...] = (SpinnerColumn(), TextColumn("{task.description}"))
+    columns: tuple[ProgressColumn, ...] = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
     if total > 1:
         columns += (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     else:

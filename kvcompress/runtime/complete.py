@@ -89,7 +89,7 @@ def complete(
 
 
 def pays_from(plan: Plan) -> int | None:
-    """See `Completion.pays_from_tokens`: the sinks and newest tokens of a short text save nothing."""
+    """See `Completion.pays_from_tokens`; a short text is all sinks and newest tokens."""
 
     def pays(tokens: int) -> bool:
         return kv_bytes(plan, tokens, 1) < plan.model.bf16_kv_bytes(tokens, 1)
