@@ -13,7 +13,9 @@ from typing import Annotated, Any, Final, final
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 
 from kvcompress.errors import KVCompressError
@@ -126,9 +128,44 @@ def emit(value: Any, json_: bool) -> None:
     if json_:
         print(json.dumps(plain(value), indent=2, allow_nan=False))
     elif hasattr(value, "__rich__") or hasattr(value, "__rich_console__"):
-        stdout().print(value)
+        stdout().print(fitting(value))
     else:
         _print(plain(value), stdout())
+
+
+def fitting(value: Any) -> Any:
+    """`value`, its tables as `Fitting`."""
+    if isinstance(value, Table):
+        return Fitting(value)
+    return Group(*map(fitting, value.renderables)) if isinstance(value, Group) else value
+
+
+@final
+class Fitting:
+    """A table, or line by line its headings and values where its columns would be cut off."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self.table
+        wide = Measurement.get(console, options.update(max_width=10_000), table).maximum
+        if wide <= options.max_width or not any(column.no_wrap for column in table.columns[1:]):
+            yield table
+            return
+        if table.title:
+            yield table.title
+        first, *others = ([str(cell) for cell in column.cells] for column in table.columns)
+        for number, name in enumerate(first):
+            cells = [
+                f"{column.header} {cells[number]}".strip()
+                for column, cells in zip(table.columns[1:], others, strict=True)
+                if cells[number]
+            ]
+            yield name
+            yield Padding(", ".join(cells), (0, 0, 0, 4))
+        if table.caption:
+            yield table.caption
 
 
 def plain(value: Any) -> Any:

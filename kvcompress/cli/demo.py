@@ -45,7 +45,7 @@ def command(
     )
     screen.print(
         f"bundle in {result.bundle}, figures in {result.report}; next: kvcompress generate "
-        f"{result.bundle} -p $'Note: red fox lemon sugar.\\nAsk: red fox'",
+        f"{result.bundle} --max-new-tokens 4 -p $'Note: red fox lemon sugar.\\nAsk: red fox'",
         markup=False,
         soft_wrap=True,
     )

@@ -129,7 +129,7 @@ def completed(result: Completion) -> str:
         return f"{line}; this plan saves nothing at any length that the model reads"
     return (
         f"{line}; so short a text has nothing to compress, this plan saves bytes from "
-        f"{result.pays_from_tokens} tokens on"
+        f"about {result.pays_from_tokens} tokens on"
     )
 
 

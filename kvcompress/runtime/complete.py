@@ -20,8 +20,9 @@ class Completion:
     """Text that was generated, and the bytes that its cache measured.
 
     Attributes:
-        pays_from_tokens: length from which on the plan's cache is smaller than one in 16 bits; None
-            where it is not at any length that the model was made for.
+        pays_from_tokens: length from about which on the plan's cache is smaller than one in 16
+            bits, to a few tokens, as budgets are rounded; None where it is not at any length that
+            the model was made for.
     """
 
     text: str
