@@ -134,8 +134,10 @@ def command(
 
 def _notes(data: Path) -> str:
     """What somebody wrote beside a league.json for its page, in ``league.notes.md``."""
+    from kvcompress.evaluate.tasks import read_text
+
     path = data.with_suffix(".notes.md")
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return read_text(path) if path.is_file() else ""
 
 
 def _write(league: League, page: Path, json_: bool, notes: str, data: Path | None = None) -> None:

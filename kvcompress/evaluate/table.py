@@ -42,7 +42,7 @@ def breakdown(reports: Sequence[QualityReport]) -> Table:
     spans = list(dict.fromkeys(key for _, found in recalls for key in found.by_span))
     tasks = list(dict.fromkeys(key for _, found in recalls for key in found.by_task))
     table = Table(
-        title="per cent recalled, question visible: by depth in the document, by words to recall, by task",
+        title="per cent recalled, question visible: by depth, by words to recall, by task",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
