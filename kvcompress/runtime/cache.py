@@ -20,7 +20,12 @@ from kvcompress.runtime.choose import pooled_over_layers
 from kvcompress.runtime.hf.names import cropped_tokens
 from kvcompress.runtime.latent import LatentLayer
 from kvcompress.runtime.layer import CompressedLayer
-from kvcompress.runtime.protocol import Arrival, leaving_plain_tensors
+from kvcompress.runtime.protocol import (
+    Arrival,
+    between_graphs,
+    leaving_plain_tensors,
+    refuse_change,
+)
 from kvcompress.runtime.reader import Reader
 from kvcompress.runtime.recall import RecallLayer
 from kvcompress.runtime.relative import check_relative, frame_positions, row_starts
@@ -96,6 +101,13 @@ class CompressedCache(Cache):
         # an assistant's cache: `generate` may take back one token more than the assistant drafted
         self.assists = False
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled in inference mode, tensors could not be changed outside of it."""
+        self.__dict__.update(state)
+        if torch.is_inference_mode_enabled():
+            self.__dict__.update(deepcopy(self).__dict__)
+
+    @leaving_plain_tensors
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
         memo[id(self.plan)] = self.plan
         memo[id(self.params)] = self.params
@@ -112,6 +124,7 @@ class CompressedCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     # ---- what the model's forward tells
+    @between_graphs
     def note_forward(
         self,
         input_ids: Tensor | None,
@@ -143,6 +156,7 @@ class CompressedCache(Cache):
         certain = None if not logits_to_keep else max(0, length - logits_to_keep + 1)
         if self.assists and certain:
             certain -= 1
+        self._check_rows(input_ids)
         self._check_mask(length, attention_mask)
         self._check_position(length, attention_mask)
         flags = self._class_ids.flags(input_ids) if uses and input_ids is not None else None
@@ -154,6 +168,7 @@ class CompressedCache(Cache):
         for layer in self.compressed_layers:
             layer.announce(arrival)
 
+    @between_graphs
     def relative_positions(
         self,
         rotations: Sequence[Rotation | None],
@@ -173,6 +188,11 @@ class CompressedCache(Cache):
         known = None if first.state is None else first.state.start
         start = row_starts(known, attention_mask, first.seen, batch)
         return frame_positions(self.plan, start, first.seen, length)
+
+    def _check_rows(self, input_ids: Tensor | None) -> None:
+        state = self.compressed_layers[0].state
+        if state is not None and input_ids is not None:
+            refuse_change("rows", state.batch, input_ids.shape[0])
 
     def _check_mask(self, length: int, mask: Tensor | None) -> None:
         """A mask must show the stored tokens as it did when they came."""

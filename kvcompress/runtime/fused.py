@@ -122,11 +122,12 @@ class FusedStep:
         self._seen: list[Tensor | None] = []
         self._view: _View | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedStep:
-        """A copied state has other tensors."""
-        copied = object.__new__(FusedStep)
-        copied._voting, copied._seen, copied._view = self._voting, [], None
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy and a pickle go with other tensors, so they make a view of their own."""
+        return {"_voting": self._voting, "_seen": [], "_view": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     def run(self, state: LayerState, token: Token) -> Tensor:
         """Attend, raise scores, and take the token in; `insert` in all that it leaves.

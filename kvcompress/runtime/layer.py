@@ -20,7 +20,7 @@ from kvcompress.runtime.held import Waiting
 from kvcompress.runtime.hf.names import cropped_tokens
 from kvcompress.runtime.holding import HoldingLayer
 from kvcompress.runtime.insert import insert
-from kvcompress.runtime.protocol import leaving_plain_tensors
+from kvcompress.runtime.protocol import between_graphs, leaving_plain_tensors
 from kvcompress.runtime.relative import attend_relative, in_order, parts
 from kvcompress.runtime.speculate import Journal
 from kvcompress.runtime.state import LayerSettings, LayerState
@@ -34,8 +34,7 @@ FastAttention = Callable[[], Tensor] | None
 
 
 class CompressedLayer(HoldingLayer):
-    """`update` hands the chunk through; `forward` attends and only then stores it; arguments as
-    for `HoldingLayer`."""
+    """Attends to a chunk in `forward` and only then stores it; arguments as for `HoldingLayer`."""
 
     def __init__(
         self,
@@ -127,6 +126,7 @@ class CompressedLayer(HoldingLayer):
         self.seen -= count
 
     # ---- attention
+    @between_graphs
     def forward(
         self,
         query: Tensor,

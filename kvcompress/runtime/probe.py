@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ _EVICTING: Final = HeadPlan(
 )
 
 Status = Literal["yes", "limit", "no"]
+Answer = tuple[Tensor, Tensor]  # tokens [STEPS] and their logits [STEPS, vocabulary]
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,38 @@ class _Runs:
             )
         return Finding(capability, status, error, note)
 
+    def generate(self, **way: Any) -> Answer:
+        """What `generate` makes of a prompt that says everything twice."""
+        ids = self.ids[:, : PROMPT // 2].repeat(1, 2)
+        out: Any = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=STEPS,
+            min_new_tokens=STEPS,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **way,
+        )
+        return out.sequences[0, PROMPT:], torch.cat(out.logits).float()
+
+    def as_users_go(self, finding: Finding, wanted: Answer, **way: Any) -> Finding:
+        """The finding, unless `generate` called in this way makes something else of a prompt."""
+        if finding.status == "no":
+            return finding
+        try:
+            tokens, logits = self.generate(**way)
+        except Exception as error:  # whatever it is, the user would meet it
+            text = str(error).strip().split("\n")[0]
+            return replace(finding, status="no", note=f"generate fails: {text}")
+        differ = (tokens != wanted[0]).nonzero()
+        rows = int(differ[0]) + 1 if len(differ) else STEPS  # after another token all is different
+        judged = self.judged(
+            finding.capability, logits[:rows], wanted[1][:rows], finding.note, finding.status
+        )
+        return judged if judged.status == "no" else finding
+
     def relative(self) -> Finding:
         """A window that holds everything: numbering the tokens anew must then change nothing."""
         name = "relative positions (streams)"
@@ -205,9 +238,11 @@ class _Runs:
     def cache(self) -> Finding:
         with self.detached() as own:
             wanted = torch.cat([self.feed(own, self.ids[:, :PROMPT]), self.steps(own)], 1)
+            plain = self.generate()
         ours = new_cache(self.model)
         found = torch.cat([self.feed(ours, self.ids[:, :PROMPT]), self.steps(ours)], 1)
-        return self.judged("cache", found, wanted, "equals transformers' own where nothing goes")
+        note = "equals transformers' own where nothing goes, through generate too"
+        return self.as_users_go(self.judged("cache", found, wanted, note), plain)
 
     def padding(self) -> Finding:
         name, pads = "padded batches", 9
@@ -228,7 +263,8 @@ class _Runs:
         cache = new_cache(self.model)
         found = torch.cat([self.feed(cache, p) for p in self.ids[:, :PROMPT].split(11, 1)], 1)
         wanted = self.feed(new_cache(self.model), self.ids[:, :PROMPT])
-        return self.judged("prompts in parts", found, wanted, "equal a prompt at once")
+        finding = self.judged("prompts in parts", found, wanted, "equal a prompt at once")
+        return self.as_users_go(finding, self.generate(), prefill_chunk_size=11)
 
     def rows(self) -> Finding:
         cache = new_cache(self.model)
@@ -262,12 +298,13 @@ class _Runs:
             cache.crop(-(STEPS // 2))
             half = PROMPT + STEPS // 2
             found, wanted = self.steps(cache, half), self.steps(plain)[:, STEPS // 2 :]
+            note, status = "equal plain decoding, under eviction too", "yes"
+            if not exact:
+                note, status = "equal plain decoding only where nothing is evicted", "limit"
+            finding = self.judged(name, found, wanted, note, cast(Status, status))
+            return self.as_users_go(finding, self.generate(), prompt_lookup_num_tokens=3)
         finally:
             attach(self.model, *plan)
-        if exact:
-            return self.judged(name, found, wanted, "equal plain decoding, under eviction too")
-        note = "equal plain decoding only where nothing is evicted"
-        return self.judged(name, found, wanted, note, "limit")
 
 
 def _by_architecture(model: Any, shape: ModelShape) -> list[Finding]:

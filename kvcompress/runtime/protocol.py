@@ -32,6 +32,32 @@ def leaving_plain_tensors(method: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def between_graphs(method: Callable[P, R]) -> Callable[P, R]:
+    """Under torch.compile, run as plain Python between two graphs: a growing cache changes its
+    shapes and decides by values, which no graph holds."""
+    eager: Callable[P, R] = torch.compiler.disable(method)
+
+    @wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return eager(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return wrapped
+
+
+def refuse_change(name: str, held: Any, came: Any) -> None:
+    """
+    Raises:
+        KVCompressError: where a forward differs from what the cache holds.
+    """
+    if held != came:
+        raise KVCompressError(
+            f"the cache holds tokens of {name} {held}, this forward has {name} {came}: pass the "
+            "same batch to the same model, or call cache.reset()"
+        )
+
+
 @dataclass(slots=True)
 class Arrival:
     """What the cache knows of a forward before its layers run, shared by all of them.
@@ -109,6 +135,7 @@ class StoringLayer(CacheLayerMixin):
         self.keys = self.values = key_states.new_zeros(0)
         self.is_initialized = True
 
+    @between_graphs
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -160,11 +187,7 @@ class StoringLayer(CacheLayerMixin):
         held = {"rows": state.batch, "dtype": self.dtype, "device": self.device}
         came = (key_states.shape[0], key_states.dtype, key_states.device)
         for (name, have), now in zip(held.items(), came, strict=True):
-            if have != now:
-                raise KVCompressError(
-                    f"the cache holds tokens of {name} {have}, this forward has {name} {now}: pass "
-                    "the same batch to the same model, or call cache.reset()"
-                )
+            refuse_change(name, have, now)
 
     def get_seq_length(self) -> int:
         """Tokens seen, kept or not: positions and masks follow it."""

@@ -266,7 +266,7 @@ def test_a_prompt_ends_before_anything_is_asked(tiny_llama, tiny_tokenizer, tiny
     suite = tiny_suites["instructions"]
     plan = whole(tiny_llama)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvcompress.runtime.hf.CompressedCache", Cache)
+        patch.setattr("kvcompress.runtime.hf.attached.CompressedCache", Cache)
         run_workload(tiny_llama, tiny_tokenizer, suite, plan)
     assert told == [(tiny_llama, max(len(each.prompt) for each in suite.documents))]
 

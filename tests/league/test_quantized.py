@@ -147,11 +147,14 @@ class ByteLayer(QuantizedLayer):
 
     def _quantize(self, tensor, axis):
         scale = tensor.abs().amax(-1, keepdim=True) / 127
-        return (tensor / scale).round().to(torch.int8), {"scale": scale.bfloat16(), "axis": axis}
+        return (tensor / scale).round().to(torch.int8), {
+            "scale": scale.bfloat16(),
+            "dtype": tensor.dtype,
+        }
 
     def _dequantize(self, q_tensor):
         codes, meta = q_tensor
-        return codes.to(self.dtype) * meta["scale"].to(self.dtype)
+        return codes.to(meta["dtype"]) * meta["scale"].to(meta["dtype"])
 
 
 class Pair(torch.Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvcompress.runtime.hf import generate
 from kvcompress.runtime.hf.attach import attach
 from kvcompress.runtime.hf.attached import attached
 from kvcompress.runtime.probe import PROMPT, probe
@@ -80,4 +81,42 @@ def test_a_wrong_cache_is_noticed(monkeypatch):
     monkeypatch.setattr("kvcompress.runtime.layer.library", lambda: None)
     found = probe(build("llama"))
     assert not found.supported
+    assert "logits differ by" in found.refused
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3n"])
+@pytest.mark.parametrize(
+    ("method", "capability"),
+    [
+        ("_get_candidate_generator", "drafts (assisted, lookup)"),
+        ("_prefill", "cache"),
+    ],
+)
+def test_the_probe_goes_the_way_that_users_go(family, method, capability, monkeypatch):
+    """Forwards by hand are right here; generate is broken, as a new release may break it."""
+
+    def broken(*args, **kwargs):
+        raise AttributeError("of another release\nmore")
+
+    monkeypatch.setitem(generate._OVERRIDES, method, broken)
+    found = probe(build(family))
+    if capability == "cache":
+        assert found.refused == "generate fails: of another release"
+        return
+    told = {f.capability: f for f in found.findings}
+    assert told[capability].status == "no"
+    assert told[capability].note == "generate fails: of another release"
+    assert told["cache"].status == told["prompts in parts"].status == "yes"
+
+
+def test_other_tokens_from_generate_are_noticed(monkeypatch):
+    """Forwards by hand are right here; generate feeds another prompt."""
+    real = generate._OVERRIDES["_prefill"]
+
+    def shifted(model, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        model_kwargs["position_ids"] = model_kwargs["position_ids"] + 1
+        return real(model, input_ids.flip(1), generation_config, model_kwargs, *args, **kwargs)
+
+    monkeypatch.setitem(generate._OVERRIDES, "_prefill", shifted)
+    found = probe(build("llama"))
     assert "logits differ by" in found.refused

@@ -72,8 +72,7 @@ def attach(model: Model, plan: Plan, params: KVParams | None = None) -> Model:
 
 def detach(model: Model) -> Model:
     """Undo `attach`; the model is transformers' own again."""
-    inner = base_of(model)
-    found = take_record(inner)
+    inner, found = take_record(model)
     if found is not None:
         for hook in found.hooks:
             hook.remove()

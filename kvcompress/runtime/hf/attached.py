@@ -53,29 +53,34 @@ def base_of(model: Any) -> PreTrainedModel:
     """
     from transformers import PreTrainedModel
 
-    found = model
-    while not isinstance(found, PreTrainedModel):
-        if hasattr(found, "_orig_mod"):
-            found = found._orig_mod
-        elif hasattr(found, "get_base_model") and hasattr(found, "active_peft_config"):
-            kind = found.active_peft_config
-            if getattr(kind, "is_prompt_learning", False):
-                raise UnsupportedModelError(
-                    f"PEFT's {type(kind).__name__} puts keys and values of its own into the cache, "
-                    "which the plan does not know; use LoRA or another method that changes weights"
-                )
-            found = found.get_base_model()
-        else:
-            raise UnsupportedModelError(
-                f"a {type(model).__name__} is no transformers model; give the PreTrainedModel "
-                "inside it"
-            )
+    found, tuning = _unwrapped(model)
+    if getattr(tuning, "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            f"PEFT's {type(tuning).__name__} puts keys and values of its own into the cache, which "
+            "the plan does not know; use LoRA or another method that changes weights"
+        )
+    if not isinstance(found, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} is no transformers model; give the PreTrainedModel inside it"
+        )
     return found
+
+
+def _unwrapped(model: Any) -> tuple[Any, Any]:
+    """What torch.compile and PEFT have wrapped, and PEFT's configuration, None without one."""
+    tuning = None
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model") and hasattr(model, "active_peft_config"):
+            tuning, model = model.active_peft_config, model.get_base_model()
+        else:
+            return model, tuning
 
 
 def record(model: Any) -> Attached | None:
     """What is attached to a model, None without a plan."""
-    found: Attached | None = base_of(model).__dict__.get(_ATTRIBUTE)
+    found: Attached | None = _unwrapped(model)[0].__dict__.get(_ATTRIBUTE)
     return found
 
 
@@ -89,10 +94,10 @@ def set_record(model: PreTrainedModel, value: Attached) -> None:
     model.__dict__[_ATTRIBUTE] = value
 
 
-def take_record(model: PreTrainedModel) -> Attached | None:
-    """Remove and return what is attached."""
-    found: Attached | None = model.__dict__.pop(_ATTRIBUTE, None)
-    return found
+def take_record(model: Any) -> tuple[Any, Attached | None]:
+    """The model inside of a wrapper, and what was attached to it, which is removed."""
+    inner = _unwrapped(model)[0]
+    return inner, inner.__dict__.pop(_ATTRIBUTE, None)
 
 
 def attached(model: Any) -> tuple[Plan, KVParams | None] | None:

@@ -98,7 +98,6 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     if given is None or isinstance(given, CompressedCache):
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
         _refuse_bypass(model, config, kwargs)
-        kwargs["use_cache"] = True
     token = _RUNNING.set(_Running(model, own_loop is not None))
     try:
         return type(model).generate(model, *args, **kwargs)
@@ -130,14 +129,15 @@ def _prepare_cache(
         running.cache_prepared = True
     if isinstance(given, StaticCompressedCache):
         given.check_length(generation_config.max_length - 1)  # the last token is not fed back
+    if given is None or isinstance(given, CompressedCache):
+        # what a checkpoint says of transformers' own caches, see `_refuse_bypass`
+        generation_config.use_cache, generation_config.cache_implementation = True, None
     if given is None:
         cache = model_kwargs[CACHE] = new_cache(model)
         if getattr(generation_config, "is_assistant", False):
             cache.assists = True
             cache.activate_past_recording()
         return
-    if isinstance(given, CompressedCache):
-        generation_config.cache_implementation = None  # a checkpoint's, see `_refuse_bypass`
     original: Callable[..., None] = type(model)._prepare_cache_for_generation
     original(model, generation_config, model_kwargs, *args, **kwargs)
 
@@ -156,7 +156,7 @@ def _prefill(
     original: Callable[..., Any] = type(model)._prefill
     if not isinstance(cache, CompressedCache):
         return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
-    _check_text(cache, input_ids, model_kwargs.get("attention_mask"))
+    _check_text(cache, input_ids, generation_config, model_kwargs)
     cache.begin_prefill()
     out = original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
     cache.finish_prompt(model)
@@ -169,7 +169,7 @@ def _drafts(model: Any, **kwargs: Any) -> Any:
     cache = model_kwargs.get(CACHE)
     _note_prompt(model)
     if isinstance(cache, CompressedCache):
-        _check_text(cache, kwargs["input_ids"], model_kwargs.get("attention_mask"))
+        _check_text(cache, kwargs["input_ids"], kwargs["generation_config"], model_kwargs)
     return type(model)._get_candidate_generator(model, **kwargs)
 
 
@@ -179,18 +179,35 @@ def _note_prompt(model: Any) -> None:
         running.prompt_fed = True
 
 
-def _check_text(cache: CompressedCache, input_ids: Tensor, mask: Tensor | None) -> None:
-    """A prompt that begins with what the cache holds must be the text that it was made from."""
-    seen = cache.get_seq_length()
-    only_new = mask is not None and mask.shape[1] > input_ids.shape[1]
-    if not seen or only_new or cache.assists or cache.token_digest.rows is None:
+def _check_text(
+    cache: CompressedCache, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+) -> None:
+    """A prompt on a cache that holds tokens: either the whole text, which has to begin with them,
+    or the new tokens alone, with a mask of the whole text.
+
+    Raises:
+        KVCompressError: for a prompt that is neither.
+    """
+    seen, length = int(cache.get_seq_length()), input_ids.shape[1]
+    if not seen or cache.assists or model_kwargs.get("inputs_embeds") is not None:
         return
-    if input_ids.shape[1] == seen:
+    mask = model_kwargs.get("attention_mask")
+    # since 5.18 transformers drops a mask of ones and notes its length
+    shown = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
+    if shown == seen + length and shown != length:
+        return
+    if length == seen:
         raise KVCompressError(
             f"the cache has seen all {seen} tokens of this prompt already, so there is nothing to "
             "feed; pass the prompt with what follows it, or call cache.reset()"
         )
-    if input_ids.shape[1] > seen:
+    if shown != length or length < seen:
+        raise KVCompressError(
+            f"a prompt of {length} tokens with a mask of {shown}, and the cache has seen {seen}: "
+            f"pass the whole text, its cached beginning included, or new tokens with a mask of "
+            f"{seen + length}; cache.reset() empties it"
+        )
+    if cache.token_digest.rows is not None:
         cache.check_prefix(input_ids)
 
 
