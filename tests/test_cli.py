@@ -351,3 +351,44 @@ def test_a_damaged_bundle(run: Run, bundle: Path, tmp_path: Path, command: str) 
     plan.write_text(plan.read_text().replace('"sink_tokens": 4', '"sink_tokens": 3'))
     extra = ("-p", "Note:") if command == "generate" else ()
     assert_one_line(run(command, copy, *extra), "plan.json")
+
+
+# another recipe than the profile's
+
+
+OTHER = "name: other\npolicy: {kind: uniform, head: {full: true, k_dtype: int4, v_dtype: int4}}\n"
+LACKING = "name: lacking\nkeep: {scorer: raw}\npolicy: {kind: bytes, keep_ratio: 0.5, context: 9}\n"
+
+
+def test_export_solves_the_recipe_that_is_given(run: Run, profile: Path, tmp_path: Path) -> None:
+    from kvcompress.plan import Plan
+    from kvcompress.recipe import Recipe
+
+    recipe = tmp_path / "other.yaml"
+    recipe.write_text(OTHER)
+    assert run("export", profile, "-r", recipe, "-o", tmp_path / "b").code == 0
+    assert run("plan", profile, "-r", recipe, "-o", tmp_path / "plan.json").code == 0
+    shipped = Plan.load(tmp_path / "b")
+    assert shipped == Plan.load(tmp_path / "plan.json") != Plan.load(profile)
+    assert {head.storage for row in shipped.heads for head in row} == {"int4"}
+    kept = Recipe.load(tmp_path / "b" / "kvcompress" / "recipe.yaml")
+    assert kept.name == "other" and kept.calibration.tokens == 96
+    assert kept.policy == Recipe.load(recipe).policy
+
+
+@pytest.mark.parametrize("command", ["plan", "export"])
+def test_a_recipe_that_was_not_measured_is_refused(
+    run: Run, profile: Path, tmp_path: Path, command: str
+) -> None:
+    recipe, out = tmp_path / "lacking.yaml", tmp_path / "out"
+    recipe.write_text(LACKING)
+    result = run(command, profile, "-r", recipe, "-o", out)
+    assert_one_line(result, "recipe lacking: ", "keep.scorer lift, asked for is raw")
+    assert "-r RECIPE -o DIR" in result.err and not out.exists()
+
+
+def test_a_plan_and_a_recipe_contradict(run: Run, profile: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(OTHER)
+    both = ("--plan", profile / "plan.json", "-r", tmp_path / "other.yaml")
+    result = run("export", profile, *both, "-o", tmp_path / "b")
+    assert_one_line(result, "--plan ships a plan that is there, --recipe solves one: give one")
