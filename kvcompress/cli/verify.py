@@ -28,4 +28,4 @@ def command(
     with progress(f"checking {bundle}"):
         report = verify(bundle, device_map=device)
     emit(report if json_ else verified(report), json_)
-    console().print(f"{bundle}: sound")
+    console().print(f"{bundle}: sound, {report.files} files")
