@@ -26,13 +26,13 @@ from speed.output import note, parser_of, start
 from speed.text import markdown
 from torch import nn
 
+from kvcompress.atomic import write_file
 from kvcompress.bench import process
 from kvcompress.bench.compressed import fill_compressed
 from kvcompress.bench.plans import Setup, plan_of
 from kvcompress.bench.run import conditions, today
 from kvcompress.evaluate.serving import model_shape
 from kvcompress.kernels.cpu.library import Library, library
-from kvcompress.profile.store import write_atomically
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.hf.attach import attach, detach
 from kvcompress.runtime.hf.names import as_argument
@@ -150,7 +150,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         note(f"{weights} weights")
         result["rows"].append(parts_of(models, weights, args.rounds * args.steps))
     args.results.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.results / "host_overhead.json", json.dumps(result, indent=2) + "\n")
+    write_file(args.results / "host_overhead.json", json.dumps(result, indent=2) + "\n")
     return result
 
 

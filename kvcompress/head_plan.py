@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 KVDtype = Literal["model", "fp8", "int8", "int4"]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+# Positions and token counts are 32-bit numbers in the kernels, with room for sums of two.
+TOKENS_LIMIT: Final = 2**30
+PositiveInt = Annotated[int, Field(gt=0, le=TOKENS_LIMIT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=TOKENS_LIMIT)]
+ByteCount = Annotated[int, Field(ge=0, lt=2**60)]
 
 
 class StrictModel(BaseModel):
-    """Frozen, refuses unknown keys and does not coerce."""
+    """Frozen, refuses unknown keys, NaN and infinity, and does not coerce."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Budget(StrictModel):

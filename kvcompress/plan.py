@@ -27,6 +27,7 @@ from kvcompress.errors import PlanError
 from kvcompress.evict.registry import SUMS, known_scorer
 from kvcompress.head_plan import (
     Budget,
+    ByteCount,
     HeadPlan,
     KVDtype,
     NonNegativeInt,
@@ -41,9 +42,11 @@ from kvcompress.rules import (
     Recall,
     Threshold,
 )
+from kvcompress.strict import NotStrictError, load_json
 
 __all__ = [
     "Budget",
+    "ByteCount",
     "DigestName",
     "FastGenChoice",
     "HeadPlan",
@@ -69,7 +72,16 @@ SCHEMA_VERSION: Final = 1
 LayerKind = Literal["full", "sliding", "chunked", "latent", "shared", "linear", "none"]
 HOLDS_KV: Final = frozenset({"full", "sliding", "chunked", "latent"})
 ScorerName = Annotated[str, AfterValidator(known_scorer)]
-Stride = Annotated[int, Field(ge=2)]
+Stride = Annotated[int, Field(ge=2, le=2**20)]
+# Each head holds its sinks and recent tokens in arrays that are made at once, for every row.
+Slots = Annotated[int, Field(ge=0, le=2**15)]
+# Larger than any model's: a file that says more is damaged, and would be believed for gigabytes.
+Layers = Annotated[int, Field(gt=0, le=2**12)]
+Heads = Annotated[int, Field(gt=0, le=2**12)]
+Channels = Annotated[int, Field(gt=0, le=2**14)]
+TokenId = Annotated[int, Field(ge=0, lt=2**24)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(max_length=2**20)]
+Text = Annotated[str, Field(max_length=2**12)]
 WeightScheme = Literal["bf16", "int8", "nf4"]
 
 
@@ -87,17 +99,17 @@ class ModelShape(StrictModel):
         model_dtype_bytes: bytes of one element of the model's own KV cache.
     """
 
-    model_type: str
-    config_hash: str
-    layers: PositiveInt
-    query_heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    value_dim: PositiveInt | None = None
+    model_type: Text
+    config_hash: Text
+    layers: Layers
+    query_heads: Heads
+    kv_heads: Heads
+    head_dim: Channels
+    value_dim: Channels | None = None
     sliding_windows: tuple[PositiveInt | None, ...]
     layer_kinds: tuple[LayerKind, ...] = ()
     kv_sources: tuple[NonNegativeInt, ...] = ()
-    model_dtype_bytes: PositiveInt = 2
+    model_dtype_bytes: Annotated[int, Field(ge=1, le=8)] = 2
     max_position: PositiveInt
 
     @model_validator(mode="after")
@@ -169,24 +181,24 @@ class Plan(StrictModel):
     schema_version: Literal[1] = 1
     model: ModelShape
     heads: tuple[tuple[HeadPlan, ...], ...]
-    sink_tokens: NonNegativeInt = 4
-    recent_tokens: PositiveInt = 16
+    sink_tokens: Slots = 4
+    recent_tokens: Annotated[Slots, Field(gt=0)] = 16
     scorer: ScorerName = "lift"
     score_rows: PositiveInt | None = None
     score_stride: Stride | None = None
     pool_tokens: PositiveInt = 1
     per_request: PerRequest | None = None
-    repeat_ids: tuple[NonNegativeInt, ...] = ()
-    special_ids: tuple[NonNegativeInt, ...] = ()
-    punct_ids: tuple[NonNegativeInt, ...] = ()
+    repeat_ids: TokenIds = ()
+    special_ids: TokenIds = ()
+    punct_ids: TokenIds = ()
     special_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     punct_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    tokenizer_hash: str | None = None
+    tokenizer_hash: Text | None = None
     max_position: PositiveInt
     positions: Literal["original", "relative"] = "original"
     turn_tokens: NonNegativeInt = 0
     recall: Recall | None = None
-    target: str = "by hand"
+    target: Text = "by hand"
     predicted_loss: float | None = None
     weights: tuple[WeightScheme, ...] = ()
 
@@ -263,7 +275,10 @@ class Plan(StrictModel):
             PlanError: naming every key that is wrong, or a newer schema.
         """
         try:
+            load_json(text)  # pydantic's own reader takes NaN, and a key twice
             return cls.model_validate_json(text)
+        except NotStrictError as error:
+            raise PlanError(f"{where}: {error}") from None
         except ValidationError as error:
             raise PlanError(f"{where}: {explain(error)}") from None
 

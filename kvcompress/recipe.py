@@ -17,6 +17,7 @@ from pydantic import (
 
 from kvcompress.errors import RecipeError
 from kvcompress.evict.registry import SUMS
+from kvcompress.head_plan import TOKENS_LIMIT
 from kvcompress.plan import (
     Budget,
     HeadPlan,
@@ -26,6 +27,7 @@ from kvcompress.plan import (
     PositiveInt,
     Recall,
     ScorerName,
+    Slots,
     StrictModel,
     Stride,
     WeightScheme,
@@ -33,6 +35,7 @@ from kvcompress.plan import (
     explain,
     without_unset_stride,
 )
+from kvcompress.strict import NotStrictError, load_yaml
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -52,7 +55,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*", text)
     if match is None:
         raise ValueError(f"{text!r} is not a size: write 8GiB, 512MiB, 64KiB or 1048576B")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = float(match[1]) * _UNITS[match[2]]
+    if not size < 2**60:
+        raise ValueError(f"{text[:40]!r} is more than any machine has")
+    return int(size)
 
 
 class Calibration(StrictModel):
@@ -69,8 +75,8 @@ class Calibration(StrictModel):
     data: str = "builtin"
     text_column: str = "text"
     split: str = "train"
-    prompts: PositiveInt = 16
-    tokens: Annotated[int, Field(ge=64)] = 1024
+    prompts: Annotated[int, Field(gt=0, le=2**20)] = 16
+    tokens: Annotated[int, Field(ge=64, le=TOKENS_LIMIT)] = 1024
     seed: NonNegativeInt = 0
 
 
@@ -81,8 +87,8 @@ class Keep(StrictModel):
     sums estimated (`ESTIMATED_ROWS`, `ESTIMATED_STRIDE`); ``score_rows: null`` has all rows vote.
     """
 
-    sink_tokens: NonNegativeInt = 4
-    recent_tokens: PositiveInt = 16
+    sink_tokens: Slots = 4
+    recent_tokens: Annotated[Slots, Field(gt=0)] = 16
     scorer: ScorerName = "lift"
     score_rows: PositiveInt | None = None
     score_stride: Stride | None = None
@@ -292,20 +298,18 @@ class Recipe(StrictModel):
     @classmethod
     def from_yaml(cls, text: str, where: str = "recipe") -> Recipe:
         """As `load`, from a string."""
-        duplicates: list[str] = []
-        loader = _unique_key_loader(duplicates)
         try:
-            data = yaml.load(text, loader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+            data, problems = load_yaml(text)
+        except NotStrictError as error:
+            raise RecipeError(f"{where}: {error}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"{where}: expected a mapping of settings at the top level")
         try:
             recipe = cls.model_validate(_tuples(data), strict=True)
         except ValidationError as error:
-            raise RecipeError(f"{where}: {'; '.join([*duplicates, explain(error)])}") from None
-        if duplicates:
-            raise RecipeError(f"{where}: {'; '.join(duplicates)}")
+            raise RecipeError(f"{where}: {'; '.join([*problems, explain(error)])}") from None
+        if problems:
+            raise RecipeError(f"{where}: {'; '.join(problems)}")
         return recipe
 
 
@@ -316,22 +320,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     return value
-
-
-def _unique_key_loader(duplicates: list[str]) -> type[yaml.SafeLoader]:
-    """A SafeLoader that notes every repeated key, with its line, into `duplicates`."""
-
-    class UniqueKeyLoader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = loader.construct_object(key_node)
-            if key in seen:
-                duplicates.append(f"{key}: duplicate key on line {key_node.start_mark.line + 1}")
-            seen.add(key)
-        return loader.construct_mapping(node, deep=True)
-
-    UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    return UniqueKeyLoader

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from kvcompress.atomic import write_file
 from kvcompress.bench import process
 from kvcompress.bench.result import Cell, Conditions, Result
 from kvcompress.bench.run import conditions, today
-from kvcompress.profile.store import write_atomically
 from speed.model import words
 from speed.workers import ROOT, Pythons
 
@@ -102,7 +102,7 @@ class Book:
         update = {"cells": ordered, "command": "; ".join(commands)}
         self.result = self.result.model_copy(update=update)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, self.result.to_json())
+        write_file(self.path, self.result.to_json())
         note(f"{name}: {cell.seconds:.0f} s")
         return cell
 

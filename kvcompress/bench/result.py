@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from kvcompress.bench.timing import Samples
 from kvcompress.errors import KVCompressError
-from kvcompress.plan import NonNegativeInt, PositiveInt, StrictModel, explain
+from kvcompress.plan import ByteCount, NonNegativeInt, PositiveInt, StrictModel, explain
 
 SCHEMA_VERSION: Final = 1
 Number = Annotated[float, Field(ge=0)]
@@ -45,7 +45,7 @@ class Timing(StrictModel):
     steps: PositiveInt
     wall_ms: tuple[Number, ...]
     cpu_ms: tuple[Number, ...]
-    faults: tuple[NonNegativeInt, ...] = ()
+    faults: tuple[ByteCount, ...] = ()
 
     @classmethod
     def of(cls, samples: Samples) -> Timing:
@@ -103,9 +103,9 @@ class Row(StrictModel):
     fill: Literal["synthetic", "prompt"]
     process: Literal["shared", "own"] = "shared"
     timing: Timing
-    kv_bytes: NonNegativeInt
-    weights_bytes: NonNegativeInt
-    read_bytes: NonNegativeInt | None = None
+    kv_bytes: ByteCount
+    weights_bytes: ByteCount
+    read_bytes: ByteCount | None = None
     prompt: Timing | None = None
     quality: str | None = None
     detail: str = ""
@@ -115,9 +115,9 @@ class Bandwidth(StrictModel):
     """Passes over a large buffer in the same rounds, one pass per step."""
 
     threads: PositiveInt
-    read_bytes: PositiveInt
+    read_bytes: ByteCount
     read: Timing
-    copied_bytes: PositiveInt
+    copied_bytes: ByteCount
     copy_: Timing = Field(alias="copy")
 
     @property
@@ -170,8 +170,8 @@ class Conditions(StrictModel):
 
     cpu: str
     cores: PositiveInt
-    memory_bytes: NonNegativeInt | None
-    last_cache_bytes: NonNegativeInt | None
+    memory_bytes: ByteCount | None
+    last_cache_bytes: ByteCount | None
     device: str
     malloc: str
     model: str

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kvcompress.errors import BundleError
-from kvcompress.plan import NonNegativeInt, StrictModel, explain
+from kvcompress.plan import ByteCount, StrictModel, explain
 from kvcompress.recipe import WeightScheme
 
 SCHEMA: Final = 1
@@ -52,7 +52,7 @@ class FileEntry(StrictModel):
     """One file of the bundle."""
 
     path: RelativePath
-    size_bytes: NonNegativeInt
+    size_bytes: ByteCount
     sha256: Sha256
 
 
@@ -79,7 +79,7 @@ class WeightsEntry(StrictModel):
     """
 
     format: WeightScheme
-    size_bytes: NonNegativeInt
+    size_bytes: ByteCount
     kept: tuple[str, ...] = ()
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import yaml
-
 from kvcompress.bundle.manifest import SUFFIXES
 from kvcompress.errors import BundleError, UnsupportedModelError
+from kvcompress.strict import load_yaml
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -152,8 +151,8 @@ def _license(card: Path) -> dict[str, Any]:
     """``license``, ``license_name`` and ``license_link`` of a model card, where it has them."""
     try:
         found = _FRONT_MATTER.match(card.read_text(encoding="utf-8"))
-        data = yaml.safe_load(found[1]) if found else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        data = load_yaml(found[1])[0] if found else None
+    except (OSError, ValueError):
         return {}
     if not isinstance(data, dict):
         return {}

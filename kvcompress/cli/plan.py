@@ -40,10 +40,11 @@ def command(
 
         kvcompress plan runs/fastgen -r recipes/eighth.yaml -o plan.json
     """
+    from kvcompress.atomic import write_file
     from kvcompress.profile import report
     from kvcompress.profile.options import policy_from_options
     from kvcompress.profile.solve import solve_recipe
-    from kvcompress.profile.store import Profile, write_atomically
+    from kvcompress.profile.store import Profile
     from kvcompress.recipe import Recipe
 
     measured = Profile.load(profile)
@@ -59,7 +60,7 @@ def command(
     with progress("planning"):
         plan = solve_recipe(measured, wanted, policy)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, plan.to_json())
+    write_file(out, plan.to_json())
     console().print(f"plan written to {out}")
     size = report.planned_size(measured.recipe, policy)
     emit(report.summary(plan, *size) if json_ else report.table(plan, *size), json_)

@@ -12,10 +12,10 @@ from typing import Final, final
 from pydantic import ValidationError
 
 from kvcompress import __version__
+from kvcompress.atomic import write_file
 from kvcompress.evaluate.workloads import WorkloadSuite
 from kvcompress.evaluate.workloads_report import WorkloadOutcome
 from kvcompress.plan import StrictModel
-from kvcompress.profile.store import write_atomically
 
 _ROOT: Final = Path(__file__).parents[1]
 # parts whose code decides an outcome once the plan is there
@@ -55,7 +55,7 @@ class CellStore:
 
     def save(self, cell: Measured) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / f"{cell.key}.json", cell.model_dump_json() + "\n")
+        write_file(self.folder / f"{cell.key}.json", cell.model_dump_json() + "\n")
 
 
 def cell_key(plan_json: str | None, params_hash: str, suite: str, weights: str) -> str:

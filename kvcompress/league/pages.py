@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from kvcompress.atomic import write_file
 from kvcompress.evaluate.workloads import WORKLOADS
 from kvcompress.evaluate.workloads_report import interval
 from kvcompress.league.entries import BITS_ONLY
@@ -15,7 +16,6 @@ from kvcompress.league.tables import LEGEND, kl_table, score_table
 from kvcompress.league.tune import TOLERANCE
 from kvcompress.league.verdicts import Verdicts, share
 from kvcompress.league.words import verdict_lines
-from kvcompress.profile.store import write_atomically
 
 __all__ = ["check_plots", "write_pages"]
 
@@ -60,7 +60,7 @@ def write_pages(league: League, verdicts: Verdicts, page: Path, notes: str = "")
     """
     pictures = page.with_suffix("")
     draw_all(league, pictures, {name: title(name) for name in league.workloads})
-    write_atomically(page, render(league, verdicts, pictures.name, notes))
+    write_file(page, render(league, verdicts, pictures.name, notes))
 
 
 def title(workload: str) -> str:

@@ -8,11 +8,11 @@ from typing import Final, Literal
 
 from pydantic import ValidationError
 
+from kvcompress.atomic import write_file
 from kvcompress.errors import KVCompressError
 from kvcompress.evaluate.workloads_report import WorkloadOutcome
 from kvcompress.league.entries import Role, Skipped, Storage
 from kvcompress.plan import StrictModel, explain
-from kvcompress.profile.store import write_atomically
 
 POINTS: Final = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 40)
 
@@ -113,7 +113,7 @@ class League(StrictModel):
                 lines.append(f" {json.dumps(key)}: [\n{rows}\n ]")
             else:
                 lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
-        write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
+        write_file(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
     def load(cls, path: Path) -> League:

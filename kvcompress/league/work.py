@@ -209,10 +209,10 @@ class Worker:
         )
         placed = place(bench, task.entry, task.point, task.length_tokens)
         if placed.measured:
-            from kvcompress.profile.store import write_atomically
+            from kvcompress.atomic import write_file
 
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, placed.model_dump_json() + "\n")
+            write_file(path, placed.model_dump_json() + "\n")
         return placed
 
     def measure(self, task: CellTask) -> Measured | None:

@@ -11,9 +11,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from kvcompress.atomic import write_file
 from kvcompress.errors import ProfileError
 from kvcompress.profile.measure import PromptResult
-from kvcompress.profile.store import PROFILE_FILE, Profile, write_atomically
+from kvcompress.profile.store import PROFILE_FILE, Profile
 from kvcompress.quant.keystats import KeyStats
 
 SETTINGS_FILE: Final = "settings.json"
@@ -44,7 +45,7 @@ class Workplace:
             )
         directory.mkdir(parents=True, exist_ok=True)
         if made is None:
-            write_atomically(directory / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+            write_file(directory / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
         (directory / PROMPTS).mkdir(exist_ok=True)
 
     def _refuse_foreign(self) -> None:
@@ -77,7 +78,7 @@ class Workplace:
         """Store one finished step."""
         from safetensors.torch import save
 
-        write_atomically(self._path(name), save({k: v.contiguous() for k, v in tensors.items()}))
+        write_file(self._path(name), save({k: v.contiguous() for k, v in tensors.items()}))
 
     def kept(self, name: str) -> dict[str, Tensor] | None:
         """A step that an earlier run finished, None if there is none that can be read."""

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from kvcompress.atomic import write_file
 from kvcompress.errors import CalibrationError
 from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import ModelShape, Plan
@@ -52,7 +53,6 @@ from kvcompress.profile.store import (
     Profile,
     Provenance,
     Table,
-    write_atomically,
 )
 from kvcompress.profile.tokens import opening_ids, punct_ids, repeat_ids, special_ids
 from kvcompress.profile.weights import ROUNDED, WEIGHT_PROMPTS, measure_weights
@@ -164,7 +164,7 @@ def run_and_plan(
     """As `run`, then solve the recipe's own policy and write it beside the profile."""
     profile = run(model, tokenizer, recipe, out_dir, progress, name)
     plan = solve(profile)
-    write_atomically(Path(out_dir) / PLAN_FILE, plan.to_json())
+    write_file(Path(out_dir) / PLAN_FILE, plan.to_json())
     return plan
 
 

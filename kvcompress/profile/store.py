@@ -7,20 +7,21 @@ plan.json               the plan of the recipe's own policy
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from kvcompress.atomic import write_file
 from kvcompress.errors import ProfileError
 from kvcompress.plan import (
+    ByteCount,
     HeadPlan,
     ModelShape,
     NonNegativeInt,
     PositiveInt,
     StrictModel,
+    TokenIds,
     WeightScheme,
     explain,
 )
@@ -79,7 +80,7 @@ class LayerWeights(StrictModel):
     """
 
     modules: tuple[str, ...]
-    size_bytes: dict[WeightScheme, NonNegativeInt]
+    size_bytes: dict[WeightScheme, ByteCount]
     nats: dict[WeightScheme, float]
 
 
@@ -114,10 +115,10 @@ class Profile(StrictModel):
     recipe: Recipe
     provenance: Provenance
     tokenizer_hash: str
-    weight_bytes: dict[str, NonNegativeInt]
-    special_ids: tuple[NonNegativeInt, ...]
-    punct_ids: tuple[NonNegativeInt, ...]
-    repeat_ids: tuple[NonNegativeInt, ...] = ()
+    weight_bytes: dict[str, ByteCount]
+    special_ids: TokenIds
+    punct_ids: TokenIds
+    repeat_ids: TokenIds = ()
     special_share: Annotated[float, Field(ge=0.0, le=1.0)]
     punct_share: Annotated[float, Field(ge=0.0, le=1.0)]
     rotations: tuple[str, ...]
@@ -168,7 +169,7 @@ class Profile(StrictModel):
 
     def save(self, directory: Path | str) -> None:
         """Write profile.json; it appears whole or not at all."""
-        write_atomically(Path(directory) / PROFILE_FILE, self.model_dump_json(indent=1) + "\n")
+        write_file(Path(directory) / PROFILE_FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: Path | str) -> Self:
@@ -210,18 +211,3 @@ def load_params(directory: Path | str, shape: ModelShape) -> KVParams:
     if len(params.k_center) != shape.layers or any(tuple(c.shape) != want for c in params.k_center):
         raise ProfileError(f"{path}: key constants of another model; profile again")
     return params
-
-
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a temporary sibling and rename it over `path`: readers see the old or the new file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

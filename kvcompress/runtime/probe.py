@@ -162,7 +162,8 @@ class _Runs:
     def generate(self, **way: Any) -> Answer:
         """What `generate` makes of a prompt that says everything twice."""
         ids = self.ids[:, : PROMPT // 2].repeat(1, 2)
-        out: Any = self.model.generate(
+        model: Any = self.model
+        out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=STEPS,

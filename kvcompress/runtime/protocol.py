@@ -84,7 +84,6 @@ class StoringLayer(CacheLayerMixin):
     """
 
     is_compileable = False
-    record_past = False  # drafted tokens can be taken back
     supports_early_init = False
 
     def __init__(
@@ -96,6 +95,7 @@ class StoringLayer(CacheLayerMixin):
         self.is_sliding = self.sliding_window is not None
         self.seen = 0
         self.state: LayerState | None = None
+        self.record_past = False  # drafted tokens can be taken back
         self.arrival = Arrival()
         self._announced = False
         self._spans = spans

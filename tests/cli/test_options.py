@@ -138,7 +138,7 @@ def observed(monkeypatch, tmp_path, capfd):
     watch("profile.source.load_source", ("model", "tokenizer"))
     watch("profile.run.run_and_plan", last=True)
     watch("profile.store.Profile.load", profile_of)
-    watch("profile.store.write_atomically", last=True)
+    watch("atomic.write_file", last=True)
     watch("plan.Plan.load", "a plan")
     watch("bundle.write.export", last=True)
     watch("bundle.inspect.inspect", last=True)
