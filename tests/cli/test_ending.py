@@ -214,14 +214,14 @@ def closing(number):
     return lambda: os.close(number)
 
 
-def test_closed_streams(plan_file):
-    done = program(["inspect", plan_file], preexec_fn=closing(1))
+def test_closed_streams():
+    done = program(["doctor"], preexec_fn=closing(1))
     assert done.returncode == 2
     assert done.stderr == b"error: standard output is closed; send it to a file, or to /dev/null\n"
     for number in (0, 2):
-        done = program(["inspect", plan_file], preexec_fn=closing(number), stdout=subprocess.PIPE)
+        done = program(["--help"], preexec_fn=closing(number), stdout=subprocess.PIPE)
         assert (done.returncode, done.stderr) == (0, b"")
-        assert b"KV cache" in done.stdout
+        assert b"kvcompress" in done.stdout
 
 
 def test_text_that_the_terminal_cannot_show_is_escaped(plan_file):

@@ -12,7 +12,7 @@ from kvcompress.recipe import Calibration, Keep, Recipe
 from tests.profile.conftest import model_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-SHORT = Calibration(prompts=1, tokens=128)
+SHORT = Calibration(prompts=1, tokens=64)
 RICH = Recipe(calibration=SHORT, keep=Keep(score_rows=None))
 
 
@@ -64,11 +64,11 @@ def test_one_profile_gives_every_recipe_its_own_plan_or_says_what_it_lacks(profi
 def test_what_a_recipe_says_of_calibration_must_be_what_was_measured(profiles):
     rich = profiles(RICH)
     policy = "policy: {kind: fastgen}\nkeep: {score_rows: null}\n"
-    same = Recipe.from_yaml(policy + "calibration: {tokens: 128, prompts: 1}")
+    same = Recipe.from_yaml(policy + "calibration: {tokens: 64, prompts: 1}")
     assert solve_recipe(rich, same) == solve(rich)
     other = Recipe.from_yaml(policy + "calibration: {tokens: 256, seed: 7}")
     said = (
-        "measured with calibration.seed 0, the recipe says 7; calibration.tokens 128, the recipe "
+        "measured with calibration.seed 0, the recipe says 7; calibration.tokens 64, the recipe "
         "says 256; leave calibration out of the recipe"
     )
     with pytest.raises(PlanError, match=said):
