@@ -63,9 +63,7 @@ def read_text(path: Path, limit_bytes: int) -> str:
 
 
 # ---- JSON
-def load_json(
-    text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES, *, ours: bool = True
-) -> Any:
+def load_json(text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES, *, ours: bool = True) -> Any:
     """The value of a JSON document in UTF-8.
 
     Args:

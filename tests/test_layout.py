@@ -38,10 +38,12 @@ MAY_IMPORT = {
     | {"accounting", "evict.chain", "evict.finish", "evict.scorers", "evict.voters"}
     | {"quant.codec", "quant.keystats", "quant.weights"}
     | {"checkpoint"}
-    | {"evaluate.tasks", "evaluate.words", "runtime.families", "runtime.hf", "runtime.rotation"},
+    | {"evaluate.tasks", "evaluate.words", "runtime.chat", "runtime.families", "runtime.hf"}
+    | {"runtime.rotation"},
     "runtime": VALUES | {"accounting", "evict", "kernels", "quant", "bundle"},
     "bundle": VALUES
-    | {"accounting", "checkpoint", "profile.source", "profile.store", "quant", "runtime"}
+    | {"accounting", "checkpoint", "profile.solve", "profile.source", "profile.store", "quant"}
+    | {"runtime"}
     | {"evaluate"},
     "evaluate": VALUES | {"accounting", "evict", "quant", "runtime", "bundle"},
     "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant"},

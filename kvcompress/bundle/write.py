@@ -27,6 +27,7 @@ from kvcompress.bundle.verify import check_logits
 from kvcompress.errors import BundleError, ProfileError
 from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Plan
+from kvcompress.profile.solve import solve_recipe, with_calibration_of
 from kvcompress.profile.source import weights_hash
 from kvcompress.profile.store import PARAMS_FILE, PLAN_FILE, Profile
 from kvcompress.quant.weights import FORMATS
@@ -36,7 +37,7 @@ from kvcompress.quant.weights.base import (
     quiet_bitsandbytes,
     weights_bytes,
 )
-from kvcompress.recipe import Recipe, WeightScheme
+from kvcompress.recipe import BytesPolicy, Recipe, WeightScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +109,8 @@ def export(
             is where the profile found it.
         profile: finished profile directory.
         plan: in place of the profile's own.
-        recipe: in place of the profile's own; kept in the bundle.
+        recipe: in place of the profile's own: solved from the profile where no plan is given, and
+            kept in the bundle.
         weights: in place of the recipe's.
         overwrite: replace an existing bundle, at the end and in one step.
         measured: figures for the model card and the manifest, by name.
@@ -116,6 +118,7 @@ def export(
         note: told what is going on, one line at a time.
 
     Raises:
+        PlanError: if the profile did not measure what the recipe needs.
         BundleError: if something does not fit or the written bundle fails its check; `out` is as
             it was before.
     """
@@ -171,10 +174,14 @@ def _prepare(
 ) -> _Job:
     """Read and check everything that the bundle is made of, before any weight is loaded."""
     stored = Profile.load(profile)
+    if plan is None and recipe is not None:
+        plan = solve_recipe(stored, recipe, weights=weights)
     if plan is None and not (profile / PLAN_FILE).is_file():
         raise ProfileError(f"{profile}: has no {PLAN_FILE}; run kvcompress plan, or give --plan")
+    if plan is None:
+        _check_counted(profile, stored.recipe, weights)
     plan = plan or Plan.load(profile / PLAN_FILE)
-    recipe = recipe or stored.recipe
+    recipe = with_calibration_of(stored, recipe) if recipe else stored.recipe
     scheme = mixed.scheme_of(profile, stored, plan, weights) or recipe.weights
     recipe = recipe.model_copy(update={"weights": scheme})
     found = source.find(model or stored.model)
@@ -184,6 +191,18 @@ def _prepare(
     kept = mixed.kept_layers(found.skeleton, weight_format, stored, plan)
     params = profile / PARAMS_FILE
     return _Job(found, stored, params, plan, recipe, weight_format, kept, measured)
+
+
+def _check_counted(profile: Path, recipe: Recipe, weights: WeightScheme | None) -> None:
+    """Refuse other weights than those that a memory target counted: the plan would not meet it."""
+    policy, own = recipe.policy, recipe.weights
+    if not isinstance(policy, BytesPolicy) or policy.memory is None or own == "bf16":
+        return
+    if weights not in (None, own):
+        raise BundleError(
+            f"{profile}: its plan meets {policy.memory} with {own} weights; leave --weights out, "
+            "or give --recipe too, which is then solved again"
+        )
 
 
 def _check_fit(profile: Path, found: Source, plan: Plan) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcompress.cli.common import JsonOption, console, emit, progress
+from kvcompress.cli.common import DeviceOption, JsonOption, console, emit
+from kvcompress.cli.progress import progress
 
 if TYPE_CHECKING:
     from kvcompress.evaluate.compare import Row
@@ -48,7 +49,7 @@ def command(
             help="tuned keeps freed memory, which DynamicCache needs to be fast; default does not."
         ),
     ] = "tuned",
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
     """Time a decode step beside transformers' caches and beside the floor that memory sets.
@@ -61,7 +62,8 @@ def command(
     from kvcompress.bench.table import result_table
 
     filled, words = fill_of(fill), _malloc(malloc)
-    loaded, own = _load(model, plan, device)
+    with progress(f"loading {model}"):
+        loaded, own = _load(model, plan, device)
     import torch
 
     from kvcompress.bench.cell import Rounds

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -264,9 +262,8 @@ def prepare(folder: Path) -> Callable[[Random, Path], str]:
         bench = benches[rng.choices(list(FORMAT), list(FORMAT.values()))[0]]
         began = time.monotonic()
         try:
-            with redirect_stdout(sys.stderr):  # ours is for the runner
-                name = bench.mutant(rng)
-                ending = attempt(bench)
+            name = bench.mutant(rng)
+            ending = attempt(bench)
         finally:
             bench.restore()
         took = time.monotonic() - began
