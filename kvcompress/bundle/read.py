@@ -89,7 +89,7 @@ def open_bundle(path: Path | str) -> Bundle:
     params = load_params(root / manifest.PARAMS, plan)
     _check_model(root, listed, plan, config)
     _check_trained(root, params, config)
-    _check_tokenizer(root, listed, plan, tokenizer)
+    _check_tokenizer(root, listed, plan, config, tokenizer)
     return Bundle(
         path=root,
         digest=hashlib.sha256(text).hexdigest(),
@@ -272,10 +272,21 @@ def _check_trained(root: Path, params: KVParams, config: PretrainedConfig) -> No
 
 
 def _check_tokenizer(
-    root: Path, listed: Manifest, plan: Plan, tokenizer: PreTrainedTokenizerBase
+    root: Path,
+    listed: Manifest,
+    plan: Plan,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     if tokenizer_hash(tokenizer) != listed.tokenizer_hash:
         raise BundleError(f"{root}: its tokenizer is not the one in the manifest; {_AGAIN}")
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    ids = tokenizer.get_vocab()
+    last = max((ids[token] for token in ids if token != tokenizer.pad_token), default=0)
+    if isinstance(size, int) and last >= size:
+        raise BundleError(
+            f"{root}: its tokenizer has token {last}, its model embeds {size}; {_AGAIN}"
+        )
     if plan.tokenizer_hash not in (None, listed.tokenizer_hash):
         raise BundleError(
             f"{root / manifest.PLAN}: was made with another tokenizer, so its special and "

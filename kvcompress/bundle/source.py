@@ -51,7 +51,11 @@ class Source:
         """
         try:
             return checkpoint.load_model(
-                self.checkpoint, self.config, device_map=device_map or "cpu", **options
+                self.checkpoint,
+                self.config,
+                tried=False,
+                device_map=device_map or "cpu",
+                **options,
             )
         except UnsupportedModelError as error:
             raise BundleError(str(error)) from None

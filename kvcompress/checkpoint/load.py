@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.checkpoint import settings, tensors
 from kvcompress.checkpoint.packed import check_packed
+from kvcompress.checkpoint.trial import try_out
 from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.strict import shown
 
@@ -129,12 +130,19 @@ def build(found: Checkpoint, config: PretrainedConfig, **options: Any) -> PreTra
 
 
 def load_model(
-    found: Checkpoint, config: PretrainedConfig, *, exact: bool = False, **options: Any
+    found: Checkpoint,
+    config: PretrainedConfig,
+    *,
+    exact: bool = False,
+    tried: bool = True,
+    **options: Any,
 ) -> PreTrainedModel:
     """The model with its weights: all of them there, of their shapes, and finite.
 
     Args:
         exact: refuse tensors that the model does not have, too.
+        tried: generate one token before the model is handed out; off where no forward may come
+            before a save.
         options: further ones of `from_pretrained`.
 
     Raises:
@@ -165,6 +173,9 @@ def load_model(
     tensors.check_values(found.name, model)
     check_packed(found.name, model)
     ready: PreTrainedModel = model.eval()
+    if tried and ready.can_generate():
+        with reading(found.name, "settings of generation"):
+            try_out(found.name, ready)
     return ready
 
 

@@ -40,6 +40,10 @@ _FOREIGN: Final = frozenset(
 )
 # several times the largest published model
 _BOUNDS: Final[dict[str, int]] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1024),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "num_assistant_tokens"), 1024),
+    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), 2**24),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 2**24),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 1024),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "n_heads"), 1024),
     **dict.fromkeys(("head_dim", "kv_lora_rank", "qk_rope_head_dim"), 4096),
@@ -78,6 +82,7 @@ def vetted(folder: Path) -> dict[str, Any]:
         raise UnsupportedModelError(f"{folder}: no {CONFIG} in it; give a model directory")
     for check in CONFIG_CHECKS.values():
         check(folder / CONFIG, config)
+    _bounded(folder / "generation_config.json", found["generation_config.json"] or {})
     return config
 
 
@@ -138,9 +143,9 @@ def _bounded(path: Path, config: dict[str, Any]) -> None:
         if most is None:
             continue
         for number in _leaves(value):
-            if isinstance(number, bool | str) or (number is not None and not 0 <= number <= most):
+            if isinstance(number, bool | str) or (number is not None and not -1 <= number <= most):
                 raise UnsupportedModelError(
-                    f"{path}: its {key} is {shown(number, 40)}, expected a number from 0 to {most}"
+                    f"{path}: its {key} is {shown(number, 40)}, expected a number up to {most}"
                 )
 
 
