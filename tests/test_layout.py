@@ -192,8 +192,8 @@ def test_pins_are_exact_where_a_check_depends_on_the_version():
     dev = data["project"]["optional-dependencies"]["dev"]
     for tool in ("ruff", "mypy"):
         assert any(re.fullmatch(rf"{tool}==[\d.]+", line) for line in dev)
-    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    assert re.search(r"^torch==2\.13\.0$", constraints, re.MULTILINE)
+    locked = (ROOT / "locks" / "torch.txt").read_text(encoding="utf-8")
+    assert re.search(r"^torch==2\.13\.0$", locked, re.MULTILINE)
 
 
 def test_documents_name_only_recipes_and_files_that_exist():
