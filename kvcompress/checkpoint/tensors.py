@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WEIGHTS: Final = "model.safetensors"
+LARGEST: Final = 65504.0  # of float16, in which scales are stored; weights are below 1000
 _PER_BYTE: Final = 2  # weights that one byte of a file can hold: 4 bits are the fewest we serve
 _WHOLE: Final = "give a complete model"
 
@@ -124,29 +124,41 @@ def check_report(name: str, report: dict[str, Any], exact: bool) -> None:
 
 
 def check_values(name: str, model: nn.Module) -> None:
-    """Every parameter and buffer holds finite numbers.
+    """Every weight is a finite number, and none is larger than weights are.
 
     Raises:
         UnsupportedModelError: naming the first tensor that is wrong.
     """
-    for key, value in _tensors(model):
-        if not is_finite(value):
+    for key, value in model.named_parameters():
+        most = largest(value)
+        if not math.isfinite(most):
             raise UnsupportedModelError(f"{name}: {key} holds NaN or infinite values; {_WHOLE}")
+        if most > LARGEST:
+            raise UnsupportedModelError(
+                f"{name}: {key} holds {most:g}, and no weight is beyond {LARGEST:g}; {_WHOLE}"
+            )
+    for key, buffer in model.named_buffers():
+        if math.isnan(largest(buffer)):
+            raise UnsupportedModelError(f"{name}: {key} holds NaN; {_WHOLE}")
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def largest(value: Tensor) -> float:
+    """The largest magnitude, NaN where an element is; 0 for whole numbers."""
+    if not value.is_floating_point() or not value.numel() or value.device.type == "meta":
+        return 0.0
+    if value.element_size() == 1:  # float8 has no arithmetic of its own
+        return max((largest(p.float()) for p in value.reshape(-1).split(2**24)), key=_nan_first)
+    low, high = value.detach().aminmax()
+    return max(-float(low), float(high), key=_nan_first)
+
+
+def _nan_first(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def is_finite(value: Tensor) -> bool:
     """Whether every element is a finite number; whole numbers are."""
-    if not value.is_floating_point() or not value.numel() or value.device.type == "meta":
-        return True
-    if value.element_size() == 1:  # float8 has no arithmetic of its own
-        return all(is_finite(part.float()) for part in value.reshape(-1).split(2**24))
-    low, high = value.detach().aminmax()
-    return math.isfinite(float(low)) and math.isfinite(float(high))
+    return math.isfinite(largest(value))
 
 
 # what each list of the report means
