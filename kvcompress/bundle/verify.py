@@ -1,4 +1,4 @@
-"""Proof that a bundle works: a short forward of what was written, plain and compressed.
+"""Proof that a bundle works: what was written decodes and generates, plain and compressed.
 
 `python -m kvcompress.bundle.verify BUNDLE --expected FILE` is the fresh process in which an export
 reloads its own work.
@@ -9,19 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from kvcompress.bundle.read import Bundle, load_weights, open_bundle
 from kvcompress.errors import BundleError, KVCompressError
 from kvcompress.plan import HeadPlan, Plan, uniform
 from kvcompress.runtime.hf.names import as_argument, cache_of
+from kvcompress.runtime.load import serve
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from kvcompress.quant.keystats import KVParams
 
 CHECK_TOKENS: Final = 48
 _STEPS: Final = 8
@@ -39,6 +43,8 @@ class VerifyReport:
         reload_error: saved weights against the model they were saved from; None outside an export.
         lossless_error: a compressed cache that keeps everything against transformers' own cache.
         plan_error: the bundle's own plan against transformers' own cache; not a fault if large.
+        generate_error: as lossless_error, through `model.generate` on a model made ready as `load`
+            does.
     """
 
     path: str
@@ -47,6 +53,7 @@ class VerifyReport:
     reload_error: float | None
     lossless_error: float
     plan_error: float
+    generate_error: float
 
 
 def verify(path: Path | str, expected: Path | None = None, device_map: Any = None) -> VerifyReport:
@@ -61,12 +68,20 @@ def verify(path: Path | str, expected: Path | None = None, device_map: Any = Non
     bundle = open_bundle(path)
     model = load_weights(bundle, device_map)
     reload_error = None if expected is None else _reload_error(bundle, model, expected)
-    plain = _decode(model, cache=None)
+    plain, written = _decode(model, cache=None), _generate(bundle, model)
     everything = HeadPlan(full=True, k_dtype="model", v_dtype="model")
     lossless = uniform(bundle.plan.model, everything, max_position=bundle.plan.max_position)
-    lossless_error = _distance(_compressed(bundle, model, lossless, params=None), plain)
+    with _attached(model, lossless, None):
+        lossless_error = _distance(_decode_compressed(bundle, model), plain)
     _demand(bundle, model, lossless_error, "a compressed cache that keeps everything")
-    plan_error = _distance(_compressed(bundle, model, bundle.plan, bundle.params), plain)
+    with _attached(model, bundle.plan, bundle.params):
+        plan_error = _distance(_decode_compressed(bundle, model), plain)
+    serve(model, bundle)
+    with _attached(model, lossless, None):
+        generate_error = _apart(_generate(bundle, model), written)
+    _demand(bundle, model, generate_error, "generate with a cache that keeps everything")
+    with _attached(model, bundle.plan, bundle.params):
+        _generate(bundle, model)
     return VerifyReport(
         path=str(path),
         digest=bundle.digest,
@@ -74,6 +89,7 @@ def verify(path: Path | str, expected: Path | None = None, device_map: Any = Non
         reload_error=reload_error,
         lossless_error=lossless_error,
         plan_error=plan_error,
+        generate_error=generate_error,
     )
 
 
@@ -114,19 +130,72 @@ def _decode(model: PreTrainedModel, cache: Any) -> Tensor:
     return torch.stack(rows)
 
 
-def _compressed(bundle: Bundle, model: PreTrainedModel, plan: Plan, params: Any) -> Tensor:
-    """`_decode` through a compressed cache."""
+@contextmanager
+def _attached(model: PreTrainedModel, plan: Plan, params: KVParams | None) -> Iterator[None]:
     from kvcompress.runtime.hf.attach import attach, detach
-    from kvcompress.runtime.hf.attached import new_cache
 
     attach(model, plan, params)
     try:
-        logits = _decode(model, new_cache(model))
+        yield
     finally:
         detach(model)
-    if not bool(logits.isfinite().all()):
-        raise BundleError(f"{bundle.path}: the compressed model gives logits that are not finite")
+
+
+def _decode_compressed(bundle: Bundle, model: PreTrainedModel) -> Tensor:
+    """`_decode` through the cache of the plan that is attached."""
+    from kvcompress.runtime.hf.attached import new_cache
+
+    logits = _decode(model, new_cache(model))
+    _demand_finite(bundle, logits)
     return logits
+
+
+def _generate(bundle: Bundle, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """What `model.generate` makes of `check_ids`: ids [steps], logits [steps, vocabulary].
+
+    Raises:
+        BundleError: where logits are not finite, or a plan is attached and its cache was not used.
+    """
+    import torch
+
+    from kvcompress.runtime.cache import CompressedCache
+    from kvcompress.runtime.hf.attached import attached
+
+    ids, call = check_ids(model), cast(Any, model.generate)
+    with torch.inference_mode():
+        output = call(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_STEPS,
+            do_sample=False,
+            num_beams=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    ours = isinstance(cache_of(output), CompressedCache)
+    if ours != (attached(model) is not None):
+        raise BundleError(
+            f"{bundle.path}: generate used another cache than the plan's; report this as a bug"
+        )
+    logits = torch.stack([step[0].float().cpu() for step in output.logits])
+    _demand_finite(bundle, logits)
+    return output.sequences[0, ids.shape[1] :].cpu(), logits
+
+
+def _apart(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> float:
+    """Distance of the logits as far as both had the same text before them.
+
+    Another token may be chosen where two are nearly equal; what follows it is another text.
+    """
+    steps = min(len(found[0]), len(wanted[0]))
+    differs = (found[0][:steps] != wanted[0][:steps]).nonzero()
+    same = int(differs[0]) + 1 if len(differs) else steps
+    return _distance(found[1][:same], wanted[1][:same])
+
+
+def _demand_finite(bundle: Bundle, logits: Tensor) -> None:
+    if not bool(logits.isfinite().all()):
+        raise BundleError(f"{bundle.path}: the model gives logits that are not finite")
 
 
 def _reload_error(bundle: Bundle, model: PreTrainedModel, expected: Path) -> float:

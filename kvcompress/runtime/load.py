@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompress.bundle.read import load_weights, open_bundle
+from kvcompress.bundle.read import Bundle, load_weights, open_bundle
 
 if TYPE_CHECKING:
     import torch
@@ -27,15 +27,22 @@ def load(
     Raises:
         BundleError: where the bundle is damaged, foreign or from a newer version.
     """
-    from kvcompress.kernels.cpu.library import library
     from kvcompress.runtime.hf.attach import attach
-    from kvcompress.runtime.linear8 import serve_bitsandbytes
-    from kvcompress.runtime.linear16 import serve_16_bit
 
     checked = open_bundle(bundle)
     model = load_weights(checked, device_map, dtype)
-    if library() is not None:
-        if checked.manifest.weights.format == "int8":
-            serve_bitsandbytes(model)
-        serve_16_bit(model)
+    serve(model, checked)
     return attach(model, checked.plan, checked.params), checked.tokenizer
+
+
+def serve(model: PreTrainedModel, bundle: Bundle) -> None:
+    """Let the compiled kernels serve the weights, where there are any."""
+    from kvcompress.kernels.cpu.library import library
+    from kvcompress.runtime.linear8 import serve_bitsandbytes
+    from kvcompress.runtime.linear16 import serve_16_bit
+
+    if library() is None:
+        return
+    if bundle.manifest.weights.format == "int8":
+        serve_bitsandbytes(model)
+    serve_16_bit(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from kvcompress.accounting import kv_bytes
 from kvcompress.bundle.inspect import inspect
 from kvcompress.bundle.verify import verify
 from kvcompress.cli.app import main
-from kvcompress.errors import PlanError
+from kvcompress.errors import BundleError, PlanError
 from kvcompress.plan import Plan
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.complete import complete
@@ -82,8 +83,40 @@ def test_verify_measures(exported: Exported, weights: str) -> None:
     assert checked.files == len([file for file in path.rglob("*") if file.is_file()])
     assert checked.reload_error is None
     assert checked.lossless_error <= 2e-2
+    # the same, and what the compiled kernels round
+    assert checked.generate_error <= 2e-2
     # the plan drops and rounds: it cannot be closer than a cache that keeps everything
     assert checked.lossless_error <= checked.plan_error < 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        ("another cache", "generate used another cache than the plan's"),
+        ("zeroed", "logits of generate with a cache that keeps everything differ by"),
+        ("NaN", "the model gives logits that are not finite"),
+    ],
+)
+def test_verify_goes_the_way_of_users(
+    exported: Exported, damage: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forwards by hand are right, and generate with the plan attached is not."""
+    from transformers import DynamicCache
+
+    from kvcompress.runtime.hf import generate
+
+    def broken(model: Any, *args: Any, **kwargs: Any) -> Any:
+        output = type(model).generate(model, *args, **kwargs)
+        if damage == "another cache":
+            output.past_key_values = DynamicCache()
+        else:
+            factor = float("nan") if damage == "NaN" else 0
+            output.logits = tuple(step * factor for step in output.logits)
+        return output
+
+    monkeypatch.setitem(generate._OVERRIDES, "generate", broken)
+    with pytest.raises(BundleError, match=problem):
+        verify(exported("bf16")[0])
 
 
 def test_verify_command(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
