@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.bundle import files, manifest
+from kvcompress.bundle.checks import problem_of
 from kvcompress.bundle.manifest import Manifest
-from kvcompress.checkpoint.load import Checkpoint, load_config, load_model, load_tokenizer, reading
+from kvcompress.checkpoint.load import Checkpoint, load_config, load_model, load_tokenizer
 from kvcompress.checkpoint.settings import vetted
-from kvcompress.checkpoint.tensors import headers, weight_map
 from kvcompress.errors import BundleError, UnsupportedModelError
-from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Plan
 from kvcompress.profile.store import Profile
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Recipe
-from kvcompress.strict import shown
 
 if TYPE_CHECKING:
     import torch
@@ -83,25 +81,25 @@ def open_bundle(path: Path | str) -> Bundle:
     plan = Plan.load(root / manifest.PLAN)
     with _as_bundle_error():
         checkpoint = Checkpoint(str(root), root, vetted(root))
-        _check_weights(root, listed, checkpoint.settings)
         config = load_config(checkpoint)
         tokenizer = load_tokenizer(checkpoint, padding_side="left")
-    params = load_params(root / manifest.PARAMS, plan)
-    _check_model(root, listed, plan, config)
-    _check_trained(root, params, config)
-    _check_tokenizer(root, listed, plan, config, tokenizer)
-    return Bundle(
+    opened = Bundle(
         path=root,
         digest=hashlib.sha256(text).hexdigest(),
         manifest=listed,
         plan=plan,
         profile=Profile.load(root / manifest.FOLDER),
         recipe=Recipe.load(root / manifest.RECIPE),
-        params=params,
+        params=load_params(root / manifest.PARAMS, plan),
         checkpoint=checkpoint,
         config=config,
         tokenizer=tokenizer,
     )
+    with _as_bundle_error():
+        problem = problem_of(opened)
+    if problem is not None:
+        raise BundleError(problem)
+    return opened
 
 
 @contextmanager
@@ -194,101 +192,3 @@ def _release(text: str) -> tuple[int, ...]:
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)
-
-
-def _check_weights(root: Path, listed: Manifest, config: dict[str, Any]) -> None:
-    """The parts of config.json and the index that decide what gets loaded, and from where."""
-    from kvcompress.quant.weights import FORMATS
-
-    pointer = {"schema": listed.schema_version, "manifest": manifest.MANIFEST}
-    if config.get("kvcompress") != pointer:
-        raise BundleError(
-            f"{root / 'config.json'}: its kvcompress entry is not {pointer}; {_AGAIN}"
-        )
-    weights = FORMATS[listed.weights.format]
-    if not weights.matches(config.get("quantization_config")):
-        raise BundleError(
-            f"{root / 'config.json'}: its quantization_config is not that of {weights.name} "
-            f"weights; {_AGAIN}"
-        )
-    stored = {path for path in listed.sizes_bytes if path.endswith(".safetensors")}
-    index = weight_map(root)
-    odd = sorted({*index.values()} ^ (stored - {manifest.PARAMS}))
-    if odd:
-        raise BundleError(
-            f"{root / manifest.INDEX}: {shown(odd[0])} is not both a weight file of the bundle and "
-            f"in the index; {_AGAIN}"
-        )
-    found = {file: headers(root / file) for file in {*index.values()}}
-    if {(name, file) for file, names in found.items() for name in names} != {*index.items()}:
-        raise BundleError(
-            f"{root / manifest.INDEX}: does not list the tensors that are in the files; {_AGAIN}"
-        )
-    for file, names in found.items():
-        for name, header in names.items():
-            if header.dtype not in weights.dtypes:
-                raise BundleError(
-                    f"{root / file}: {shown(name)} is {header.dtype}, which {weights.name} weights "
-                    f"do not have; {_AGAIN}"
-                )
-
-
-def _check_model(root: Path, listed: Manifest, plan: Plan, config: PretrainedConfig) -> None:
-    from kvcompress.runtime.families import config_hash, difference, shape_of
-
-    with reading(str(root), "config.json"):
-        found, shape = config_hash(config), shape_of(config)
-    if found != listed.base_model.config_hash:
-        raise BundleError(
-            f"{root / 'config.json'}: describes another model than the manifest; {_AGAIN}"
-        )
-    if plan.model.config_hash != found:
-        raise BundleError(
-            f"{root / manifest.PLAN}: was made for another model than config.json; {_AGAIN}"
-        )
-    differs = difference(plan.model, shape)
-    if differs is not None:
-        raise BundleError(
-            f"{root / manifest.PLAN}: its model has another {differs} than config.json; {_AGAIN}"
-        )
-    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
-    if plan.repeat_ids and isinstance(size, int) and max(plan.repeat_ids) >= size:
-        raise BundleError(
-            f"{root / manifest.PLAN}: repeat_ids names token {max(plan.repeat_ids)}, the model has "
-            f"{size}; profile and export again"
-        )
-
-
-def _check_trained(root: Path, params: KVParams, config: PretrainedConfig) -> None:
-    """What was trained for a scorer reads hidden states, and a constant beside them."""
-    hidden = getattr(config.get_text_config(decoder=True), "hidden_size", None)
-    for name, parts in params.scorer.items():
-        sizes = {part.shape[1] for part in parts}
-        if sizes != {hidden + 1 if isinstance(hidden, int) else None}:
-            raise BundleError(
-                f"{root / manifest.PARAMS}: {name} was trained for hidden states of another size "
-                f"than {hidden}; profile and export again"
-            )
-
-
-def _check_tokenizer(
-    root: Path,
-    listed: Manifest,
-    plan: Plan,
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    if tokenizer_hash(tokenizer) != listed.tokenizer_hash:
-        raise BundleError(f"{root}: its tokenizer is not the one in the manifest; {_AGAIN}")
-    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
-    ids = tokenizer.get_vocab()
-    last = max((ids[token] for token in ids if token != tokenizer.pad_token), default=0)
-    if isinstance(size, int) and last >= size:
-        raise BundleError(
-            f"{root}: its tokenizer has token {last}, its model embeds {size}; {_AGAIN}"
-        )
-    if plan.tokenizer_hash not in (None, listed.tokenizer_hash):
-        raise BundleError(
-            f"{root / manifest.PLAN}: was made with another tokenizer, so its special and "
-            "punctuation ids mean other tokens; profile and export again"
-        )

@@ -75,7 +75,10 @@ def verified(report: VerifyReport) -> RenderableType:
         ("files", f"{report.files}, each of the size and sha256 that the manifest says"),
         ("manifest", f"sha256 {report.digest[:_DIGITS]}…"),
         ("cache check", _lossless(report.lossless_error)),
-        ("generate check", f"the same through generate: {_apart(report.generate_error)} its own"),
+        (
+            "generate check",
+            f"the same through generate: {_apart(report.generate_error)} plain ones",
+        ),
         (
             "its own plan",
             f"{_apart(report.plan_error)} those of the full cache, on 48 tokens without meaning; "

@@ -13,9 +13,10 @@ a circle goes into the scale. The pair shares its scale, which then commutes wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from kvcompress.plan import ModelShape
 from kvcompress.strict import shown
 
+Size = tuple[int, ...]
 Convention = Literal["half-split", "interleaved"]
 SMALLEST_SCALE: Final = 1e-4  # of the layer's median, for channels that never move
 # what a file may hold: keys of real models stay within 1e-4 and 1e4, and (k − centre) / scale has
@@ -78,12 +80,15 @@ class KVParams:
                 names = set(file.keys())
                 kinds = _kinds(names, shape)
                 for name in sorted(names):
-                    _check_header(name, file.get_slice(name), shape)
+                    header = file.get_slice(name)
+                    for check in HEADER_CHECKS.values():
+                        _refuse(check(name, (*header.get_shape(),), header.get_dtype(), shape))
                 tensors = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError, OverflowError) as error:
             raise ValueError(f"not a safetensors file ({shown(str(error), 200)})") from None
         for name in sorted(tensors):
-            _check_values(name, tensors[name])
+            for examine in VALUE_CHECKS.values():
+                _refuse(examine(name, tensors[name]))
         parts = {
             kind: tuple(tensors[f"layers.{i}.{kind}"] for i in range(shape.layers))
             for kind in kinds
@@ -108,31 +113,56 @@ def _kinds(names: set[str], shape: ModelShape) -> list[str]:
     return kinds
 
 
-def _check_header(name: str, tensor: Any, shape: ModelShape) -> None:
-    """Before a byte is read: dtype and shape."""
-    found, size = tensor.get_dtype(), tuple(tensor.get_shape())
-    if found != "F32":
-        raise ValueError(f"{name} is {found}, not F32")
+def _dtype(name: str, size: Size, dtype: str, shape: ModelShape) -> str | None:
+    return None if dtype == "F32" else f"{name} is {dtype}, not F32"
+
+
+def _size(name: str, size: Size, dtype: str, shape: ModelShape) -> str | None:
     want = (shape.kv_heads, shape.head_dim)
-    if _SCORER in name:
-        if len(size) != 2 or size[0] != want[0] or size[1] > MAX_HIDDEN:
-            raise ValueError(f"{name} has shape {size}, not {want[0]} heads of one vector")
-    elif size != want:
-        raise ValueError(f"{name} has shape {size}, the model has {want}: it is another model's")
+    if _SCORER in name or size == want:
+        return None
+    return f"{name} has shape {size}, the model has {want}: it is another model's"
 
 
-def _check_values(name: str, value: Tensor) -> None:
-    if not bool(value.isfinite().all()):
-        raise ValueError(f"{name} holds NaN or infinite values")
-    if name.endswith(".k_scale"):
-        low, high = (float(end) for end in value.aminmax())
-        if low < SCALES[0] or high > SCALES[1]:
-            raise ValueError(
-                f"{name} has scales from {low:g} to {high:g}, expected {SCALES[0]:g} to "
-                f"{SCALES[1]:g}"
-            )
-    elif value.numel() and float(value.abs().amax()) > LARGEST:
-        raise ValueError(f"{name} has values beyond {LARGEST:g}")
+def _scorer_size(name: str, size: Size, dtype: str, shape: ModelShape) -> str | None:
+    if _SCORER not in name:
+        return None
+    if len(size) == 2 and size[0] == shape.kv_heads and size[1] <= MAX_HIDDEN:
+        return None
+    return f"{name} has shape {size}, not {shape.kv_heads} heads of one vector"
+
+
+def _scale(name: str, value: Tensor) -> str | None:
+    if not name.endswith(".k_scale"):
+        return None
+    low, high = (float(end) for end in value.aminmax())
+    if SCALES[0] <= low and high <= SCALES[1]:
+        return None
+    return f"{name} has scales from {low:g} to {high:g}, expected {SCALES[0]:g} to {SCALES[1]:g}"
+
+
+def _largest(name: str, value: Tensor) -> str | None:
+    if name.endswith(".k_scale") or not value.numel() or float(value.abs().amax()) <= LARGEST:
+        return None
+    return f"{name} holds NaN, or values beyond {LARGEST:g}"
+
+
+# by name, so that a test can take one away; the first are asked before a byte is read, and the
+# comparisons of the others are false for NaN
+HEADER_CHECKS: Final[dict[str, Callable[[str, Size, str, ModelShape], str | None]]] = {
+    "dtype": _dtype,
+    "size": _size,
+    "size of a scorer": _scorer_size,
+}
+VALUE_CHECKS: Final[dict[str, Callable[[str, Tensor], str | None]]] = {
+    "range of scales": _scale,
+    "range of values": _largest,
+}
+
+
+def _refuse(problem: str | None) -> None:
+    if problem is not None:
+        raise ValueError(problem)
 
 
 @dataclass(frozen=True)

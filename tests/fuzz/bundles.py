@@ -114,7 +114,8 @@ def _measured(folder: Path, name: Path, tokenizer: Any) -> None:
         chain=(HeadPlan(full=True),), recovery=every, recovery_l1=every,
         candidates=(HeadPlan(full=True),), losses=every,
     ).save(folder / manifest.FOLDER)  # fmt: skip
-    (folder / manifest.RECIPE).write_text(Recipe().to_yaml())
+    recipe = Recipe().model_copy(update={"weights": name.name})
+    (folder / manifest.RECIPE).write_text(recipe.to_yaml())
     centers = torch.randn(LAYERS, KV_HEADS, HEAD_DIM)
     trained = {"surrogate": tuple(torch.randn(LAYERS, KV_HEADS, HIDDEN + 1))}
     params = KVParams(tuple(centers), tuple(torch.ones_like(centers)), trained)
@@ -131,12 +132,16 @@ def seal(folder: Path, weights: str) -> None:
         "created": "2026-01-01T00:00:00+00:00",
         "base_model": {"id": "tiny", "config_hash": plan["model"]["config_hash"]},
         "tokenizer_hash": plan["tokenizer_hash"],
-        "weights": {"format": weights, "size_bytes": 1, "kept": []},
+        "weights": {"format": weights, "size_bytes": _size(folder), "kept": []},
         "needs": ["torch>=2.9"],
         "measured": {"kl": 0.5},
         "files": [entry.model_dump() for entry in files.digests(folder, names)],
     }
     _write(folder / manifest.MANIFEST, data)
+
+
+def _size(folder: Path) -> int:
+    return (folder / WEIGHTS).stat().st_size
 
 
 def _write(path: Path, value: Any) -> None:
@@ -208,31 +213,37 @@ class Bench:
         self.folder = folder / weights / "bundle"
         build(self.folder, weights)
         self.whole = {n: p.read_bytes() for n, p in files.tree(self.folder).items()}
+        self.changed: set[str] = set()
 
     def mutant(self, rng: Random) -> str:
         """Change one file, or sometimes two; gives its name."""
         name = rng.choice(list(KINDS))
         for changed in {name, rng.choice(list(KINDS)) if rng.random() < 0.1 else name}:
-            self._put(changed, KINDS[changed](rng, self.whole[changed]))
+            self.put(changed, KINDS[changed](rng, self.whole[changed]))
         if name != manifest.MANIFEST:
-            self._reseal()
+            self.seal()
         return name
 
     def restore(self) -> None:
-        for name, data in self.whole.items():
-            self._put(name, data)
+        for name in self.changed:
+            (self.folder / name).write_bytes(self.whole[name])
+        self.changed.clear()
 
-    def _put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes) -> None:
+        """Other bytes for a file; `seal` makes the manifest fit."""
+        self.changed.add(name)
         (self.folder / name).write_bytes(data)
 
-    def _reseal(self) -> None:
+    def seal(self) -> None:
+        """A manifest of the files as they are, hashes of configuration and tokenizer included."""
         data = json.loads(self.whole[manifest.MANIFEST])
         self._rehash(data)
         for entry in data["files"]:
             content = (self.folder / entry["path"]).read_bytes()
             entry["size_bytes"] = len(content)
             entry["sha256"] = hashlib.sha256(content).hexdigest()
-        self._put(manifest.MANIFEST, json.dumps(data).encode())
+        data["weights"]["size_bytes"] = _size(self.folder)
+        self.put(manifest.MANIFEST, json.dumps(data).encode())
 
     def _rehash(self, data: dict[str, Any]) -> None:
         """The hashes of configuration and tokenizer, where the mutant has any."""
@@ -242,12 +253,15 @@ class Bench:
             made, ids = config_hash(config), tokenizer_hash(tokenizer)
             plan = json.loads((self.folder / manifest.PLAN).read_bytes())
             plan["model"]["config_hash"], plan["tokenizer_hash"] = made, ids
+            profile = json.loads((self.folder / manifest.PROFILE).read_bytes())
+            profile["shape"]["config_hash"], profile["tokenizer_hash"] = made, ids
         except BaseException:  # whatever transformers makes of it: there is nothing to hash
             return
         if made == data["base_model"]["config_hash"] and ids == data["tokenizer_hash"]:
             return
         data["base_model"]["config_hash"], data["tokenizer_hash"] = made, ids
-        self._put(manifest.PLAN, json.dumps(plan).encode())
+        self.put(manifest.PLAN, json.dumps(plan).encode())
+        self.put(manifest.PROFILE, json.dumps(profile).encode())
 
 
 def prepare(folder: Path) -> Callable[[Random, Path], str]:
