@@ -254,6 +254,11 @@ def reading(name: str, what: str) -> Iterator[None]:
 
 
 def _refusal(name: str, what: str, error: BaseException) -> UnsupportedModelError:
+    if "trust_remote_code" in str(error):  # an option that we do not have
+        return UnsupportedModelError(
+            f"{name}: its {what} is code of the model's own, which is never run; give a model that "
+            "transformers has"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = shown((lines or [type(error).__name__])[0], _MESSAGE)
     return UnsupportedModelError(
