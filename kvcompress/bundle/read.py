@@ -81,22 +81,24 @@ def open_bundle(path: Path | str) -> Bundle:
     _check_files(root, listed, set(present))
     _check_needs(root, listed)
     plan = Plan.load(root / manifest.PLAN)
+    profile = Profile.load(root / manifest.FOLDER)
+    recipe = Recipe.load(root / manifest.RECIPE)
+    params = load_params(root / manifest.PARAMS, plan)
     with _as_bundle_error():
         checkpoint = Checkpoint(str(root), root, vetted(root))
         _check_weights(root, listed, checkpoint.settings)
         config = load_config(checkpoint)
+        _check_model(root, listed, plan, config)
+        _check_trained(root, params, config)
         tokenizer = load_tokenizer(checkpoint, padding_side="left")
-    params = load_params(root / manifest.PARAMS, plan)
-    _check_model(root, listed, plan, config)
-    _check_trained(root, params, config)
     _check_tokenizer(root, listed, plan, config, tokenizer)
     return Bundle(
         path=root,
         digest=hashlib.sha256(text).hexdigest(),
         manifest=listed,
         plan=plan,
-        profile=Profile.load(root / manifest.FOLDER),
-        recipe=Recipe.load(root / manifest.RECIPE),
+        profile=profile,
+        recipe=recipe,
         params=params,
         checkpoint=checkpoint,
         config=config,

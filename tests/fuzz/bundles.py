@@ -147,10 +147,9 @@ def _write(path: Path, value: Any) -> None:
 def _json_text(rng: Random, data: bytes) -> bytes:
     if rng.random() < 0.2:
         return mutate_bytes(rng, data)
-    tree = mutate_tree(rng, json.loads(data))
     try:
-        return json.dumps(tree, indent=1).encode()
-    except RecursionError:  # of the writer
+        return json.dumps(mutate_tree(rng, json.loads(data)), indent=1).encode()
+    except RecursionError:  # of the mutator, or the writer
         return b"[" * 5000 + b"]" * 5000
 
 
@@ -167,8 +166,8 @@ def _yaml_text(rng: Random, data: bytes) -> bytes:
         return b"".join([*lines[:at], rng.choice(odd), *lines[at:]])
     import yaml
 
-    tree = mutate_tree(rng, yaml.safe_load(data))
     try:
+        tree = mutate_tree(rng, yaml.safe_load(data))
         return yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
     except RecursionError:
         return b"[" * 5000
@@ -207,27 +206,32 @@ class Bench:
     def __init__(self, folder: Path, weights: str) -> None:
         self.folder = folder / weights / "bundle"
         build(self.folder, weights)
+        self.changed: set[str] = set()
         self.whole = {n: p.read_bytes() for n, p in files.tree(self.folder).items()}
 
     def mutant(self, rng: Random) -> str:
         """Change one file, or sometimes two; gives its name."""
         name = rng.choice(list(KINDS))
-        for changed in {name, rng.choice(list(KINDS)) if rng.random() < 0.1 else name}:
+        other = rng.choice(list(KINDS)) if rng.random() < 0.1 else name
+        for changed in sorted({name, other}):
             self._put(changed, KINDS[changed](rng, self.whole[changed]))
         if name != manifest.MANIFEST:
-            self._reseal()
+            self._reseal({name, other})
         return name
 
     def restore(self) -> None:
-        for name, data in self.whole.items():
-            self._put(name, data)
+        for name in sorted(self.changed):
+            self._put(name, self.whole[name])
+        self.changed.clear()
 
     def _put(self, name: str, data: bytes) -> None:
+        self.changed.add(name)
         (self.folder / name).write_bytes(data)
 
-    def _reseal(self) -> None:
+    def _reseal(self, changed: set[str]) -> None:
         data = json.loads(self.whole[manifest.MANIFEST])
-        self._rehash(data)
+        if changed & {"config.json", "tokenizer.json", "tokenizer_config.json"}:
+            self._rehash(data)
         for entry in data["files"]:
             content = (self.folder / entry["path"]).read_bytes()
             entry["size_bytes"] = len(content)
