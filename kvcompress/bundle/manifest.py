@@ -37,6 +37,8 @@ def checked_path(path: str) -> str:
     pure = PurePosixPath(path)
     if pure.is_absolute() or "\\" in path or ":" in path or "\0" in path:
         raise ValueError("must be relative, with forward slashes")
+    if not path.isprintable():
+        raise ValueError("must be printable")
     if not path or str(pure) != path or ".." in pure.parts:
         raise ValueError("must not leave the bundle directory")
     if pure.suffix.lower() not in SUFFIXES or pure.name in _REFUSED_NAMES:

@@ -79,6 +79,9 @@ def open_bundle(path: Path | str) -> Bundle:
     _check_files(root, listed, set(present))
     _check_needs(root, listed)
     plan = Plan.load(root / manifest.PLAN)
+    profile = Profile.load(root / manifest.FOLDER)
+    recipe = Recipe.load(root / manifest.RECIPE)
+    params = load_params(root / manifest.PARAMS, plan)
     with _as_bundle_error():
         checkpoint = Checkpoint(str(root), root, vetted(root))
         config = load_config(checkpoint)
@@ -88,9 +91,9 @@ def open_bundle(path: Path | str) -> Bundle:
         digest=hashlib.sha256(text).hexdigest(),
         manifest=listed,
         plan=plan,
-        profile=Profile.load(root / manifest.FOLDER),
-        recipe=Recipe.load(root / manifest.RECIPE),
-        params=load_params(root / manifest.PARAMS, plan),
+        profile=profile,
+        recipe=recipe,
+        params=params,
         checkpoint=checkpoint,
         config=config,
         tokenizer=tokenizer,

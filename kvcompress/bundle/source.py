@@ -82,7 +82,7 @@ def find(model: Path | str) -> Source:
     legal = {path for pattern in _LEGAL for path in found.folder.glob(pattern)}
     return Source(
         location=location,
-        id=Path(location).resolve().name if Path(location).is_dir() else location,
+        id=Path(location).resolve().name if Path(location).exists() else location,
         config=config,
         tokenizer=tokenizer,
         checkpoint=found,

@@ -53,8 +53,8 @@ _BOUNDS: Final[dict[str, int]] = {
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), 2**24),
     **dict.fromkeys(("sliding_window", "num_kv_shared_layers"), 2**24),
 }
-# quantizations whose loading fetches no kernel from the Hub
-QUANTIZED: Final = frozenset(("awq", "bitsandbytes", "compressed-tensors", "gptq"))
+# quantizations whose loading fetches no kernel from the Hub; fp8 is unpacked while it is loaded
+QUANTIZED: Final = frozenset(("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq"))
 
 
 def vetted(folder: Path) -> dict[str, Any]:
@@ -80,10 +80,19 @@ def vetted(folder: Path) -> dict[str, Any]:
     config = found[CONFIG]
     if config is None:
         raise UnsupportedModelError(f"{folder}: no {CONFIG} in it; give a model directory")
-    for check in CONFIG_CHECKS.values():
-        check(folder / CONFIG, config)
+    check_config(folder / CONFIG, config)
     _bounded(folder / "generation_config.json", found["generation_config.json"] or {})
     return config
+
+
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Refuse what a configuration must not say.
+
+    Raises:
+        UnsupportedModelError: naming the file and what is refused.
+    """
+    for check in CONFIG_CHECKS.values():
+        check(path, config)
 
 
 def _read(path: Path, limit_bytes: int) -> dict[str, Any] | None:
@@ -102,7 +111,7 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
     """Every (key, value) of all objects in `value`."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield key, inner
+            yield str(key), inner  # of a value in memory, a label's number
             yield from _entries(inner)
     elif isinstance(value, list):
         for inner in value:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WEIGHTS: Final = "model.safetensors"
 LARGEST: Final = 65504.0  # of float16, in which scales are stored; weights are below 1000
-_PER_BYTE: Final = 2  # weights that one byte of a file can hold: 4 bits are the fewest we serve
+_PER_BYTE: Final = 8  # weights that one byte of a file can hold at most
 _WHOLE: Final = "give a complete model"
 
 
@@ -79,13 +79,13 @@ def weight_map(folder: Path) -> dict[str, str]:
     return listed
 
 
-def check_files(name: str, folder: Path) -> None:
+def check_files(name: str, folder: Path, files: list[str]) -> None:
     """Every weight file is there and whole.
 
     Raises:
         UnsupportedModelError: naming the file.
     """
-    for file in weight_files(folder):
+    for file in files:
         if not (folder / file).is_file():
             raise UnsupportedModelError(
                 f"{name}: cannot load the weights ({file} is not there); give a complete model in "
@@ -94,13 +94,13 @@ def check_files(name: str, folder: Path) -> None:
         headers(folder / file)
 
 
-def check_size(name: str, folder: Path, skeleton: nn.Module) -> None:
+def check_size(name: str, files: list[Path], skeleton: nn.Module) -> None:
     """The files could hold the model: before memory is taken for what is not in them.
 
     Raises:
         UnsupportedModelError: where they are too small.
     """
-    stored_bytes = sum((folder / file).stat().st_size for file in weight_files(folder))
+    stored_bytes = sum(file.stat().st_size for file in files)
     needed = sum(parameter.numel() for parameter in skeleton.parameters())
     if needed > _PER_BYTE * stored_bytes:
         raise UnsupportedModelError(

@@ -14,14 +14,14 @@ import torch
 import yaml
 from safetensors.torch import load, save
 
-import kvcompress
 from kvcompress.bundle import manifest
 from kvcompress.bundle.checks import CHECKS
+from kvcompress.bundle.read import load_weights, open_bundle
 from kvcompress.checkpoint import load as loading
 from kvcompress.checkpoint import tensors
 from kvcompress.errors import KVCompressError
 from kvcompress.quant import keystats
-from tests.fuzz.bundles import HIDDEN, WEIGHTS, Bench
+from tests.fuzz.bundles import WEIGHTS, Bench
 
 Change = Callable[[Any], Any]
 
@@ -37,7 +37,7 @@ def edit(name: str, *path: str | int, to: Any) -> Callable[[Bench], None]:
         inner[path[-1]] = to(inner[path[-1]]) if callable(to) else to
         bench.put(name, json.dumps(tree).encode())
         if name != manifest.MANIFEST:
-            bench.seal()
+            bench.seal({*bench.changed})
 
     return damage
 
@@ -54,7 +54,7 @@ def retensor(
         if name == WEIGHTS:
             index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(found, WEIGHTS)}
             bench.put(manifest.INDEX, json.dumps(index).encode())
-        bench.seal()
+        bench.seal({*bench.changed})
 
     return damage
 
@@ -76,7 +76,7 @@ def foreign_tokenizer(bench: Bench) -> None:
     """Everything agrees with everything but the tokenizer."""
     for name, key in ((manifest.PLAN, "tokenizer_hash"), (manifest.PROFILE, "tokenizer_hash")):
         bench.put(name, json.dumps({**json.loads(bench.whole[name]), key: "1" * 64}).encode())
-    bench.seal()
+    bench.seal({*bench.changed})
     listed = json.loads((bench.folder / manifest.MANIFEST).read_bytes())
     bench.put(manifest.MANIFEST, json.dumps({**listed, "tokenizer_hash": "1" * 64}).encode())
 
@@ -84,18 +84,24 @@ def foreign_tokenizer(bench: Bench) -> None:
 def other_recipe(bench: Bench) -> None:
     recipe = {**yaml.safe_load(bench.whole[manifest.RECIPE]), "weights": "int8"}
     bench.put(manifest.RECIPE, yaml.safe_dump(recipe).encode())
-    bench.seal()
+    bench.seal({*bench.changed})
 
 
 def token_beyond(bench: Bench) -> None:
     tree = json.loads(bench.whole["tokenizer.json"])
     tree["added_tokens"].append({**tree["added_tokens"][0], "id": 9999, "content": "<far>"})
     bench.put("tokenizer.json", json.dumps(tree).encode())
-    bench.seal()
+    bench.seal({*bench.changed})
 
 
+BY_TRANSFORMERS = {"mismatched_keys", "error_msgs"}
 LM_HEAD, NORM = "lm_head.weight", "model.norm.weight"
-INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
+# names a format and leaves every layer out, so that nothing else meets it
+INT8 = {
+    "quant_method": "bitsandbytes",
+    "load_in_8bit": True,
+    "llm_int8_skip_modules": ["model", "lm_head"],
+}
 
 # (registry, check, weights of the bundle, what happens to it, what the check says)
 Row = tuple[dict[str, Any], str, str, Callable[[Bench], None], str]
@@ -106,7 +112,8 @@ ROWS: list[Row] = [
     (CHECKS, "tensors of the index", "bf16",
      edit(manifest.INDEX, "weight_map", to=lambda m: {**m, "ghost": WEIGHTS}),
      "does not list the tensors"),
-    (CHECKS, "dtypes of tensors", "bf16", weight(LM_HEAD, torch.Tensor.float), "is F32, which bf16"),
+    (CHECKS, "dtypes of tensors", "bf16", weight(LM_HEAD, torch.Tensor.double),
+     "is F64, which bf16"),
     (CHECKS, "size of the weights", "bf16",
      edit(manifest.MANIFEST, "weights", "size_bytes", to=lambda n: n + 1), "says that the weights"),
     (CHECKS, "configuration", "bf16",
@@ -118,7 +125,7 @@ ROWS: list[Row] = [
     (CHECKS, "trained parameters", "bf16",
      params("surrogate", lambda v: v[:, :-1]), "was trained for hidden states of another size"),
     (CHECKS, "tokenizer", "bf16", foreign_tokenizer, "its tokenizer is not the one"),
-    (CHECKS, "tokens", "bf16", token_beyond, "its tokenizer has token 9999"),
+    (CHECKS, "tokens", "bf16", token_beyond, "its tokenizer has token 259"),
     (CHECKS, "tokenizer of the plan", "bf16",
      edit(manifest.PLAN, "tokenizer_hash", to="2" * 64), "was made with another tokenizer, so"),
     (CHECKS, "tokenizer of the profile", "bf16",
@@ -130,12 +137,10 @@ ROWS: list[Row] = [
     (keystats.HEADER_CHECKS, "size", "bf16", params("k_scale", lambda v: v[:, :4]), "has shape"),
     (keystats.HEADER_CHECKS, "size of a scorer", "bf16",
      params("surrogate", lambda v: v[:1]), "not 2 heads of one vector"),
-    (keystats.VALUE_CHECKS, "finite", "bf16",
-     params("surrogate", lambda v: v * float("nan")), "holds NaN or infinite"),
     (keystats.VALUE_CHECKS, "range of scales", "bf16",
      params("k_scale", lambda v: v * 0), "has scales from 0 to 0"),
     (keystats.VALUE_CHECKS, "range of values", "bf16",
-     params("k_center", lambda v: v * 1e30), "has values beyond"),
+     params("surrogate", lambda v: v * float("nan")), "holds NaN, or values beyond"),
     (tensors.REPORT_CHECKS, "missing_keys", "bf16",
      retensor(WEIGHTS, lambda found: found.pop(LM_HEAD)), "is not among its weights"),
     (tensors.REPORT_CHECKS, "unexpected_keys", "bf16",
@@ -170,7 +175,7 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bench]:
 def ending(bench: Bench) -> str:
     """`let in`, or the line that says why not."""
     try:
-        kvcompress.load(bench.folder)
+        load_weights(open_bundle(bench.folder))
     except KVCompressError as error:
         return str(error)
     return "let in"
@@ -239,4 +244,15 @@ def test_every_named_check_has_its_bundle() -> None:
     registries = (CHECKS, keystats.HEADER_CHECKS, keystats.VALUE_CHECKS, tensors.REPORT_CHECKS)
     for registry in registries:
         tried = {check for owner, check, *_ in ROWS if owner is registry}
-        assert tried == set(registry)
+        assert tried == set(registry) - BY_TRANSFORMERS
+
+
+def test_transformers_itself_raises_on_another_shape(
+    benches: Callable[[str], Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why `BY_TRANSFORMERS` have no row; a release that no longer raises is caught by them."""
+    narrow = weight(LM_HEAD, lambda value: value[:, :-1])
+    checked, unchecked = both(
+        benches("bf16"), narrow, lambda: monkeypatch.setattr(tensors, "check_report", lambda *_: 0)
+    )
+    assert checked == unchecked != "let in"

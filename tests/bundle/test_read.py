@@ -184,6 +184,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     listing("a/../../b.json"): r"must not leave the bundle directory",
     listing("a//b.json"): r"must not leave the bundle directory",
     listing("/etc/hosts.json"): r"must be relative, with forward slashes",
+    listing("a\nb.json"): r"must be printable",
     listing("c:\\b.json"): r"must be relative, with forward slashes",
     listing("pytorch_model.bin"): r"\.bin files have no place in a bundle",
     listing("modeling.py"): r"\.py files have no place in a bundle",

@@ -132,16 +132,12 @@ def seal(folder: Path, weights: str) -> None:
         "created": "2026-01-01T00:00:00+00:00",
         "base_model": {"id": "tiny", "config_hash": plan["model"]["config_hash"]},
         "tokenizer_hash": plan["tokenizer_hash"],
-        "weights": {"format": weights, "size_bytes": _size(folder), "kept": []},
+        "weights": {"format": weights, "size_bytes": (folder / WEIGHTS).stat().st_size, "kept": []},
         "needs": ["torch>=2.9"],
         "measured": {"kl": 0.5},
         "files": [entry.model_dump() for entry in files.digests(folder, names)],
     }
     _write(folder / manifest.MANIFEST, data)
-
-
-def _size(folder: Path) -> int:
-    return (folder / WEIGHTS).stat().st_size
 
 
 def _write(path: Path, value: Any) -> None:
@@ -152,10 +148,9 @@ def _write(path: Path, value: Any) -> None:
 def _json_text(rng: Random, data: bytes) -> bytes:
     if rng.random() < 0.2:
         return mutate_bytes(rng, data)
-    tree = mutate_tree(rng, json.loads(data))
     try:
-        return json.dumps(tree, indent=1).encode()
-    except RecursionError:  # of the writer
+        return json.dumps(mutate_tree(rng, json.loads(data)), indent=1).encode()
+    except RecursionError:  # of the mutator, or the writer
         return b"[" * 5000 + b"]" * 5000
 
 
@@ -172,8 +167,8 @@ def _yaml_text(rng: Random, data: bytes) -> bytes:
         return b"".join([*lines[:at], rng.choice(odd), *lines[at:]])
     import yaml
 
-    tree = mutate_tree(rng, yaml.safe_load(data))
     try:
+        tree = mutate_tree(rng, yaml.safe_load(data))
         return yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
     except RecursionError:
         return b"[" * 5000
@@ -212,37 +207,38 @@ class Bench:
     def __init__(self, folder: Path, weights: str) -> None:
         self.folder = folder / weights / "bundle"
         build(self.folder, weights)
-        self.whole = {n: p.read_bytes() for n, p in files.tree(self.folder).items()}
         self.changed: set[str] = set()
+        self.whole = {n: p.read_bytes() for n, p in files.tree(self.folder).items()}
 
     def mutant(self, rng: Random) -> str:
         """Change one file, or sometimes two; gives its name."""
         name = rng.choice(list(KINDS))
-        for changed in {name, rng.choice(list(KINDS)) if rng.random() < 0.1 else name}:
+        other = rng.choice(list(KINDS)) if rng.random() < 0.1 else name
+        for changed in sorted({name, other}):
             self.put(changed, KINDS[changed](rng, self.whole[changed]))
         if name != manifest.MANIFEST:
-            self.seal()
+            self.seal({name, other})
         return name
 
     def restore(self) -> None:
-        for name in self.changed:
-            (self.folder / name).write_bytes(self.whole[name])
+        for name in sorted(self.changed):
+            self.put(name, self.whole[name])
         self.changed.clear()
 
     def put(self, name: str, data: bytes) -> None:
-        """Other bytes for a file; `seal` makes the manifest fit."""
         self.changed.add(name)
         (self.folder / name).write_bytes(data)
 
-    def seal(self) -> None:
-        """A manifest of the files as they are, hashes of configuration and tokenizer included."""
+    def seal(self, changed: set[str]) -> None:
+        """A manifest of the files as they are; `changed` are those whose contents it repeats."""
         data = json.loads(self.whole[manifest.MANIFEST])
-        self._rehash(data)
+        if changed & {"config.json", "tokenizer.json", "tokenizer_config.json"}:
+            self._rehash(data)
         for entry in data["files"]:
             content = (self.folder / entry["path"]).read_bytes()
             entry["size_bytes"] = len(content)
             entry["sha256"] = hashlib.sha256(content).hexdigest()
-        data["weights"]["size_bytes"] = _size(self.folder)
+        data["weights"]["size_bytes"] = (self.folder / WEIGHTS).stat().st_size
         self.put(manifest.MANIFEST, json.dumps(data).encode())
 
     def _rehash(self, data: dict[str, Any]) -> None:

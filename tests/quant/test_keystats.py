@@ -191,7 +191,7 @@ ODD_PARAMS = {
         "k_center holds NaN, or values beyond",
     ),
     "center huge": ({"layers.0.k_center": _filled(1e30)}, "k_center holds NaN, or values beyond"),
-    "scale nan": ({"layers.1.k_scale": _filled(math.nan)}, "k_scale holds NaN"),
+    "scale nan": ({"layers.1.k_scale": _filled(math.nan)}, "k_scale has scales from nan to nan"),
     "scale inf": ({"layers.1.k_scale": _filled(math.inf)}, "k_scale has scales from 1 to inf"),
     "scale zero": ({"layers.1.k_scale": _filled(0.0)}, "k_scale has scales from 0 to 1"),
     "scale below": ({"layers.1.k_scale": _filled(-1.0)}, "k_scale has scales from -1 to 1"),
