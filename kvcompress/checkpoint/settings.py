@@ -177,7 +177,7 @@ def _quantization(path: Path, config: dict[str, Any]) -> None:
         method = value.get("quant_method") if isinstance(value, dict) else None
         if isinstance(value, dict) and method is None and _is_bitsandbytes(value):
             continue
-        if method not in QUANTIZED:
+        if not isinstance(method, str) or method not in QUANTIZED:
             raise UnsupportedModelError(
                 f"{path}: its weights are quantized by {shown(method)!r}, which is not served "
                 f"({', '.join(sorted(QUANTIZED))} are); give the model in 16 bits"

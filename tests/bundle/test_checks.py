@@ -153,7 +153,7 @@ ALONE: list[tuple[Any, str, str, Callable[[Bench], None], str]] = [
     (tensors, "check_values", "bf16",
      weight(NORM, lambda v: v * float("inf")), "holds NaN or infinite"),
     (tensors, "check_size", "bf16",
-     edit("config.json", "intermediate_size", to=2**20), "config.json describes"),
+     edit("config.json", "intermediate_size", to=2**14), "config.json describes"),
     (loading, "check_packed", "int8",
      retensor(WEIGHTS, lambda found: found.update(
          {k: v * -1 for k, v in found.items() if k.endswith("SCB")})), "scales that are negative"),
@@ -245,6 +245,15 @@ def test_every_named_check_has_its_bundle() -> None:
     for registry in registries:
         tried = {check for owner, check, *_ in ROWS if owner is registry}
         assert tried == set(registry) - BY_TRANSFORMERS
+
+
+@pytest.mark.parametrize("method", [{}, [], 1, None, "x", True])
+def test_a_quantization_by_anything_is_refused(
+    method: Any, benches: Callable[[str], Bench]
+) -> None:
+    damage = edit("config.json", "quantization_config", to={"quant_method": method})
+    checked, _ = both(benches("bf16"), damage, lambda: None)
+    assert "its weights are quantized by" in checked
 
 
 def test_transformers_itself_raises_on_another_shape(

@@ -14,6 +14,7 @@ A mutant follows from a run's seed and its number alone.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -97,12 +98,12 @@ def _run_once(
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [*command, str(stop)], cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
             env=variables,
-        )  # fmt: skip
-        assert process.stdout is not None
-        number = _follow(process.stdout, found, tell)
+        ) as process:  # fmt: skip
+            assert process.stdout is not None
+            number = _follow(process.stdout, found, tell)
         code = process.wait()
         if code == 0 and number == stop:
             return stop
@@ -157,6 +158,14 @@ def attempt(trial: Trial, rng: Random, folder: Path) -> tuple[str, str]:
         return "fault", traceback.format_exc(limit=-8)
 
 
+def _limit_memory() -> None:
+    """So that a flood ends in this process and not in the machine; a sanitizer maps terabytes."""
+    if "ASAN_OPTIONS" in os.environ:
+        return
+    held_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held_bytes + 4 * MEMORY_BYTES,) * 2)
+
+
 def _serve(target: str, seed: int, first: int, stop: int) -> None:
     def late(number: int, frame: object) -> None:
         raise TimeoutError(f"more than {SECONDS} s")
@@ -170,12 +179,16 @@ def _serve(target: str, seed: int, first: int, stop: int) -> None:
     signal.signal(signal.SIGALRM, late)
     with tempfile.TemporaryDirectory() as name:
         trial = trial_of(target, Path(name))
+        _limit_memory()
         for number in range(first, stop):
+            # for a hang in C, where no alarm is heard, and for a reader that swallows the alarm
+            faulthandler.dump_traceback_later(2 * SECONDS, exit=True)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             say("begun", number)
             signal.alarm(SECONDS)
             ending, what = attempt(trial, Random(f"{seed}:{number}"), Path(name))
             signal.alarm(0)
+            faulthandler.cancel_dump_traceback_later()
             grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
             if grown > MEMORY_BYTES:
                 ending, what = "fault", f"{grown} bytes more memory; it ended as {ending}: {what}"
