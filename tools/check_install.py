@@ -48,6 +48,13 @@ def run(*words: str | Path, **more: object) -> str:
     return str(done.stdout)
 
 
+def works(python: str) -> bool:
+    """Whether a command is a Python that runs."""
+    if shutil.which(python) is None:
+        return False
+    return subprocess.run([python, "--version"], capture_output=True).returncode == 0
+
+
 def build(folder: Path) -> list[Path]:
     """Wheel and source distribution of the committed files, with all that they have to hold."""
     source = folder / "source"
@@ -91,7 +98,7 @@ def main() -> None:
         folder = Path(name)
         packages = build(folder)
         for python in arguments.pythons.split(","):
-            if shutil.which(python) is None:
+            if not works(python):
                 print(f"{python} is not here")
                 continue
             for package in packages:
