@@ -55,12 +55,15 @@ def works(python: str) -> bool:
     return subprocess.run([python, "--version"], capture_output=True).returncode == 0
 
 
-def build(folder: Path) -> list[Path]:
-    """Wheel and source distribution of the committed files, with all that they have to hold."""
+def build(python: str, folder: Path) -> list[Path]:
+    """Wheel and source distribution of the committed files, with all that they have to hold.
+
+    A wheel holds compiled kernels and is for the Python that built it.
+    """
     source = folder / "source"
     run("git", "clone", "--quiet", ROOT, source)
     builder = folder / "builder"
-    run(sys.executable, "-m", "venv", builder)
+    run(python, "-m", "venv", builder)
     run(builder / "bin/pip", "install", "--quiet", "build")
     run(builder / "bin/python", "-m", "build", "--quiet", "-o", folder / "dist", source)
     wheel, sdist = sorted((folder / "dist").iterdir(), key=lambda path: path.suffix != ".whl")
@@ -94,14 +97,13 @@ def main() -> None:
     parser.add_argument("--pythons", default="python3.11,python3.12,python3.13")
     parser.add_argument("--with-torch", action="store_true", help="install every dependency too")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        packages = build(folder)
-        for python in arguments.pythons.split(","):
-            if not works(python):
-                print(f"{python} is not here")
-                continue
-            for package in packages:
+    for python in arguments.pythons.split(","):
+        if not works(python):
+            print(f"{python} is not here")
+            continue
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for package in build(python, folder):
                 install(python, package, arguments.with_torch, folder / "venv")
 
 
