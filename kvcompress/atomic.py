@@ -1,14 +1,18 @@
-"""Writing a file so that readers see the old one or the new one, whole, whatever happens.
+"""Writing a file or a directory so that readers see the old one or the new one, whole.
 
-What is written goes to a file beside the target and is renamed over it. The name beside it carries
-the target's; an open lock tells the litter of a killed process from a living one's, and the next
-write of the same target clears it.
+What is written goes to a name beside the target and takes its place in one step. The name beside it
+carries the target's; an open lock tells the litter of a killed process from a living one's, and the
+next write of the same target clears it. Of two writers of a file the last one wins; a directory has
+one at a time, and the second is told.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +20,12 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 _MARK: Final = ".kvcompress-writing-"
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
 
 
 class NotReplaceableError(OSError):
-    """A target that is neither a regular file nor absent."""
+    """A target that is neither absent nor what it is to be replaced by."""
 
 
 def write_file(path: Path | str, data: str | bytes) -> None:
@@ -63,8 +69,36 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
     sync_folder(target.parent)
 
 
+@contextmanager
+def directory(path: Path | str) -> Iterator[Path]:
+    """An empty directory to build in; when the block ends without an error it takes `path`'s place.
+
+    A directory that was there is replaced as a whole and then removed; whether it may be is for the
+    caller to decide. Folders above `path` are made.
+
+    Raises:
+        OSError: where it cannot be built or put in place, where another process is building it, or
+            where something else than a directory has that name.
+    """
+    target = Path(os.path.realpath(path))
+    _replaceable(target, Path(path), stat.S_IFDIR)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _finish_two_steps(target)
+    staged, handle = _create_directory(target)
+    try:
+        yield staged
+        _sync_tree(staged)
+        _put_in_place(staged, target)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)
+    sync_folder(target.parent)
+
+
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Wait until the names in a folder, or the bytes of a file, are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -72,14 +106,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _replaceable(target: Path, named: Path) -> int | None:
-    """Permissions of the file that is there, None where there is none."""
+def _replaceable(target: Path, named: Path, wanted: int = stat.S_IFREG) -> int | None:
+    """Permissions of the file or directory that is there, None where there is none."""
     try:
         mode = target.lstat().st_mode
     except FileNotFoundError:
         return None
-    if not stat.S_ISREG(mode):
+    if stat.S_IFMT(mode) != wanted:
         kinds = {
+            stat.S_IFREG: "a file",
             stat.S_IFDIR: "a directory",
             stat.S_IFCHR: "a device",
             stat.S_IFBLK: "a device",
@@ -87,7 +122,7 @@ def _replaceable(target: Path, named: Path) -> int | None:
             stat.S_IFSOCK: "a socket",
         }
         kind = kinds.get(stat.S_IFMT(mode), "no plain file")
-        raise NotReplaceableError(f"{named} is {kind}; name a file")
+        raise NotReplaceableError(f"{named} is {kind}; name {kinds[wanted]}")
     return stat.S_IMODE(mode)
 
 
@@ -133,3 +168,107 @@ def _lock(handle: int) -> bool:
     except OSError:
         return False
     return True
+
+
+# ---- directories
+def _create_directory(target: Path) -> tuple[Path, int]:
+    """A new directory of our own, locked; refused where another process has one."""
+    staged = target.with_name(f".{target.name}{_MARK}new")
+    while True:
+        try:
+            staged.mkdir()
+        except FileExistsError:
+            _clear_directory(staged, target)
+            continue
+        try:
+            handle = os.open(staged, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        if _lock(handle) and _is(staged, handle):
+            return staged, handle
+        os.close(handle)
+
+
+def _clear_directory(staged: Path, target: Path) -> None:
+    """Remove what a dead process left.
+
+    Raises:
+        OSError: where a living one holds it.
+    """
+    try:
+        handle = os.open(staged, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        if not _lock(handle):
+            told = "another process is writing it; wait for that one, or give another name"
+            raise OSError(errno.EBUSY, told, str(target))
+        if _is(staged, handle):
+            shutil.rmtree(staged)
+    finally:
+        os.close(handle)
+
+
+def _is(path: Path, handle: int) -> bool:
+    """Whether `path` still names what `handle` has open."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+# ---- putting a directory in place
+def _put_in_place(staged: Path, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        staged.rename(target)
+        return
+    old = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _lock(old)  # under the staged name in a moment: nobody else clears it
+        if _exchange(staged, target):
+            shutil.rmtree(staged, ignore_errors=True)
+        else:
+            _replace_in_two_steps(staged, target)
+    finally:
+        os.close(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return bool(renameat2(*arguments) == 0)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.kvcompress-old")
+
+
+def _replace_in_two_steps(staged: Path, target: Path) -> None:
+    """For file systems that cannot exchange two names."""
+    old = _old(target)
+    target.rename(old)
+    try:
+        staged.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _finish_two_steps(target: Path) -> None:
+    """Mend a kill between the two steps, and clear what one after them left."""
+    old = _old(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root):
+        for name in names:
+            sync_folder(Path(folder, name))
+        sync_folder(Path(folder))

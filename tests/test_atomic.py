@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from kvcompress.atomic import NotReplaceableError, replacing, write_file
+from kvcompress import atomic
+from kvcompress.atomic import NotReplaceableError, directory, replacing, write_file
 
 
 def names(folder):
@@ -130,3 +131,86 @@ def test_two_writers_of_one_file_at_once(tmp_path):
         time.sleep(0.01)
     assert [child.returncode for child in children] == [0, 0] and seen
     assert names(tmp_path) == ["a"]
+
+
+# ---- directories
+def build(path, text):
+    with directory(path) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "text").write_text(text)
+
+
+def content(path):
+    return (path / "inner" / "text").read_text()
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_directory_is_made_and_replaced(exchanges, tmp_path, monkeypatch):
+    if not exchanges:
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    path = tmp_path / "above" / "made"
+    for text in ("one", "two"):
+        build(path, text)
+        assert content(path) == text
+    with pytest.raises(KeyboardInterrupt, match="stop"), directory(path) as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt("stop")
+    assert content(path) == "two" and names(path.parent) == ["made"]
+
+
+def test_a_kill_between_the_two_steps_is_mended(tmp_path):
+    path = tmp_path / "made"
+    build(path, "old")
+    path.rename(tmp_path / ".made.kvcompress-old")
+    with pytest.raises(KeyboardInterrupt, match="stop"), directory(path):
+        raise KeyboardInterrupt("stop")
+    assert content(path) == "old" and names(tmp_path) == ["made"]
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "device"])
+def test_only_a_directory_is_replaced_by_one(kind, tmp_path):
+    path = tmp_path / "target"
+    if kind == "device":
+        path.symlink_to("/dev/full")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("kept")
+    before = os.stat(path).st_mode
+    with pytest.raises(NotReplaceableError, match=f"target is a {kind}; name a directory"):
+        build(path, "x")
+    assert os.stat(path).st_mode == before and names(tmp_path) == ["target"]
+
+
+def test_a_link_to_a_directory_stays(tmp_path):
+    path = tmp_path / "link"
+    path.symlink_to("there")
+    for text in ("one", "two"):
+        build(path, text)
+        assert path.is_symlink() and content(tmp_path / "there") == text
+    assert names(tmp_path) == ["link", "there"]
+
+
+BUILDER = """
+import sys, time
+from kvcompress.atomic import directory
+with directory(sys.argv[1]) as folder:
+    (folder / "half").touch()
+    print("open", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_directory_has_one_builder_and_a_killed_ones_litter_is_cleared(tmp_path):
+    path = tmp_path / "made"
+    build(path, "old")
+    child = subprocess.Popen(
+        [sys.executable, "-c", BUILDER, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "open\n"
+    with pytest.raises(OSError, match="another process is writing it; wait for that one"):
+        build(path, "second")
+    kill(child)
+    assert content(path) == "old" and len(names(tmp_path)) == 2
+    build(path, "third")
+    assert content(path) == "third" and names(tmp_path) == ["made"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import kvcompress
+from kvcompress import atomic
 from kvcompress.bundle import files, manifest, mixed, source
 from kvcompress.bundle.card import model_card, size
 from kvcompress.bundle.manifest import BaseModelEntry, Manifest, WeightsEntry
@@ -126,17 +127,17 @@ def export(
     _check_target(target, overwrite)
     job = _prepare(Path(profile), model, plan, recipe, weights, measured or {})
     _check_space(target, job)
-    with _one_line(target), files.staging(target) as staged:
+    with _one_line(target), atomic.directory(target) as staged:
+        _check_target(target, overwrite)  # another export may have ended since
         note(f"loading {job.source.id} and storing its weights as {job.format.name}")
         _check_weights(Path(profile), job)
         expected, found = _write_weights(job, staged, device_map)
         gc.collect()  # the fresh process needs the memory
         note("writing the plan, the model card and the manifest")
         _write_rest(job, staged, found)
-        files.settle(staged)
+        files.same_permissions(staged)
         note("checking the bundle in a fresh process")
         checked = _check_in_fresh_process(staged, target, expected)
-        files.put_in_place(staged, target)
     entries = manifest.parse((target / manifest.MANIFEST).read_bytes(), str(target))
     return ExportReport(
         path=str(out),
@@ -257,7 +258,8 @@ def _one_line(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL_DISK:
             raise BundleError(f"{target}: {error.strerror}; {todo}") from error
-        raise
+        reason = error.strerror or str(error)
+        raise BundleError(f"{target}: the bundle cannot be written ({reason})") from error
     except SafetensorError as error:  # how safetensors reports what the system said
         if any(f"(os error {code})" in str(error) for code in _FULL_DISK):
             raise BundleError(f"{target}: the weights do not fit on the disk; {todo}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -58,6 +59,8 @@ class CompressedCache(Cache):
         PlanError: for relative positions that can outgrow the plan's `max_position`.
     """
 
+    filled_by: weakref.ref[Any] | None = None  # the model whose forward was told last
+
     def __init__(
         self,
         plan: Plan,
@@ -100,6 +103,9 @@ class CompressedCache(Cache):
         self.needs_rotations = "rotation" in scorer(plan.scorer).needs
         # an assistant's cache: `generate` may take back one token more than the assistant drafted
         self.assists = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "filled_by": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled in inference mode, tensors could not be changed outside of it."""
@@ -346,15 +352,13 @@ class CompressedCache(Cache):
 
         Raises:
             KVCompressError: where no plan is attached, or the file is damaged or of another model,
-                plan, key constants or dtype.
+                plan, key constants, dtype or weights, adapters in use included.
         """
         from kvcompress.runtime.hf.attached import own_part
         from kvcompress.runtime.persist import layer_devices, load_cache
 
         plan, params = own_part(model)
-        return load_cache(
-            path, plan, params, config=model.config, dtype=model.dtype, device=layer_devices(model)
-        )
+        return load_cache(path, plan, params, model=model, device=layer_devices(model))
 
     def nbytes(self) -> int:
         """Bytes of every tensor of the compressed layers, metadata included."""

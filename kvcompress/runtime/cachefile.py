@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +20,16 @@ from typing import Any, BinaryIO, Final
 import torch
 from torch import Tensor
 
+from kvcompress import atomic, strict
 from kvcompress.errors import KVCompressError
 
 FORMAT: Final = "kvcompress-cache"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2  # 1 did not say which weights
 _UNSEALED: Final = b"0" * 64
 _OPENING: Final = b'{"__metadata__":{"sha256":"'
 _LENGTH_BYTES: Final = 8
-_HEADER_LIMIT: Final = 100_000_000  # bytes, of the safetensors format itself
+_HEADER_LIMIT: Final = 1 << 24  # bytes; as Python's objects they are some 30 times as many
+_MOST_AXES: Final = 8
 _DTYPES: Final = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,35 +42,36 @@ _DTYPES: Final = {
 }
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 
+# dtype and shape of each tensor by name
+Declared = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
 
 class CacheFileError(KVCompressError):
     """A cache file that is missing, damaged, foreign, or of another model, plan or version."""
 
 
 def write(path: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """Write beside `path` and rename into place once every byte is on the disk.
+    """Write all of it or nothing, see `kvcompress.atomic`.
 
     Raises:
         CacheFileError: where the file cannot be written; a file that was there stays as it was.
     """
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        try:
-            with staged.open("xb") as file:
-                _write(file, metadata, tensors)
-            staged.replace(path)
-        finally:
-            staged.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        with atomic.replacing(path) as file:
+            _write(file, metadata, tensors)
     except OSError as error:
-        raise CacheFileError(f"{path}: cannot be written ({error.strerror})") from None
+        told = error.strerror or error
+        raise CacheFileError(f"{path}: cannot be written ({told})") from None
 
 
-def read(path: Path, check: Callable[[dict[str, str]], None]) -> tuple[dict[str, str], Any]:
+def read(
+    path: Path, check: Callable[[dict[str, str], Declared], None]
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata, and the tensors on the CPU by name.
 
     Args:
-        check: refuses metadata that do not fit, before any tensor is read.
+        check: refuses metadata, and tensors as they are declared, that do not fit; before any
+            tensor is read.
 
     Raises:
         CacheFileError: for a file that is missing, damaged, foreign or of another schema.
@@ -80,13 +82,16 @@ def read(path: Path, check: Callable[[dict[str, str]], None]) -> tuple[dict[str,
         with path.open("rb") as file:
             header = _read_header(path, file)
             metadata, entries = _parse_header(path, header[_LENGTH_BYTES:])
-            check(metadata)
-            _check_layout(path, entries, os.fstat(file.fileno()).st_size - len(header))
+            size = os.fstat(file.fileno()).st_size
+            declared = _check_layout(path, entries, size - len(header))
+            check(metadata, declared)
             at = _LENGTH_BYTES + len(_OPENING)
             digest = hashlib.sha256(header[:at] + _UNSEALED + header[at + len(_UNSEALED) :])
-            tensors = {name: _read_tensor(file, entry, digest) for name, entry in entries.items()}
+            tensors = {name: _read_tensor(file, *own, digest) for name, own in declared.items()}
     except OSError as error:
         raise CacheFileError(f"{path}: cannot be read ({error.strerror})") from None
+    except (MemoryError, RuntimeError):  # torch's own kind where there is no memory
+        raise CacheFileError(f"{path}: no memory for a cache of {size} bytes") from None
     if digest.hexdigest() != metadata["sha256"]:
         raise damaged(path, "its sha256 is another")
     return metadata, tensors
@@ -114,8 +119,6 @@ def _write(file: BinaryIO, metadata: dict[str, str], tensors: dict[str, Tensor])
         file.write(data)
     file.seek(_LENGTH_BYTES + len(_OPENING))
     file.write(digest.hexdigest().encode())
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _header(metadata: dict[str, str], tensors: dict[str, Tensor]) -> bytes:
@@ -132,6 +135,8 @@ def _header(metadata: dict[str, str], tensors: dict[str, Tensor]) -> bytes:
         start = stop
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _HEADER_LIMIT:
+        raise CacheFileError(f"{len(text)} bytes of counters, a file has room for {_HEADER_LIMIT}")
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
@@ -148,53 +153,63 @@ def _read_header(path: Path, file: BinaryIO) -> bytes:
 def _parse_header(path: Path, text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     """Metadata and the entries of the tensors, in the order of their data."""
     try:
-        header = json.loads(text)
+        header = strict.load_json(text, _HEADER_LIMIT)
         metadata = header.pop("__metadata__")
         entries = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
-        schema = int(metadata["schema_version"])
+        schema = number(metadata["schema_version"])
         if metadata["format"] != FORMAT or schema < 1 or not all_text(metadata):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise damaged(path, "its header cannot be read") from None
-    if schema > SCHEMA_VERSION:
+    if schema != SCHEMA_VERSION:
+        by = metadata.get("kvcompress", "")[:40]
+        way = "upgrade kvcompress or run" if schema > SCHEMA_VERSION else "run"
         raise CacheFileError(
-            f"{path}: written in schema {schema} by kvcompress {metadata.get('kvcompress')}, this "
-            f"version reads schema {SCHEMA_VERSION}; upgrade kvcompress or run the prompt again"
+            f"{path}: written in schema {schema} by kvcompress {by!r}, this version reads schema "
+            f"{SCHEMA_VERSION}; {way} the prompt again"
         )
     return metadata, entries
+
+
+def number(text: Any) -> int:
+    """The whole number that `str` wrote.
+
+    Raises:
+        ValueError: for anything else, also for a number of more than 18 digits.
+    """
+    if not isinstance(text, str) or not 0 < len(text) < 19 or str(int(text)) != text:
+        raise ValueError(f"{text!r:.40} is no number")
+    return int(text)
 
 
 def all_text(metadata: dict[str, Any]) -> bool:
     return all(isinstance(value, str) for value in metadata.values())
 
 
-def _check_layout(path: Path, entries: dict[str, Any], data_bytes: int) -> None:
+def _check_layout(path: Path, entries: dict[str, Any], data_bytes: int) -> Declared:
     """The tensors fill the rest of the file without gap or overlap."""
-    at = 0
+    at, found = 0, {}
     try:
-        for entry in entries.values():
+        for name, entry in entries.items():
             shape, dtype = entry["shape"], _DTYPES[entry["dtype"]]
-            stop = at + math.prod(shape) * dtype.itemsize
-            if min(shape, default=0) < 0 or entry["data_offsets"] != [at, stop]:
+            numbers = [*shape, *entry["data_offsets"]]
+            if any(type(n) is not int or not 0 <= n < 1 << 48 for n in numbers):
                 raise ValueError
+            stop = at + math.prod(shape) * dtype.itemsize
+            if len(shape) > _MOST_AXES or entry["data_offsets"] != [at, stop] or len(entry) != 3:
+                raise ValueError
+            found[name] = (dtype, tuple(shape))
             at = stop
     except (ValueError, KeyError, TypeError):
         raise damaged(path, "its list of tensors cannot be read") from None
     if at != data_bytes:
         raise damaged(path, f"{data_bytes} bytes of tensors, its header says {at}")
+    return found
 
 
-def _read_tensor(file: BinaryIO, entry: dict[str, Any], digest: Any) -> Tensor:
-    tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+def _read_tensor(file: BinaryIO, dtype: torch.dtype, shape: tuple[int, ...], digest: Any) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
     data = bytes_of(tensor)
     file.readinto(data)  # type: ignore[attr-defined]  # a short read shows in the digest
     digest.update(data)
     return tensor
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,65 +2,65 @@
 
 A file holds every tensor of every layer under ``layers.{i}.state.…``, named as the dataclasses of
 `state` and `store` name them, and in its metadata, all of it text:
-  identity  format, schema_version, kvcompress, config_hash, plan, params, dtype
+  identity  format, schema_version, kvcompress, config_hash, plan, params, dtype, weights
   size      batch, tokens
-  host      JSON of the counters, lists and layouts that the tensors are read by
-A field of a state that is not in `REBUILT` is saved, so that a new one needs nothing here. The
-states of linear attention, which transformers' own layers keep, lie under ``layers.{i}``.
+  host      JSON of the counters, lists and layouts that the tensors are read by, see `saved`
+A field of a state that is not in `saved.REBUILT` is saved, so that a new one needs nothing here; it
+wants a rule in `check`. The states of linear attention, which transformers' own layers keep, lie
+under ``layers.{i}``.
+
+A digest finds accidents, no attackers: whoever hands over a file can seal it. So nothing of a file
+is used that `check` has not seen.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
 import kvcompress
+from kvcompress import strict
+from kvcompress.errors import KVCompressError
 from kvcompress.plan import Plan
-from kvcompress.quant.codec import Codes
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime import cachefile
+from kvcompress.runtime import cachefile, saved
 from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.cachefile import CacheFileError, damaged
-from kvcompress.runtime.layer import CompressedLayer
+from kvcompress.runtime.cachefile import CacheFileError, Declared, damaged
+from kvcompress.runtime.check import broken
+from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.protocol import leaving_plain_tensors
-from kvcompress.runtime.state import Group, LayerState
-from kvcompress.runtime.store import SegmentStore
-from kvcompress.runtime.token_digest import TokenDigest
+from kvcompress.runtime.weights import weights_digest
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-# fields that the plan and the saved capacities give back
-REBUILT: Final[dict[type, frozenset[str]]] = {
-    LayerState: frozenset({"settings"}),
-    Group: frozenset({"heads", "index", "rules"}),
-    SegmentStore: frozenset(
-        "kind head_dim value_dim model_dtype device batch_index head_index starts".split()
-    ),
-    Codes: frozenset(),
-}
-LAYER_FIELDS: Final = ("seen", "record_past", "_decoded")
-LINEAR_STATES: Final = ("conv_states", "recurrent_states")
+    from transformers import PreTrainedModel
 
 
 def save_cache(cache: CompressedCache, path: Path | str) -> None:
     """Write the cache to `path`, replacing a file of that name in one step once it is complete.
 
     Raises:
-        CacheFileError: for a cache that is empty or in the middle of something, or where the file
-            cannot be written.
+        CacheFileError: for a cache that is empty, in the middle of something, or could not be
+            loaded again; whose model is gone; or where the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     metadata = _identity(cache)
-    metadata["host"] = json.dumps(_take_cache(cache, tensors), separators=(",", ":"))
+    for layer in cache.compressed_layers:
+        reason = None if layer.state is None or layer.has_held else broken(layer.state, layer.seen)
+        if reason is not None:
+            raise CacheFileError(
+                f"layer {layer.settings.layer} cannot be saved, not so: {reason}; where the model "
+                "computed NaN or infinity, its answers are of no use either"
+            )
+    metadata["host"] = json.dumps(saved.take_cache(cache, tensors), separators=(",", ":"))
+    metadata["weights"] = _weights(cache)
     cachefile.write(Path(path), metadata, tensors)
 
 
@@ -70,7 +70,7 @@ def load_cache(
     plan: Plan,
     params: KVParams | None = None,
     *,
-    config: PretrainedConfig | None = None,
+    model: PreTrainedModel | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | Sequence[torch.device] = "cpu",
 ) -> CompressedCache:
@@ -78,28 +78,93 @@ def load_cache(
 
     Args:
         plan, params: of the model that goes on; the file must have been made with the same.
-        config: of the model, where some layers keep something other than keys and values.
-        dtype: of the model's keys; None takes what the file holds.
+        model: that goes on; its dtype and weights must be those that filled the cache. None
+            compares neither, and serves no layers that keep something other than keys and values.
+        dtype: of the model's keys, where no model is given; None takes what the file holds.
         device: of all layers, or one for each, see `layer_devices`.
 
     Raises:
         CacheFileError: where the file is missing, damaged, foreign or newer, or was made with
-            another model, plan, key constants or dtype.
+            another model, plan, key constants, dtype or weights.
     """
     path = Path(path)
-    metadata, tensors = cachefile.read(
-        path, lambda found: _check_identity(path, found, plan, params, dtype)
-    )
     if isinstance(device, torch.device | str):
         device = [torch.device(device)] * plan.model.layers
+    config = None if model is None else model.config
+    dtype = dtype if model is None else model.dtype
+    planned: list[CompressedCache] = []
+
+    def new(host: Any) -> CompressedCache:
+        spans = saved.spans_of(host["protect"])
+        return CompressedCache(plan, params, config, spans, host["compress"])
+
+    def accept(found: dict[str, str], declared: Declared) -> None:
+        _check_identity(path, found, plan, params, dtype)
+        host = strict.load_json(found["host"])
+        cache = new(host)
+        linear = _linear_layers(cache, model)
+        batch, own = cachefile.number(found["batch"]), _dtype(found["dtype"])
+        _compare(saved.skeleton(cache, host, batch, own, linear), declared)
+        if {**_identity(cache), "kvcompress": found["kvcompress"]} != _named(found):
+            raise ValueError("its metadata do not fit its counters")
+        if model is not None and found["weights"] != weights_digest(model):
+            raise CacheFileError(
+                f"{path}: made with other weights than the model has now, adapters included; load "
+                "those that it was made with, or run the prompt again"
+            )
+        planned.append(cache)
+
     try:
-        host = json.loads(metadata["host"])
-        protect = _plain(host["protect"])
-        cache = CompressedCache(plan, params, config, protect, host["compress"])
-        _give_cache(cache, metadata, host, tensors, device)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise damaged(path, f"it does not fit this version: {error}") from None
+        metadata, tensors = cachefile.read(path, accept)
+        cache = new(strict.load_json(metadata["host"]))
+        saved.fill(cache, planned[0], tensors, device)
+    except CacheFileError:
+        raise
+    except (KVCompressError, *_UNFIT) as error:
+        raise damaged(path, f"{str(error)[:200]!r}") from None
+    cache.filled_by = None if model is None else weakref.ref(model)
     return cache
+
+
+# what counters of the wrong kind end in before they are found to be that
+_UNFIT = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+)
+
+
+def _named(found: dict[str, str]) -> dict[str, str]:
+    return {k: v for k, v in found.items() if k not in ("sha256", "host", "weights")}
+
+
+def _compare(wanted: Declared, declared: Declared) -> None:
+    for name, own in wanted.items():
+        if declared.get(name) != own:
+            raise ValueError(f"{name} is {declared.get(name)}, not {own}")
+    extra = sorted(set(declared) - set(wanted))
+    if extra:
+        raise ValueError(f"{extra[0]} belongs to nothing")
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {str(d)[6:]: d for d in (torch.float32, torch.bfloat16, torch.float16)}
+    return known[name]
+
+
+def _linear_layers(cache: CompressedCache, model: PreTrainedModel | None) -> Sequence[Any]:
+    """The layers of a cache of one token, where some are transformers' own: only a forward tells
+    what states theirs have."""
+    if model is None or not any(isinstance(own, LinearAttentionLayer) for own in cache.layers):
+        return ()
+    seen = CompressedCache(cache.plan, cache.params, model.config)
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **as_argument(seen))
+    return seen.layers
 
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
@@ -149,6 +214,17 @@ def _identity(cache: CompressedCache) -> dict[str, str]:
     }
 
 
+def _weights(cache: CompressedCache) -> str:
+    """`weights_digest` of the model that filled the cache."""
+    model = None if cache.filled_by is None else cache.filled_by()
+    if model is None:
+        raise CacheFileError(
+            "the model that filled the cache is gone, and a file names its weights: save the cache "
+            "while the model is there"
+        )
+    return weights_digest(model)
+
+
 def _check_identity(
     path: Path,
     found: dict[str, str],
@@ -171,168 +247,3 @@ def _check_identity(
                 f"{path}: made with {text} ({key} {str(have)[:12]}, here {want[:12]}), or run the "
                 "prompt again"
             )
-
-
-# ---- from a cache to tensors and JSON
-def _take_cache(cache: CompressedCache, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    spans = cache.compressed_layers[0]._spans
-    return {
-        "compress": cache.compress,
-        "assists": cache.assists,
-        "protect": _take(spans if isinstance(spans, list) else [*spans], "protect", tensors),
-        "token_digest": cache.token_digest.to_host(),
-        "layers": [
-            _take_layer(layer, f"layers.{number}", tensors)
-            for number, layer in enumerate(cache.layers)
-        ],
-    }
-
-
-def _take_layer(layer: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(layer, CompressedLayer):
-        layer.check_idle()
-        own = {key: getattr(layer, key) for key in LAYER_FIELDS}
-        return {**own, "state": _take(layer.state, f"{name}.state", tensors)}
-    if isinstance(layer, LinearAttentionLayer):
-        return _take_linear(layer, name, tensors)
-    if getattr(layer, "keys", None) is not None:
-        raise CacheFileError(f"{name}: a {type(layer).__name__} cannot be saved in a cache file")
-    return None
-
-
-def _take_linear(layer: LinearAttentionLayer, name: str, tensors: dict[str, Tensor]) -> Any:
-    """transformers' own layer, whose states are of a fixed size."""
-    for kind in LINEAR_STATES:
-        for index, state in getattr(layer, kind).items():
-            if state is not None:
-                tensors[f"{name}.{kind}.{index}"] = state
-    for index, state in layer.conv_states.items():
-        if state is not None and state.shape[-1] != layer.conv_kernel_size[index]:
-            raise CacheFileError(
-                f"{name}: drafted tokens are not settled; call cache.crop(0) first"
-            )
-    return {
-        "record_past": layer.record_past,
-        "previous": list(layer.has_previous_state.values()),
-        "kernel": list(layer.conv_kernel_size.values()),
-    }
-
-
-def _take(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """What JSON holds of `value`; its tensors go to `tensors`."""
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return None
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, range):
-        return {"range": [value.start, value.stop]}
-    if isinstance(value, list | tuple):
-        items = [_take(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
-        return items if isinstance(value, list) else {"tuple": items}
-    if type(value) in REBUILT:
-        return {
-            field: _take(getattr(value, field), f"{name}.{field}", tensors)
-            for field in saved_fields(type(value))
-        }
-    raise CacheFileError(f"{name}: a {type(value).__name__} cannot be saved in a cache file")
-
-
-def saved_fields(kind: type) -> list[str]:
-    """Fields of a dataclass that a file holds."""
-    return [f.name for f in dataclasses.fields(kind) if f.name not in REBUILT[kind]]
-
-
-# ---- and back
-def _give_cache(
-    cache: CompressedCache,
-    metadata: dict[str, str],
-    host: dict[str, Any],
-    tensors: dict[str, Tensor],
-    devices: Sequence[torch.device],
-) -> None:
-    """Fill a new cache."""
-    batch, dtype = int(metadata["batch"]), getattr(torch, metadata["dtype"])
-    cache.assists = host["assists"]
-    cache.token_digest = TokenDigest.from_host(host["token_digest"])
-    for number, (layer, saved) in enumerate(zip(cache.layers, host["layers"], strict=True)):
-        name = f"layers.{number}"
-        if isinstance(layer, CompressedLayer):
-            for key in LAYER_FIELDS:
-                setattr(layer, key, saved[key])
-            if saved["state"] is not None:
-                like = torch.empty(batch, 0, dtype=dtype, device=devices[number])
-                layer.state = _give_state(layer, saved["state"], f"{name}.state", tensors, like)
-        elif isinstance(layer, LinearAttentionLayer):
-            _give_linear(layer, saved, name, tensors, devices[number])
-    if tensors:
-        raise ValueError(f"{next(iter(tensors))} belongs to nothing")
-
-
-def _give_state(
-    layer: CompressedLayer, saved: Any, name: str, tensors: dict[str, Tensor], like: Tensor
-) -> LayerState:
-    """An empty state of the saved layout, filled; `like` has the batch, dtype and device."""
-    shape, size = layer.settings.plan.model, (like.shape[0], len(layer.settings.heads), 0)
-    spans, layer._spans = layer._spans, ()  # rows may have moved since they were given
-    layer.lazy_initialization(
-        like.new_empty(*size, shape.head_dim), like.new_empty(*size, shape.v_dim)
-    )
-    layer._spans = spans
-    assert layer.state is not None
-    for group, part in zip(layer.state.groups, saved["groups"], strict=True):
-        group.store.relayout(part["store"]["capacities"], [0] * size[0])
-    state: LayerState = _give(layer.state, saved, name, tensors)
-    return state
-
-
-def _give_linear(
-    layer: LinearAttentionLayer,
-    saved: dict[str, Any],
-    name: str,
-    tensors: dict[str, Tensor],
-    device: torch.device,
-) -> None:
-    for index, (previous, kernel) in enumerate(
-        zip(saved["previous"], saved["kernel"], strict=True)
-    ):
-        conv = tensors.pop(f"{name}.conv_states.{index}", None)
-        recurrent = tensors.pop(f"{name}.recurrent_states.{index}", None)
-        if conv is not None:
-            layer.update_conv_state(conv.to(device), index, conv_kernel_size=kernel)
-        if recurrent is not None:
-            layer.update_recurrent_state(recurrent.to(device), index)
-        layer.has_previous_state[index] = previous
-    layer.record_past = saved["record_past"]
-
-
-def _give(now: Any, saved: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The value that `_take` took; `now` is what a new cache has in its place."""
-    if isinstance(now, Tensor):
-        tensor = tensors.pop(name)
-        if (tensor.shape, tensor.dtype) != (now.shape, now.dtype):
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
-        return tensor.to(now.device)
-    if type(now) in REBUILT:
-        if set(saved) != set(saved_fields(type(now))):
-            raise ValueError(f"{name} holds {sorted(saved)}")
-        values = {
-            field: _give(getattr(now, field), part, f"{name}.{field}", tensors)
-            for field, part in saved.items()
-        }
-        if isinstance(now, Codes):
-            return dataclasses.replace(now, **values)
-        for field, value in values.items():
-            setattr(now, field, value)
-        return now
-    if isinstance(now, list) and any(type(item) in REBUILT for item in now):
-        pairs = zip(now, saved, strict=True)
-        return [_give(item, part, f"{name}.{i}", tensors) for i, (item, part) in enumerate(pairs)]
-    return _plain(saved)
-
-
-def _plain(saved: Any) -> Any:
-    if isinstance(saved, dict):
-        ((kind, items),) = saved.items()
-        return range(*items) if kind == "range" else tuple(map(_plain, items))
-    return [_plain(item) for item in saved] if isinstance(saved, list) else saved

@@ -333,11 +333,16 @@ class LayerState:
     def resolve_windows(self) -> None:
         """Local windows for the current `budget_length` of each row."""
         for group in self.groups:
-            table = []
-            for row, length in enumerate(self.budget_length):
-                plans = (self.head(row, h) for h in group.heads)
-                table.append([p.local.resolve(length) if p.local else 0 for p in plans])
+            table = self.windows_of(group)
             group.windows = torch.tensor(table, dtype=torch.int32, device=self.start.device)
+
+    def windows_of(self, group: Group) -> list[list[int]]:
+        """Local windows in tokens, of each (row, head)."""
+        rows = [[self.head(row, h) for h in group.heads] for row in range(self.batch)]
+        return [
+            [plan.local.resolve(length) if plan.local else 0 for plan in plans]
+            for plans, length in zip(rows, self.budget_length, strict=True)
+        ]
 
     def select_rows(self, rows: list[int]) -> None:
         """Row b becomes a copy of old row ``rows[b]``; for beams, repeats and selections."""

@@ -115,14 +115,18 @@ class SegmentStore:
         self._lay_out(self.capacities)
 
     # ---- layout
-    def _lay_out(self, capacities: list[list[int]]) -> None:
-        """Fresh, empty arrays for `capacities`."""
+    def place(self, capacities: list[list[int]]) -> None:
+        """Where segments of `capacities` lie; the arrays are someone else's work."""
         order, self.starts = place_segments(capacities)
         self.capacities = [list(row) for row in capacities]
-        total = sum(map(sum, capacities))
         index = torch.tensor(order, dtype=torch.int64).reshape(-1, 2)
         self.batch_index = index[:, 0].clone().to(self.device)
         self.head_index = index[:, 1].clone().to(self.device)
+
+    def _lay_out(self, capacities: list[list[int]]) -> None:
+        """Fresh, empty arrays for `capacities`."""
+        self.place(capacities)
+        total = sum(map(sum, capacities))
         self.keys = self._empty_codes(self.kind.k_dtype, total, self.head_dim, 1)
         groups = value_groups(self.kind.v_dtype, self.value_dim)
         self.values = self._empty_codes(self.kind.v_dtype, total, self.value_dim, groups)

@@ -80,23 +80,23 @@ def test_a_newer_schema_is_refused(small, tmp_path):
     _, plan, data = small
     path = tmp_path / "cache.kvc"
     path.write_bytes(data)
-    metadata, tensors = cachefile.read(path, lambda found: None)
+    metadata, tensors = cachefile.read(path, lambda found, declared: None)
     del metadata["sha256"]
     cachefile.write(path, metadata, tensors)
     assert path.read_bytes() == data
-    cachefile.write(path, {**metadata, "schema_version": "2"}, tensors)
-    with pytest.raises(CacheFileError, match="schema 2 by kvcompress .*reads schema 1; upgrade"):
+    cachefile.write(path, {**metadata, "schema_version": "3"}, tensors)
+    with pytest.raises(CacheFileError, match="schema 3 by kvcompress .*reads schema 2; upgrade"):
         load_cache(path, plan)
     cachefile.write(path, metadata, dict(list(tensors.items())[1:]))
-    with pytest.raises(CacheFileError, match="does not fit this version"):
+    with pytest.raises(CacheFileError, match="layers.0.state.exact_k is None, not"):
         load_cache(path, plan)
 
 
 def test_a_failed_write_leaves_the_old_file(small, tmp_path, monkeypatch):
-    _, plan, data = small
+    model, plan, data = small
     saved = tmp_path / "cache.kvc"
     saved.write_bytes(data)
-    cache = load_cache(saved, plan)
+    cache = load_cache(saved, plan, model=model)
 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")

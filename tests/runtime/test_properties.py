@@ -16,6 +16,7 @@ from kvcompress import accounting
 from kvcompress.evict.keepset import class_mask
 from kvcompress.evict.registry import SUMS
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan
+from kvcompress.runtime.check import broken
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.protocol import Arrival
 from kvcompress.runtime.state import LayerSettings
@@ -252,6 +253,7 @@ class Driver:
                     plan, 0, head_plan, seen, state.budget_length[row], classes, self.case.spans
                 )
         assert self.layer.nbytes() == state.nbytes() == total, "bytes differ from the accounting"
+        assert broken(state, self.layer.seen) is None, "what a saved cache is refused for"
 
     def check_count(self, row: int, head: int, room: int, region: int, tokens: list[int]) -> None:
         group = next(g for g in self.layer.state.groups if head in g.heads)

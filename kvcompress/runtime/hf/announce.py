@@ -7,6 +7,7 @@ lost in silence when transformers changes.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def announce(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if not isinstance(cache, CompressedCache):
         return (), given
     given["kvc_cache"] = cache
+    cache.filled_by = weakref.ref(model)
     ids = given.get("input_ids")
     shown = ids if ids is not None else given.get("inputs_embeds")
     keep = given.get("logits_to_keep")
