@@ -1,20 +1,29 @@
 # make demo: set up and run the main job on the shipped model. make test: set up and check everything.
+# Each installs exactly what locks/ names; `make lock` writes the locks anew.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.kvcompress-setup
+# further words for pip where it gets torch, such as another index with a smaller build
+TORCH_PIP ?=
+TRITON := $(shell uname -s | grep -q Linux && echo triton)
 
-.PHONY: demo test test-slow setup lint format types peak-memory under-eviction league peers heavy-hitters fastgen test-parity test-compat train-demo-model clean \
-	bench-decode bench-kernel bench-prefill bench-fixed-memory bench-scaling bench-host-overhead bench-vllm \
-	performance-page
+.PHONY: demo test test-slow setup setup-run lint format types peak-memory under-eviction league peers \
+	heavy-hitters fastgen test-parity test-compat test-newest test-offline check-install lock \
+	train-demo-model clean bench-decode bench-kernel bench-prefill bench-fixed-memory bench-scaling \
+	bench-host-overhead bench-vllm performance-page
 
-demo: setup
+demo: setup-run
 	$(BIN)/kvcompress demo
 
 # One thread for each of two workers: two threads each would wait for one another on two cores.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(TESTS)
+
+# The same without any network, as far as this machine allows to take it away.
+test-offline: setup
+	unshare --net --map-root-user env $(TESTS)
 
 # The README's walk-through and the demo's figures on the shipped model: minutes.
 test-slow: setup
@@ -25,28 +34,76 @@ test-parity: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tools/parity.py --markdown docs/families.md
 	OMP_NUM_THREADS=1 $(BIN)/python tools/capabilities.py --markdown docs/capabilities.md
 
-# The oldest supported transformers, beside the newest: the tests that touch it, then the same table.
-COMPAT := .venv-compat
-test-compat: $(COMPAT)/.kvcompress-setup
-	OMP_NUM_THREADS=1 $(COMPAT)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" \
-		tests/runtime tests/bundle tests/profile
-	OMP_NUM_THREADS=1 $(COMPAT)/bin/python tools/parity.py --markdown docs/families-oldest.md
+# The oldest and the last but one supported transformers, then the newest: what touches transformers.
+COMPAT := .venv-5.17 .venv-5.23
+TOUCHES := tests/runtime tests/bundle tests/profile tests/evict
+test-compat: setup $(COMPAT:%=%/.built)
+	for venv in $(COMPAT) $(VENV); do echo "== $$venv"; OMP_NUM_THREADS=1 $$venv/bin/python -m pytest \
+		-n 2 --dist loadfile -m "not slow and not gpu" $(TOUCHES) || exit 1; done
+	OMP_NUM_THREADS=1 .venv-5.17/bin/python tools/parity.py --markdown docs/families-oldest.md
 
-setup: $(STAMP)
+# The newest release of everything, in the supported range and beyond it: what will break next.
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet $(TORCH_PIP) torch
+	.venv-newest/bin/python -m pip install --quiet -e '.[dev]'
+	.venv-newest/bin/python -m pip install --quiet --upgrade transformers
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadfile \
+		-m "not slow and not gpu" --deselect tests/test_packaging.py
 
-# torch goes first and alone, by its exact pin, so that no other package chooses its build.
-$(STAMP): pyproject.toml constraints.txt $(wildcard kvcompress/kernels/cpu/src/*)
+# An environment is made anew when its lock changes or its set-up was interrupted. torch comes after
+# everything that it shares with others, so that nothing else chooses its build or their versions.
+define make-env # environment, lock, packages beside it
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed: install it or run make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	@touch $(STAMP)
+	@rm -f $(1)/.env $(1)/.run $(1)/.built
+	@echo "setting up $(1): every package that locks/$(2).txt names"
+	@$(PYTHON) -m venv --clear $(1) && date +%s > $(1)/.begun
+	@$(1)/bin/python -m pip install --quiet --no-deps --require-hashes -r locks/$(2).txt
+	@$(1)/bin/python -m pip install --quiet $(TORCH_PIP) -c locks/torch.txt torch $(3)
+endef
+define build # environment
+	@$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@if test -f $(1)/.begun; then echo "$(1): set up in $$(($$(date +%s) - $$(cat $(1)/.begun))) s," \
+		"$$(du -sm $(1) | cut -f1) MB"; rm $(1)/.begun; fi
+endef
+SOURCES := pyproject.toml $(wildcard kvcompress/kernels/cpu/src/*)
 
-$(COMPAT)/.kvcompress-setup: pyproject.toml constraints-compat.txt
-	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
-	$(COMPAT)/bin/python -m pip install --quiet -c constraints-compat.txt torch
-	$(COMPAT)/bin/python -m pip install --quiet -c constraints-compat.txt -e '.[dev]'
+setup: $(VENV)/.built
+
+# `make demo` needs less than the tests, and takes an environment that has more as it is.
+setup-run:
+	@if test -f $(VENV)/.env; then $(MAKE) --no-print-directory setup; \
+	else $(MAKE) --no-print-directory $(VENV)/.run; fi
+
+$(VENV)/.run: locks/run.txt locks/torch.txt $(SOURCES)
+	$(call make-env,$(VENV),run,)
+	$(call build,$(VENV))
 	@touch $@
+
+$(VENV)/.env: locks/test.txt locks/torch.txt
+	$(call make-env,$(VENV),test,$(TRITON))
+	@touch $@
+
+$(COMPAT:%=%/.env): .venv-%/.env: locks/test-%.txt locks/torch.txt
+	$(call make-env,.venv-$*,test-$*,$(TRITON))
+	@touch $@
+
+.venv-league/.env: locks/league.txt locks/torch.txt
+	$(call make-env,.venv-league,league,)
+	@touch $@
+
+%/.built: %/.env $(SOURCES)
+	$(call build,$*)
+	@touch $@
+
+# uv only resolves: pip installs, because it also takes builds that lie on this machine.
+lock:
+	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install --quiet uv; }
+	$(PYTHON) tools/lock.py --uv .venv-lock/bin/uv
+
+# Wheel and source distribution, each installed in a clean environment of every Python that is here.
+check-install: setup
+	$(BIN)/python tools/check_install.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -73,13 +130,7 @@ under-eviction: setup
 JOBS ?= 2
 LEAGUE := benchmarks/results/league.json
 LEAGUE_BIN := .venv-league/bin
-.venv-league/.setup: pyproject.toml constraints.txt
-	test -x $(LEAGUE_BIN)/python || $(PYTHON) -m venv .venv-league
-	$(LEAGUE_BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(LEAGUE_BIN)/python -m pip install --quiet -c constraints.txt -e '.[plots,quantized-cache]'
-	@touch $@
-
-league: .venv-league/.setup
+league: .venv-league/.built
 	OMP_NUM_THREADS=1 $(LEAGUE_BIN)/kvcompress league kvcompress/demo/model -o runs/league --jobs $(JOBS)
 	cp runs/league/league.json $(LEAGUE)
 	$(LEAGUE_BIN)/kvcompress league --render $(LEAGUE) --page docs/league.md

@@ -232,7 +232,7 @@ def measure(cells: Cells, samples: int, folder: Path) -> None:
                             full[suite.workload] = predictions(model, tokenizer, suite, None, None)
                         plan = plan_of(profiles, kind, share, voters)
                         where = profiles.of(Recipe(keep=keep_of(voters)))[1]
-                        params = KVParams.load(where / PARAMS_FILE)
+                        params = KVParams.load(where / PARAMS_FILE, plan.model)
                         said = predictions(model, tokenizer, suite, plan, params)
                         scored = [h for row in plan.heads for h in row if h.frequent is not None]
                         return {

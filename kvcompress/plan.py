@@ -42,7 +42,7 @@ from kvcompress.rules import (
     Recall,
     Threshold,
 )
-from kvcompress.strict import NotStrictError, load_json
+from kvcompress.strict import NotStrictError, load_json, read_text, shown
 
 __all__ = [
     "Budget",
@@ -66,6 +66,8 @@ __all__ = [
 ]
 
 SCHEMA_VERSION: Final = 1
+_PROBLEMS: Final = 20  # that one message names
+_FILE_BYTES: Final = 2**26
 
 # what a layer keeps: keys and values of all, of a window or of an aligned block of tokens; one MLA
 # latent; the keys and values of another layer; the recurrent state of linear attention; nothing
@@ -118,6 +120,8 @@ class ModelShape(StrictModel):
             count = len(getattr(self, name))
             if count != self.layers and (count or name == "sliding_windows"):
                 raise ValueError(f"{name} needs one entry for each of {self.layers} layers")
+        if any(source >= self.layers for source in self.kv_sources):
+            raise ValueError(f"kv_sources names a layer beyond the last of {self.layers}")
         return self
 
     @property
@@ -291,8 +295,8 @@ class Plan(StrictModel):
                 path = candidate
                 break
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, _FILE_BYTES)
+        except NotStrictError as error:
             raise PlanError(f"{path}: cannot read the plan ({error}); give a plan.json") from None
         return cls.from_json(text, str(path))
 
@@ -331,14 +335,18 @@ def without_unset_stride(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def explain(error: ValidationError) -> str:
-    """All problems of a pydantic error in one line, each with its key path."""
+    """The problems of a pydantic error in one line, each with its key path."""
     problems = []
-    for item in error.errors(include_url=False, include_context=False):
-        path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in item["loc"]).lstrip(".")
+    items = error.errors(include_url=False, include_context=False)
+    for item in items[:_PROBLEMS]:
+        parts = (f"[{p}]" if isinstance(p, int) else f".{shown(p)}" for p in item["loc"])
+        path = "".join(parts).lstrip(".")
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             text = "unknown key"
         got = item.get("input")
-        shown = f" (got {got!r})" if isinstance(got, str | int | float | bool) else ""
-        problems.append(f"{path or 'top level'}: {text}{shown}")
+        value = f" (got {shown(repr(got))})" if isinstance(got, str | int | float | bool) else ""
+        problems.append(f"{path or 'top level'}: {shown(text, 400)}{value}")
+    if len(items) > _PROBLEMS:
+        problems.append(f"and {len(items) - _PROBLEMS} more")
     return "; ".join(problems)

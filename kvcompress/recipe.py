@@ -35,7 +35,7 @@ from kvcompress.plan import (
     explain,
     without_unset_stride,
 )
-from kvcompress.strict import NotStrictError, load_yaml
+from kvcompress.strict import YAML_LIMIT_BYTES, NotStrictError, load_yaml, read_text
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -290,8 +290,8 @@ class Recipe(StrictModel):
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, YAML_LIMIT_BYTES)
+        except NotStrictError as error:
             raise RecipeError(f"{path}: cannot read the recipe ({error})") from None
         return cls.from_yaml(text, str(path))
 

@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Final
 
 import yaml
@@ -30,9 +31,44 @@ class NotStrictError(ValueError):
     """A document that is damaged, too large, or can be read in more than one way."""
 
 
+def shown(value: object, most: int = 80) -> str:
+    """Something that a file said, for a line of ours."""
+    text = (value if isinstance(value, str) else repr(value))[: most + 1]
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return plain if len(plain) <= most else plain[: most - 1] + "…"
+
+
+def read_bytes(path: Path, limit_bytes: int) -> bytes:
+    """A file's bytes, of which there may be so many.
+
+    Raises:
+        NotStrictError: where it is larger, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
+    except (OSError, ValueError) as error:
+        raise NotStrictError(str(getattr(error, "strerror", error))) from None
+    if len(data) > limit_bytes:
+        raise NotStrictError(f"more than the {limit_bytes} bytes allowed")
+    return data
+
+
+def read_text(path: Path, limit_bytes: int) -> str:
+    """`read_bytes` as UTF-8."""
+    try:
+        return read_bytes(path, limit_bytes).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise NotStrictError(f"not UTF-8 (byte {error.start})") from None
+
+
 # ---- JSON
-def load_json(text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
+def load_json(text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES, *, ours: bool = True) -> Any:
     """The value of a JSON document in UTF-8.
+
+    Args:
+        ours: whether we wrote it; configurations of other programs may hold NaN and infinity, and
+            whole numbers of any size.
 
     Raises:
         NotStrictError: saying what is wrong.
@@ -44,24 +80,36 @@ def load_json(text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
     if max(accumulate(map(_STEP.__getitem__, brackets)), default=0) > DEPTH_LIMIT:
         raise NotStrictError(f"nested more than {DEPTH_LIMIT} levels deep")
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_object,
-            parse_constant=_refuse_constant,
-            parse_float=_float,
-            parse_int=_int,
+            parse_constant=_refuse_constant if ours else None,
+            parse_float=_float if ours else None,
+            parse_int=_int if ours else None,
         )
     except NotStrictError:
         raise
     except (ValueError, RecursionError) as error:
-        raise NotStrictError(f"not JSON ({error})") from None
+        raise NotStrictError(f"not JSON ({shown(str(error), 200)})") from None
+    if b"\\u" in data and not _encodable(value):
+        raise NotStrictError("a text in it holds half of a surrogate pair")
+    return value
+
+
+def _encodable(value: Any) -> bool:
+    """Whether no text in it is one that no file can hold as UTF-8."""
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+    if isinstance(value, dict):
+        return all(_encodable(key) and _encodable(inner) for key, inner in value.items())
+    return not isinstance(value, list) or all(map(_encodable, value))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         twice = next(k for k, n in Counter(key for key, _ in pairs).items() if n > 1)
-        raise NotStrictError(f"the key {twice[:80]!r} stands twice in one object")
+        raise NotStrictError(f"the key {shown(twice)!r} stands twice in one object")
     return made
 
 
@@ -119,8 +167,10 @@ def load_yaml(text: str, limit_bytes: int = YAML_LIMIT_BYTES) -> tuple[Any, list
     try:
         _check_events(text)
         node = yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise NotStrictError(f"not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        if isinstance(error, NotStrictError):
+            raise
+        raise NotStrictError(f"not YAML: {shown(' '.join(str(error).split()), 400)}") from None
     problems: list[str] = []
     return (None if node is None else _value(node, problems)), problems
 
@@ -140,7 +190,7 @@ def _check_events(text: str) -> None:
             depth -= 1
         tag = getattr(event, "tag", None)
         if tag is not None:
-            raise NotStrictError(f"line {line}: the tag {tag[:80]}; write the plain value")
+            raise NotStrictError(f"line {line}: the tag {shown(tag)}; write the plain value")
 
 
 def _line(place: Any) -> int:
@@ -167,7 +217,7 @@ def _mapping(node: yaml.MappingNode, problems: list[str]) -> dict[Any, Any]:
         if key == "<<" and key_node.style is None:
             problems.append(f"<<: a merge key on line {line}; write the keys out")
         elif key in made:
-            problems.append(f"{key}: duplicate key on line {line}")
+            problems.append(f"{shown(key)}: duplicate key on line {line}")
         made[key] = _value(value_node, problems)
     return made
 
@@ -185,7 +235,7 @@ def _scalar(node: yaml.ScalarNode, problems: list[str]) -> Any:
     for reason, pattern in _TWO_WAYS.items():
         if pattern.fullmatch(text):
             problems.append(
-                f"{text[:40]} on line {_line(node)} is {reason}: write true, false or "
+                f"{shown(text, 40)} on line {_line(node)} is {reason}: write true, false or "
                 "a decimal number, or put it in quotes"
             )
     return text

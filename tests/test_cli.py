@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import typer
 
 from kvcompress.cli import app, common
-from kvcompress.errors import BundleError
 
 RECIPE = """\
 name: small
@@ -122,58 +119,6 @@ def test_the_module_is_the_same_program() -> None:
     assert done.stderr == "error: No such option: --nonsense: see kvcompress --help\n"
 
 
-# the frame, with commands made for the purpose
-
-
-@pytest.fixture
-def raising(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException], None]]:
-    def install(error: BaseException) -> None:
-        program = typer.Typer()
-
-        @program.command("profile")
-        def command() -> None:
-            raise error
-
-        program.callback()(app._root)
-        monkeypatch.setattr(app, "build", lambda: program)
-
-    yield install
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (BundleError("b: damaged;\n  export it again"), "b: damaged; export it again"),
-        (ValueError("'8GB' is not a size"), "'8GB' is not a size"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "x: No such file or d"),
-        (OSError(errno.ENOSPC, "No space left on device", "b"), "b: No space left on device; free"),
-        (OSError("cannot reach the hub"), "cannot reach the hub"),
-    ],
-)
-def test_a_users_error_is_one_line(run: Run, raising, error: Exception, line: str) -> None:
-    raising(error)
-    assert_one_line(run("profile"), line)
-
-
-def test_a_users_error_can_show_its_traceback(raising) -> None:
-    raising(BundleError("damaged"))
-    with pytest.raises(BundleError, match="damaged"):
-        app.main(["--traceback", "profile"])
-
-
-def test_a_bug_keeps_its_traceback(raising) -> None:
-    raising(KeyError("ours"))
-    with pytest.raises(KeyError, match="ours"):
-        app.main(["profile"])
-
-
-def test_an_interrupt_says_how_to_go_on(run: Run, raising) -> None:
-    raising(KeyboardInterrupt())
-    result = run("profile")
-    assert result.code == 130
-    assert result.err.splitlines()[-1] == f"stopped; {app.GO_ON['profile']}"
-
-
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -212,12 +157,6 @@ def test_emit_prints_tables_with_units(capsys: pytest.CaptureFixture[str]) -> No
 )
 def test_human_bytes(count_bytes: int, text: str) -> None:
     assert common.human_bytes(count_bytes) == text
-
-
-def test_progress_is_silent_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
-    with common.progress("prompts", 2) as step:
-        step(1)
-    assert capsys.readouterr() == ("", "")
 
 
 # recipes
@@ -412,3 +351,44 @@ def test_a_damaged_bundle(run: Run, bundle: Path, tmp_path: Path, command: str) 
     plan.write_text(plan.read_text().replace('"sink_tokens": 4', '"sink_tokens": 3'))
     extra = ("-p", "Note:") if command == "generate" else ()
     assert_one_line(run(command, copy, *extra), "plan.json")
+
+
+# another recipe than the profile's
+
+
+OTHER = "name: other\npolicy: {kind: uniform, head: {full: true, k_dtype: int4, v_dtype: int4}}\n"
+LACKING = "name: lacking\nkeep: {scorer: raw}\npolicy: {kind: bytes, keep_ratio: 0.5, context: 9}\n"
+
+
+def test_export_solves_the_recipe_that_is_given(run: Run, profile: Path, tmp_path: Path) -> None:
+    from kvcompress.plan import Plan
+    from kvcompress.recipe import Recipe
+
+    recipe = tmp_path / "other.yaml"
+    recipe.write_text(OTHER)
+    assert run("export", profile, "-r", recipe, "-o", tmp_path / "b").code == 0
+    assert run("plan", profile, "-r", recipe, "-o", tmp_path / "plan.json").code == 0
+    shipped = Plan.load(tmp_path / "b")
+    assert shipped == Plan.load(tmp_path / "plan.json") != Plan.load(profile)
+    assert {head.storage for row in shipped.heads for head in row} == {"int4"}
+    kept = Recipe.load(tmp_path / "b" / "kvcompress" / "recipe.yaml")
+    assert kept.name == "other" and kept.calibration.tokens == 96
+    assert kept.policy == Recipe.load(recipe).policy
+
+
+@pytest.mark.parametrize("command", ["plan", "export"])
+def test_a_recipe_that_was_not_measured_is_refused(
+    run: Run, profile: Path, tmp_path: Path, command: str
+) -> None:
+    recipe, out = tmp_path / "lacking.yaml", tmp_path / "out"
+    recipe.write_text(LACKING)
+    result = run(command, profile, "-r", recipe, "-o", out)
+    assert_one_line(result, "recipe lacking: ", "keep.scorer lift, asked for is raw")
+    assert "-r RECIPE -o DIR" in result.err and not out.exists()
+
+
+def test_a_plan_and_a_recipe_contradict(run: Run, profile: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(OTHER)
+    both = ("--plan", profile / "plan.json", "-r", tmp_path / "other.yaml")
+    result = run("export", profile, *both, "-o", tmp_path / "b")
+    assert_one_line(result, "--plan ships a plan that is there, --recipe solves one: give one")

@@ -50,7 +50,7 @@ def clone(tmp_path: Path) -> Path:
 def test_the_walk_through_runs_as_printed(clone: Path, demo_model_dir: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
-    output = ""
+    output, told = "", ""
     for language, code in blocks(README, "bash", "python"):
         if not (clone / ".venv" / "bin" / "activate").is_file():
             code = code.replace("source .venv/bin/activate\n", "")
@@ -60,7 +60,15 @@ def test_the_walk_through_runs_as_printed(clone: Path, demo_model_dir: Path) -> 
         )
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         output += done.stdout
-    assert re.search(r"^\d+ bytes of KV cache$", output, re.MULTILINE)
+        told += done.stderr
+    held = re.search(r"^(\d+) bytes of KV cache$", output, re.MULTILINE)
+    assert held is not None and 400_000 < int(held[1]) < 520_000
+    # both examples answer as the page says, `generate` with the words that it prints
+    assert len(re.findall(r"^ copper lemon\.$", output, re.MULTILINE)) == 2
+    printed = re.search(r"^461 tokens of prompt .*$", README, re.MULTILINE)
+    assert printed is not None
+    form = re.sub(r"[\d.]+", "N", printed[0])
+    assert form in [re.sub(r"[\d.]+", "N", line) for line in told.splitlines()]
 
 
 def test_the_commands_of_the_first_screen_are_make_targets() -> None:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.fuzz import run
 
 # what can be fuzzed: a module of tests.fuzz each, see tests/fuzz/run.py
-TARGETS = {"cache": "caches"}
+TARGETS = {"bundle": "bundles", "cache": "caches"}
 
 
 def main() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Final, Literal, Self
@@ -12,6 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_v
 from kvcompress.errors import BundleError
 from kvcompress.plan import ByteCount, StrictModel, explain
 from kvcompress.recipe import WeightScheme
+from kvcompress.strict import NotStrictError, load_json
 
 SCHEMA: Final = 1
 FOLDER: Final = "kvcompress"
@@ -22,6 +22,7 @@ PROFILE: Final = f"{FOLDER}/profile.json"
 RECIPE: Final = f"{FOLDER}/recipe.yaml"
 INDEX: Final = "model.safetensors.index.json"
 CARD: Final = "README.md"
+LIMIT_BYTES: Final = 2**24  # a hundred thousand files
 REQUIRED: Final = ("config.json", INDEX, CARD, PLAN, PARAMS, PROFILE, RECIPE)
 
 # Nothing that Python would run or unpickle has a place in a bundle.
@@ -36,6 +37,8 @@ def checked_path(path: str) -> str:
     pure = PurePosixPath(path)
     if pure.is_absolute() or "\\" in path or ":" in path or "\0" in path:
         raise ValueError("must be relative, with forward slashes")
+    if not path.isprintable():
+        raise ValueError("must be printable")
     if not path or str(pure) != path or ".." in pure.parts:
         raise ValueError("must not leave the bundle directory")
     if pure.suffix.lower() not in SUFFIXES or pure.name in _REFUSED_NAMES:
@@ -134,11 +137,9 @@ def parse(text: bytes, where: str) -> Manifest:
         BundleError: for anything that is not a schema-1 manifest, a newer schema by name.
     """
     try:
-        data: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(
-            f"{where}: not JSON ({error}); the file is damaged, copy the bundle again"
-        ) from None
+        data: Any = load_json(text, LIMIT_BYTES)
+    except NotStrictError as error:
+        raise BundleError(f"{where}: {error}; the file is damaged, copy the bundle again") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise BundleError(

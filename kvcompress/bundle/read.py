@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.bundle import files, manifest
 from kvcompress.bundle.manifest import Manifest
-from kvcompress.errors import BundleError
+from kvcompress.checkpoint.load import Checkpoint, load_config, load_model, load_tokenizer, reading
+from kvcompress.checkpoint.settings import vetted
+from kvcompress.checkpoint.tensors import headers, weight_map
+from kvcompress.errors import BundleError, UnsupportedModelError
 from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Plan
 from kvcompress.profile.store import Profile
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Recipe
+from kvcompress.strict import shown
 
-_MANIFEST_LIMIT_BYTES: Final = 64 * 2**20
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 _AGAIN: Final = "copy or export the bundle again"
 
 
@@ -28,6 +36,8 @@ class Bundle:
 
     Attributes:
         digest: sha256 of manifest.json, and through it of everything; pin it to pin the bundle.
+        checkpoint: the bundle as a model directory, its settings looked at; weights are unread.
+        tokenizer: pads on the left, as generation in batches needs.
     """
 
     path: Path
@@ -37,6 +47,9 @@ class Bundle:
     profile: Profile
     recipe: Recipe
     params: KVParams
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def weights_bytes(self) -> int:
@@ -62,25 +75,65 @@ def open_bundle(path: Path | str) -> Bundle:
         )
     present = files.tree(root)
     source = present[manifest.MANIFEST]
-    if source.stat().st_size > _MANIFEST_LIMIT_BYTES:
-        raise BundleError(f"{source}: larger than any manifest; {_AGAIN}")
-    text = source.read_bytes()
+    with source.open("rb") as file:
+        text = file.read(manifest.LIMIT_BYTES + 1)
     listed = manifest.parse(text, str(source))
     _check_files(root, listed, set(present))
     _check_needs(root, listed)
-    _check_weights(root, listed)
     plan = Plan.load(root / manifest.PLAN)
-    _check_model(root, listed, plan)
-    _check_tokenizer(root, listed, plan)
+    profile = Profile.load(root / manifest.FOLDER)
+    recipe = Recipe.load(root / manifest.RECIPE)
+    params = load_params(root / manifest.PARAMS, plan)
+    with _as_bundle_error():
+        checkpoint = Checkpoint(str(root), root, vetted(root))
+        _check_weights(root, listed, checkpoint.settings)
+        config = load_config(checkpoint)
+        _check_model(root, listed, plan, config)
+        _check_trained(root, params, config)
+        tokenizer = load_tokenizer(checkpoint, padding_side="left")
+    _check_tokenizer(root, listed, plan, config, tokenizer)
     return Bundle(
         path=root,
         digest=hashlib.sha256(text).hexdigest(),
         manifest=listed,
         plan=plan,
-        profile=Profile.load(root / manifest.FOLDER),
-        recipe=Recipe.load(root / manifest.RECIPE),
-        params=load_params(root / manifest.PARAMS, plan),
+        profile=profile,
+        recipe=recipe,
+        params=params,
+        checkpoint=checkpoint,
+        config=config,
+        tokenizer=tokenizer,
     )
+
+
+@contextmanager
+def _as_bundle_error() -> Iterator[None]:
+    """What is wrong with the bundle as a model directory is wrong with the bundle."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise BundleError(str(error)) from None
+
+
+def load_weights(
+    bundle: Bundle, device_map: Any = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The bundle's model as plain transformers loads it, with its own full cache.
+
+    Raises:
+        BundleError: where a tensor is missing, unknown, of another shape or dtype, or not finite.
+    """
+    from kvcompress.quant.weights.base import quiet_bitsandbytes
+
+    quiet_bitsandbytes()
+    with _as_bundle_error():
+        return load_model(
+            bundle.checkpoint,
+            bundle.config,
+            exact=True,
+            device_map="cpu" if device_map is None else device_map,
+            dtype="auto" if dtype is None else dtype,
+        )
 
 
 def load_params(path: Path, plan: Plan) -> KVParams:
@@ -89,22 +142,12 @@ def load_params(path: Path, plan: Plan) -> KVParams:
     Raises:
         BundleError: where they are damaged or of another shape.
     """
-    from safetensors import SafetensorError
-
     try:
-        params = KVParams.load(path)
-    except (SafetensorError, ValueError) as error:
+        return KVParams.load(path, plan.model)
+    except ValueError as error:
         raise BundleError(
             f"{path}: no key constants can be read ({error}); profile and export again"
         ) from None
-    shape = plan.model
-    wanted = [(shape.kv_heads, shape.head_dim)] * shape.layers
-    if [tuple(center.shape) for center in params.k_center] != wanted:
-        raise BundleError(
-            f"{path}: the plan needs key constants for {shape.layers} layers of {wanted[0]}, these "
-            f"are for {len(params.k_center)} of {tuple(params.k_center[0].shape)}; profile again"
-        )
-    return params
 
 
 def _check_files(root: Path, listed: Manifest, present: set[str]) -> None:
@@ -155,80 +198,99 @@ def _release(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _check_weights(root: Path, listed: Manifest) -> None:
+def _check_weights(root: Path, listed: Manifest, config: dict[str, Any]) -> None:
     """The parts of config.json and the index that decide what gets loaded, and from where."""
     from kvcompress.quant.weights import FORMATS
 
-    config = _json(root / "config.json")
     pointer = {"schema": listed.schema_version, "manifest": manifest.MANIFEST}
     if config.get("kvcompress") != pointer:
         raise BundleError(
             f"{root / 'config.json'}: its kvcompress entry is not {pointer}; {_AGAIN}"
         )
-    name = listed.weights.format
-    if not FORMATS[name].matches(config.get("quantization_config")):
+    weights = FORMATS[listed.weights.format]
+    if not weights.matches(config.get("quantization_config")):
         raise BundleError(
-            f"{root / 'config.json'}: its quantization_config is not that of {name} weights; "
-            f"{_AGAIN}"
+            f"{root / 'config.json'}: its quantization_config is not that of {weights.name} "
+            f"weights; {_AGAIN}"
         )
-    index = _json(root / manifest.INDEX).get("weight_map")
-    named = set(index.values()) if isinstance(index, dict) else set()
-    tensors = {path for path in listed.sizes_bytes if path.endswith(".safetensors")}
-    stored = tensors - {manifest.PARAMS}
-    if not named or named != stored:
-        odd = sorted(map(str, named ^ stored)) or ["nothing"]
+    stored = {path for path in listed.sizes_bytes if path.endswith(".safetensors")}
+    index = weight_map(root)
+    odd = sorted({*index.values()} ^ (stored - {manifest.PARAMS}))
+    if odd:
         raise BundleError(
-            f"{root / manifest.INDEX}: {odd[0]} is not both a weight file of the bundle and in the "
-            f"index; {_AGAIN}"
+            f"{root / manifest.INDEX}: {shown(odd[0])} is not both a weight file of the bundle and "
+            f"in the index; {_AGAIN}"
         )
+    found = {file: headers(root / file) for file in {*index.values()}}
+    if {(name, file) for file, names in found.items() for name in names} != {*index.items()}:
+        raise BundleError(
+            f"{root / manifest.INDEX}: does not list the tensors that are in the files; {_AGAIN}"
+        )
+    for file, names in found.items():
+        for name, header in names.items():
+            if header.dtype not in weights.dtypes:
+                raise BundleError(
+                    f"{root / file}: {shown(name)} is {header.dtype}, which {weights.name} weights "
+                    f"do not have; {_AGAIN}"
+                )
 
 
-def _check_model(root: Path, listed: Manifest, plan: Plan) -> None:
-    from transformers import AutoConfig
+def _check_model(root: Path, listed: Manifest, plan: Plan, config: PretrainedConfig) -> None:
+    from kvcompress.runtime.families import config_hash, difference, shape_of
 
-    from kvcompress.runtime.families import config_hash
-
-    try:
-        config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{root / 'config.json'}: {_first_line(error)}") from None
-    if config_hash(config) != listed.base_model.config_hash:
+    with reading(str(root), "config.json"):
+        found, shape = config_hash(config), shape_of(config)
+    if found != listed.base_model.config_hash:
         raise BundleError(
             f"{root / 'config.json'}: describes another model than the manifest; {_AGAIN}"
         )
-    if plan.model.config_hash != listed.base_model.config_hash:
+    if plan.model.config_hash != found:
         raise BundleError(
             f"{root / manifest.PLAN}: was made for another model than config.json; {_AGAIN}"
         )
-
-
-def _check_tokenizer(root: Path, listed: Manifest, plan: Plan) -> None:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            root, trust_remote_code=False, local_files_only=True
+    differs = difference(plan.model, shape)
+    if differs is not None:
+        raise BundleError(
+            f"{root / manifest.PLAN}: its model has another {differs} than config.json; {_AGAIN}"
         )
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{root}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    if plan.repeat_ids and isinstance(size, int) and max(plan.repeat_ids) >= size:
+        raise BundleError(
+            f"{root / manifest.PLAN}: repeat_ids names token {max(plan.repeat_ids)}, the model has "
+            f"{size}; profile and export again"
+        )
+
+
+def _check_trained(root: Path, params: KVParams, config: PretrainedConfig) -> None:
+    """What was trained for a scorer reads hidden states, and a constant beside them."""
+    hidden = getattr(config.get_text_config(decoder=True), "hidden_size", None)
+    for name, parts in params.scorer.items():
+        sizes = {part.shape[1] for part in parts}
+        if sizes != {hidden + 1 if isinstance(hidden, int) else None}:
+            raise BundleError(
+                f"{root / manifest.PARAMS}: {name} was trained for hidden states of another size "
+                f"than {hidden}; profile and export again"
+            )
+
+
+def _check_tokenizer(
+    root: Path,
+    listed: Manifest,
+    plan: Plan,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     if tokenizer_hash(tokenizer) != listed.tokenizer_hash:
         raise BundleError(f"{root}: its tokenizer is not the one in the manifest; {_AGAIN}")
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    ids = tokenizer.get_vocab()
+    last = max((ids[token] for token in ids if token != tokenizer.pad_token), default=0)
+    if isinstance(size, int) and last >= size:
+        raise BundleError(
+            f"{root}: its tokenizer has token {last}, its model embeds {size}; {_AGAIN}"
+        )
     if plan.tokenizer_hash not in (None, listed.tokenizer_hash):
         raise BundleError(
             f"{root / manifest.PLAN}: was made with another tokenizer, so its special and "
             "punctuation ids mean other tokens; profile and export again"
         )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not JSON ({error}); {_AGAIN}") from None
-    if not isinstance(value, dict):
-        raise BundleError(f"{path}: not a JSON object; {_AGAIN}")
-    return value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

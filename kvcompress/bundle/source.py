@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.bundle.manifest import SUFFIXES
+from kvcompress.checkpoint import load as checkpoint
+from kvcompress.checkpoint.load import Checkpoint
 from kvcompress.errors import BundleError, UnsupportedModelError
-from kvcompress.strict import load_yaml
+from kvcompress.strict import NotStrictError, load_yaml, read_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _LEGAL: Final = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _LICENSE_KEYS: Final = ("license", "license_name", "license_link")
+_CARD_BYTES: Final = 2**24
+_LICENSE_LINE: Final = re.compile(r"^license(?:_name|_link)?:.*", re.MULTILINE)
 _FRONT_MATTER: Final = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -32,6 +36,7 @@ class Source:
 
     location: str
     id: str
+    checkpoint: Checkpoint
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     skeleton: PreTrainedModel
@@ -44,31 +49,16 @@ class Source:
         Raises:
             BundleError: if they cannot be read, or some of them are not there.
         """
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
-
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.location,
-                device_map="cpu" if device_map is None else device_map,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
+            return checkpoint.load_model(
+                self.checkpoint,
+                self.config,
+                tried=False,
+                device_map=device_map or "cpu",
                 **options,
             )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise BundleError(
-                f"{self.location}: its weights cannot be read ({_first_line(error)}); "
-                "give a complete model in safetensors files"
-            ) from None
-        model, report = loaded
-        if report["missing_keys"]:  # transformers would fill them with random numbers
-            raise BundleError(
-                f"{self.location}: {min(report['missing_keys'])} is not among its weights; "
-                "give a complete model"
-            )
-        ready: PreTrainedModel = model.eval()
-        return ready
+        except UnsupportedModelError as error:
+            raise BundleError(str(error)) from None
 
 
 def find(model: Path | str) -> Source:
@@ -78,86 +68,54 @@ def find(model: Path | str) -> Source:
         BundleError: if it cannot be found, has no tokenizer or is quantized already.
         UnsupportedModelError: if it is not a causal language model that the runtime serves.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     location = str(model)
-    _check_location(location)
     try:
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BundleError(
-            f"{location}: no model and tokenizer can be read ({_first_line(error)}); give a "
-            "directory that save_pretrained made, or a name on the Hub"
-        ) from None
+        found = checkpoint.find(model)
+        config = checkpoint.load_config(found)
+        tokenizer = checkpoint.load_tokenizer(found)
+    except UnsupportedModelError as error:
+        raise BundleError(str(error)) from None
     if getattr(config, "quantization_config", None) is not None:
         raise BundleError(
             f"{location}: its weights are quantized already; give the model in 16 or 32 bits"
         )
-    folder = _small_files(location)
-    legal = {path for pattern in _LEGAL for path in folder.glob(pattern)} if folder else set()
+    legal = {path for pattern in _LEGAL for path in found.folder.glob(pattern)}
     return Source(
         location=location,
-        id=Path(location).resolve().name if Path(location).is_dir() else location,
+        id=Path(location).resolve().name if Path(location).exists() else location,
         config=config,
         tokenizer=tokenizer,
-        skeleton=_skeleton(location, config),
+        checkpoint=found,
+        skeleton=_skeleton(found, config),
         legal=tuple(sorted(path for path in legal if path.suffix in SUFFIXES and path.is_file())),
-        license=_license(folder / "README.md") if folder else {},
+        license=_license(found.folder / "README.md"),
     )
 
 
-def _skeleton(location: str, config: PretrainedConfig) -> PreTrainedModel:
+def _skeleton(found: Checkpoint, config: PretrainedConfig) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from kvcompress.runtime.hf.attach import check
 
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False
-            )
-    except ValueError as error:
-        reason = _first_line(error)
-        raise UnsupportedModelError(f"{location}: not a causal language model ({reason})") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"{found.name}: {config.model_type} is not a causal language model"
+        )
+    with torch.device("meta"):
+        model = checkpoint.build(found, config)
     check(model)
     return model
-
-
-def _check_location(location: str) -> None:
-    """Spare a path that does not exist a round of questions to the Hub."""
-    path = Path(location)
-    if path.exists() and not (path / "config.json").is_file():
-        raise BundleError(f"{location}: no config.json in it; give a model directory")
-    if not path.exists() and (location.count("/") > 1 or location[:1] in "./~"):
-        raise BundleError(f"{location}: no such directory; say where the model is with --model")
-
-
-def _small_files(location: str) -> Path | None:
-    """Where the model's card and licence lie; None where the Hub cannot be asked for them."""
-    if Path(location).is_dir():
-        return Path(location)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(location, allow_patterns=[*_LEGAL, "README.md"]))
-    except (LocalEntryNotFoundError, OSError):
-        return None
 
 
 def _license(card: Path) -> dict[str, Any]:
     """``license``, ``license_name`` and ``license_link`` of a model card, where it has them."""
     try:
-        found = _FRONT_MATTER.match(card.read_text(encoding="utf-8"))
-        data = load_yaml(found[1])[0] if found else None
-    except (OSError, ValueError):
+        found = _FRONT_MATTER.match(read_text(card, _CARD_BYTES))
+        lines = _LICENSE_LINE.findall(found[1]) if found else []
+        data, _ = load_yaml("\n".join(lines))
+    except NotStrictError:
         return {}
     if not isinstance(data, dict):
         return {}
-    return {key: str(data[key]) for key in _LICENSE_KEYS if key in data}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return {key: str(data[key]) for key in _LICENSE_KEYS if data.get(key) is not None}

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvcompress.bundle.read import Bundle, open_bundle
+from kvcompress.bundle.read import Bundle, load_weights, open_bundle
 from kvcompress.errors import BundleError, KVCompressError
 from kvcompress.plan import HeadPlan, Plan, uniform
 from kvcompress.runtime.hf.names import as_argument, cache_of
@@ -58,10 +58,8 @@ def verify(path: Path | str, expected: Path | None = None, device_map: Any = Non
     Raises:
         BundleError: for the first thing that is wrong.
     """
-    from kvcompress.runtime.load import load_weights
-
     bundle = open_bundle(path)
-    model = load_weights(bundle, device_map=device_map)
+    model = load_weights(bundle, device_map)
     reload_error = None if expected is None else _reload_error(bundle, model, expected)
     plain = _decode(model, cache=None)
     everything = HeadPlan(full=True, k_dtype="model", v_dtype="model")

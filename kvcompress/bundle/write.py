@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import kvcompress
+from kvcompress import atomic
 from kvcompress.bundle import files, manifest, mixed, source
 from kvcompress.bundle.card import model_card, size
 from kvcompress.bundle.manifest import BaseModelEntry, Manifest, WeightsEntry
@@ -27,6 +28,7 @@ from kvcompress.bundle.verify import check_logits
 from kvcompress.errors import BundleError, ProfileError
 from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Plan
+from kvcompress.profile.solve import solve_recipe, with_calibration_of
 from kvcompress.profile.source import weights_hash
 from kvcompress.profile.store import PARAMS_FILE, PLAN_FILE, Profile
 from kvcompress.quant.weights import FORMATS
@@ -36,7 +38,7 @@ from kvcompress.quant.weights.base import (
     quiet_bitsandbytes,
     weights_bytes,
 )
-from kvcompress.recipe import Recipe, WeightScheme
+from kvcompress.recipe import BytesPolicy, Recipe, WeightScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +110,8 @@ def export(
             is where the profile found it.
         profile: finished profile directory.
         plan: in place of the profile's own.
-        recipe: in place of the profile's own; kept in the bundle.
+        recipe: in place of the profile's own: solved from the profile where no plan is given, and
+            kept in the bundle.
         weights: in place of the recipe's.
         overwrite: replace an existing bundle, at the end and in one step.
         measured: figures for the model card and the manifest, by name.
@@ -116,6 +119,7 @@ def export(
         note: told what is going on, one line at a time.
 
     Raises:
+        PlanError: if the profile did not measure what the recipe needs.
         BundleError: if something does not fit or the written bundle fails its check; `out` is as
             it was before.
     """
@@ -123,17 +127,17 @@ def export(
     _check_target(target, overwrite)
     job = _prepare(Path(profile), model, plan, recipe, weights, measured or {})
     _check_space(target, job)
-    with _one_line(target), files.staging(target) as staged:
+    with _one_line(target), atomic.directory(target) as staged:
+        _check_target(target, overwrite)  # another export may have ended since
         note(f"loading {job.source.id} and storing its weights as {job.format.name}")
         _check_weights(Path(profile), job)
         expected, found = _write_weights(job, staged, device_map)
         gc.collect()  # the fresh process needs the memory
         note("writing the plan, the model card and the manifest")
         _write_rest(job, staged, found)
-        files.settle(staged)
+        files.same_permissions(staged)
         note("checking the bundle in a fresh process")
         checked = _check_in_fresh_process(staged, target, expected)
-        files.put_in_place(staged, target)
     entries = manifest.parse((target / manifest.MANIFEST).read_bytes(), str(target))
     return ExportReport(
         path=str(out),
@@ -171,10 +175,14 @@ def _prepare(
 ) -> _Job:
     """Read and check everything that the bundle is made of, before any weight is loaded."""
     stored = Profile.load(profile)
+    if plan is None and recipe is not None:
+        plan = solve_recipe(stored, recipe, weights=weights)
     if plan is None and not (profile / PLAN_FILE).is_file():
         raise ProfileError(f"{profile}: has no {PLAN_FILE}; run kvcompress plan, or give --plan")
+    if plan is None:
+        _check_counted(profile, stored.recipe, weights)
     plan = plan or Plan.load(profile / PLAN_FILE)
-    recipe = recipe or stored.recipe
+    recipe = with_calibration_of(stored, recipe) if recipe else stored.recipe
     scheme = mixed.scheme_of(profile, stored, plan, weights) or recipe.weights
     recipe = recipe.model_copy(update={"weights": scheme})
     found = source.find(model or stored.model)
@@ -184,6 +192,18 @@ def _prepare(
     kept = mixed.kept_layers(found.skeleton, weight_format, stored, plan)
     params = profile / PARAMS_FILE
     return _Job(found, stored, params, plan, recipe, weight_format, kept, measured)
+
+
+def _check_counted(profile: Path, recipe: Recipe, weights: WeightScheme | None) -> None:
+    """Refuse other weights than those that a memory target counted: the plan would not meet it."""
+    policy, own = recipe.policy, recipe.weights
+    if not isinstance(policy, BytesPolicy) or policy.memory is None or own == "bf16":
+        return
+    if weights not in (None, own):
+        raise BundleError(
+            f"{profile}: its plan meets {policy.memory} with {own} weights; leave --weights out, "
+            "or give --recipe too, which is then solved again"
+        )
 
 
 def _check_fit(profile: Path, found: Source, plan: Plan) -> None:
@@ -238,7 +258,8 @@ def _one_line(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL_DISK:
             raise BundleError(f"{target}: {error.strerror}; {todo}") from error
-        raise
+        reason = error.strerror or str(error)
+        raise BundleError(f"{target}: the bundle cannot be written ({reason})") from error
     except SafetensorError as error:  # how safetensors reports what the system said
         if any(f"(os error {code})" in str(error) for code in _FULL_DISK):
             raise BundleError(f"{target}: the weights do not fit on the disk; {todo}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Final, NoReturn
@@ -14,6 +13,7 @@ from kvcompress.cli import (
     bench,
     demo,
     doctor,
+    ending,
     export,
     generate,
     inspect,
@@ -25,7 +25,6 @@ from kvcompress.cli import (
 )
 from kvcompress.cli import eval as evaluate
 from kvcompress.cli.common import quiet_libraries
-from kvcompress.errors import KVCompressError
 
 COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "demo": demo.command,
@@ -41,8 +40,6 @@ COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "doctor": doctor.command,
     "bench": bench.command,
 }
-USER_ERROR: Final = 2
-INTERRUPTED: Final = 130
 GO_ON: Final = {
     "profile": "finished prompts are kept: run the same command again to go on",
     "league": "finished cells are kept: run the same command again to go on",
@@ -60,33 +57,41 @@ def build() -> typer.Typer:
     )
     app.callback()(_root)
     for name, command in COMMANDS.items():
-        app.command(name)(command)
+        app.command(name)(ending.guarded(command))
     return app
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command.
 
-    Exits with 0, with 2 and one line on stderr for an error that the user can mend, with 130 when
-    interrupted. Any other exception is a bug of ours and keeps its traceback.
+    Exits with 0; with 2 and one line on stderr for an error that the user can mend; with 70 and
+    one line for a bug of ours, whose traceback ``--traceback`` shows; with 128 plus the number of
+    the signal when it is stopped, also where the reader of its output has gone.
     """
+    ending.check_streams()
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    ending.check_arguments(arguments)
     name = next((word for word in arguments if word in COMMANDS), "")
     quiet_libraries()
-    try:
-        code = build()(args=arguments, prog_name="kvcompress", standalone_mode=False)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except typer.TyperException as error:
-        see = " ".join(["kvcompress", name, "--help"]).replace("  ", " ")
-        _fail(f"{error.format_message().rstrip('.')}: see {see}")
-    except (KVCompressError, ValueError, OSError) as error:
-        if "--traceback" in arguments:
-            raise
-        _fail(_explain(error))
-    if code == INTERRUPTED:
-        hint = GO_ON.get(name, "run the same command again to start over")
-        print(f"stopped; {hint}", file=sys.stderr)
+    with ending.stopping() as signals:
+        try:
+            code = build()(args=arguments, prog_name="kvcompress", standalone_mode=False)
+        except KeyboardInterrupt:
+            code = ending.INTERRUPTED
+        except typer.TyperException as error:
+            see = " ".join(["kvcompress", name, "--help"]).replace("  ", " ")
+            ending.fail(f"{error.format_message().rstrip('.')}: see {see}")
+        except Exception as error:
+            if "--traceback" in arguments:
+                raise
+            told = ending.of_a_user(error)
+            if told is None:
+                ending.fail(ending.of_ours(error, name), ending.BUG)
+            ending.fail(told)
+    if code == ending.INTERRUPTED:
+        ending.say(f"stopped; {GO_ON.get(name, 'run the same command again to start over')}")
+        code = 128 + signals[0] if signals else code
+    ending.flush()
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -102,7 +107,7 @@ def _root(
         typer.Option("--version", is_eager=True, callback=_version, help="Print the version."),
     ] = False,
     traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where in the code a user's error was raised.")
+        bool, typer.Option("--traceback", help="Show where in the code an error was raised.")
     ] = False,
 ) -> None:
     """Shrink a language model's weights and its KV cache, per head, and run the result.
@@ -110,16 +115,3 @@ def _root(
     Start with `kvcompress demo`: it profiles, plans, exports, loads and runs the model that ships
     with the package, offline.
     """
-
-
-def _explain(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        todo = "; free some space and run the same command again"
-        return f"{where}{error.strerror}{todo if error.errno == errno.ENOSPC else ''}"
-    return str(error) or type(error).__name__
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(USER_ERROR)

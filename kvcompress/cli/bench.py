@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcompress.cli.common import JsonOption, console, emit, progress
+from kvcompress.cli.common import DeviceOption, JsonOption, console, emit
+from kvcompress.cli.progress import progress
 
 if TYPE_CHECKING:
     from kvcompress.evaluate.compare import Row
@@ -48,7 +49,7 @@ def command(
             help="tuned keeps freed memory, which DynamicCache needs to be fast; default does not."
         ),
     ] = "tuned",
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
     """Time a decode step beside transformers' caches and beside the floor that memory sets.
@@ -61,7 +62,8 @@ def command(
     from kvcompress.bench.table import result_table
 
     filled, words = fill_of(fill), _malloc(malloc)
-    loaded, own = _load(model, plan, device)
+    with progress(f"loading {model}"):
+        loaded, own = _load(model, plan, device)
     import torch
 
     from kvcompress.bench.cell import Rounds
@@ -102,11 +104,10 @@ def _malloc(choice: str) -> str:
 def _load(source: str, plan: Path | None, device: str) -> tuple[Any, list[Row]]:
     """The model, and the plans to time on it: a bundle brings its own."""
     from kvcompress.bench.plans import Setup, plan_of
-    from kvcompress.bundle.read import is_bundle, open_bundle
+    from kvcompress.bundle.read import is_bundle, load_weights, open_bundle
     from kvcompress.evaluate.compare import Row, plan_row
     from kvcompress.evaluate.serving import model_shape
     from kvcompress.profile.source import load_model
-    from kvcompress.runtime.load import load_weights
 
     given = [] if plan is None else [plan_row(plan)]
     if is_bundle(source):

@@ -1,4 +1,4 @@
-"""What every command shares: where text goes, how a result is printed, how progress is shown."""
+"""What every command shares: options, where text goes and how a result is printed."""
 
 from __future__ import annotations
 
@@ -7,45 +7,113 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, final
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 
+from kvcompress.errors import KVCompressError
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+DEVICE_MAPS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def usable_device(value: str) -> str:
+    """Refuse, before anything is read, a device that is not there.
+
+    Raises:
+        KVCompressError: for anything but ``auto`` and a CPU or CUDA device of this machine.
+    """
+    if value in ("auto", "cpu"):
+        return value
+    kind, _, number = value.partition(":")
+    if kind != "cuda" or (":" in value and not number.isdecimal()):
+        raise KVCompressError(f"--device {value}: give cpu, cuda, cuda:N or auto")
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "no device was found" if torch.version.cuda else "this build of torch has no CUDA"
+        raise KVCompressError(f"--device {value}: {why}; give cpu, or leave it out")
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise KVCompressError(f"--device {value}: the last of {count} devices is cuda:{count - 1}")
+    return value
+
+
+def chosen(device: str) -> str:
+    """`device`, or the one that ``auto`` means."""
+    import torch
+
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def is_given(context: typer.Context, *names: str) -> list[str]:
+    """Those of the options `names` that stand on the command line, as they are written."""
+    given = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            given.append(parameter.opts[-1] if parameter.opts else str(parameter.name))
+    return given
+
+
+def refuse_unread(context: typer.Context, where: str, *names: str) -> None:
+    """Refuse options that were given and that the command does not read in this way of using it.
+
+    Args:
+        where: what makes it not read them, like ``with --render``.
+    """
+    given = is_given(context, *names)
+    if given:
+        raise typer.BadParameter(f"{', '.join(given)} does nothing {where}: leave it out")
+
+
+def usable_map(value: str) -> str:
+    """As `usable_device`, or a way in which transformers shares a model out over devices."""
+    return value if value in DEVICE_MAPS else usable_device(value)
+
+
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device", help="cpu, cuda, cuda:N, or auto: CUDA if there is one.", callback=usable_device
+    ),
+]
+MapOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:N, or auto, balanced or sequential: over all devices there are.",
+        callback=usable_map,
+    ),
+]
 
 PIPE_COLUMNS = 160  # a table that goes to a file or a pipe is not cut to 80 columns
 
 
+@final
+class _Console(Console):
+    """Leaves it to the program what to do where nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that rich is handling
+
+
 def console() -> Console:
     """Console on stderr: progress and remarks, never results."""
-    return Console(stderr=True, highlight=False)
+    return _Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def stdout() -> Console:
     """Console on stdout: the result of a command."""
     width = None if sys.stdout.isatty() else PIPE_COLUMNS
-    return Console(highlight=False, markup=False, width=width)
-
-
-@contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the time that is left, on stderr, only where stderr is a terminal.
-
-    Yields:
-        A function to call with the number of finished steps.
-    """
-    screen = console()
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda done: bar.update(task, completed=done)
+    return _Console(highlight=False, markup=False, width=width)
 
 
 def emit(value: Any, json_: bool) -> None:
@@ -60,9 +128,44 @@ def emit(value: Any, json_: bool) -> None:
     if json_:
         print(json.dumps(plain(value), indent=2, allow_nan=False))
     elif hasattr(value, "__rich__") or hasattr(value, "__rich_console__"):
-        stdout().print(value)
+        stdout().print(fitting(value))
     else:
         _print(plain(value), stdout())
+
+
+def fitting(value: Any) -> Any:
+    """`value`, its tables as `Fitting`."""
+    if isinstance(value, Table):
+        return Fitting(value)
+    return Group(*map(fitting, value.renderables)) if isinstance(value, Group) else value
+
+
+@final
+class Fitting:
+    """A table, or line by line its headings and values where its columns would be cut off."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self.table
+        wide = Measurement.get(console, options.update(max_width=10_000), table).maximum
+        if wide <= options.max_width or not any(column.no_wrap for column in table.columns[1:]):
+            yield table
+            return
+        if table.title:
+            yield table.title
+        first, *others = ([str(cell) for cell in column.cells] for column in table.columns)
+        for number, name in enumerate(first):
+            cells = [
+                f"{column.header} {cells[number]}".strip()
+                for column, cells in zip(table.columns[1:], others, strict=True)
+                if cells[number]
+            ]
+            yield name
+            yield Padding(", ".join(cells), (0, 0, 0, 4))
+        if table.caption:
+            yield table.caption
 
 
 def plain(value: Any) -> Any:

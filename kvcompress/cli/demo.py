@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.cli.common import JsonOption, console, emit, human_bytes, progress
+from kvcompress.cli.common import JsonOption, console, emit, human_bytes
+from kvcompress.cli.progress import progress
 
 
 def command(
@@ -44,7 +45,7 @@ def command(
     )
     screen.print(
         f"bundle in {result.bundle}, figures in {result.report}; next: kvcompress generate "
-        f"{result.bundle} -p $'Note: red fox lemon sugar.\\nAsk: red fox'",
+        f"{result.bundle} --max-new-tokens 4 -p $'Note: red fox lemon sugar.\\nAsk: red fox'",
         markup=False,
         soft_wrap=True,
     )

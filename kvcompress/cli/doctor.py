@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvcompress.cli.common import JsonOption, emit
+from kvcompress.cli.words import table_of
 
 
 def command(
@@ -22,4 +23,9 @@ def command(
     """
     from kvcompress.runtime.doctor import diagnose
 
-    emit(diagnose(path), json_)
+    found = diagnose(path)
+    if json_:
+        emit(found, json_)
+        return
+    rows = [{"part": f.part, "found": f.found, "why": f.why} for f in found]
+    emit(table_of(rows, "part", "found", "why not more"), json_)

@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcompress.cli.common import JsonOption, emit, progress
+from kvcompress.cli.common import DeviceOption, JsonOption, emit, refuse_unread
+from kvcompress.cli.progress import progress
 
 if TYPE_CHECKING:
     from kvcompress.evaluate.compare import Row
 
 
+_DRAWN = ("samples", "context", "windows", "text", "seed")  # what tasks and workloads are drawn by
+_OF_THE_HARNESS = ("limit", "task_dir")
+
+
 def command(
+    arguments: typer.Context,
     model: Annotated[str, typer.Argument(help="Bundle, model directory or a name on the Hub.")],
     plan: Annotated[
         Path | None,
@@ -52,7 +58,7 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Rows evaluated together.")] = 16,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
     """Measure recall, KL, perplexity and bytes beside the same model with its full cache.
@@ -62,7 +68,16 @@ def command(
     """
     from kvcompress.evaluate.tasks import HELD_OUT
 
-    loaded, tokenizer, rows = _load(model, plan, device)
+    if harness:
+        refuse_unread(arguments, "with --harness", "tasks", "workloads", *_DRAWN)
+    elif workloads:
+        refuse_unread(arguments, "with --workloads", "tasks", *_OF_THE_HARNESS)
+    else:
+        refuse_unread(arguments, "without --harness", *_OF_THE_HARNESS)
+        if not _words(tasks) and not windows:
+            raise typer.BadParameter("nothing to measure: give --tasks, or --windows above 0")
+    with progress(f"loading {model}"):
+        loaded, tokenizer, rows = _load(model, plan, device)
     sizes: dict[str, Any] = {
         "samples": samples,
         "context_tokens": context,
@@ -91,7 +106,8 @@ def _run_tasks(
     from kvcompress.evaluate.suite import make_suite
     from kvcompress.evaluate.table import breakdown, comparison
 
-    suite = make_suite(tokenizer, tasks=tasks, batch_rows=batch, **sizes)
+    with progress("drawing questions"):
+        suite = make_suite(tokenizer, tasks=tasks, batch_rows=batch, **sizes)
     with progress("evaluating", 1 + len(rows)) as finished:
         reports = list(compare(model, tokenizer, suite, rows, finished))
     emit(reports if json_ else comparison(reports), json_)
@@ -114,7 +130,8 @@ def _run_workloads(
 
     names = list(WORKLOADS) if names == ["all"] else names
     limit = model_shape(model).max_position
-    suites = make_workloads(tokenizer, names=names, max_position=limit, **sizes)
+    with progress("drawing questions"):
+        suites = make_workloads(tokenizer, names=names, max_position=limit, **sizes)
     with progress("evaluating", len(suites) * (1 + len(rows))) as finished:
         found = list(compare_workloads(model, tokenizer, suites, rows, finished, batch))
     emit(found if json_ else workload_table(found), json_)
@@ -138,16 +155,17 @@ def _run_harness(
             "bundle, or a model directory and --plan"
         )
     (row,) = rows
-    scores = run_harness(
-        model,
-        tokenizer,
-        row.plan,
-        row.params,
-        tasks,
-        limit=limit,
-        task_dir=task_dir,
-        batch_rows=batch,
-    )
+    with progress(f"running {', '.join(tasks)}"):
+        scores = run_harness(
+            model,
+            tokenizer,
+            row.plan,
+            row.params,
+            tasks,
+            limit=limit,
+            task_dir=task_dir,
+            batch_rows=batch,
+        )
     emit(scores if json_ else harness_table(scores), json_)
 
 

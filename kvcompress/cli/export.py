@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.cli.common import JsonOption, console, emit
+from kvcompress.cli.common import JsonOption, MapOption, emit
+from kvcompress.cli.progress import progress
+from kvcompress.cli.words import exported
 
 
 class Weights(StrEnum):
@@ -26,7 +28,8 @@ def command(
         Path | None, typer.Option(help="plan.json to ship in place of the profile's.")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("-r", "--recipe", help="Recipe in place of the profile's.")
+        Path | None,
+        typer.Option("-r", "--recipe", help="Recipe to solve in place of the profile's."),
     ] = None,
     weights: Annotated[
         Weights | None, typer.Option(help="Weight format in place of the recipe's.")
@@ -34,7 +37,7 @@ def command(
     model: Annotated[
         str | None, typer.Option(help="Where the profiled model is now, if it was moved.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where weights are quantized.")] = "cpu",
+    device: MapOption = "cpu",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the bundle that is there.")
     ] = False,
@@ -42,21 +45,25 @@ def command(
 ) -> None:
     """Write one directory with weights, plan and key constants, checked in a fresh process.
 
+    With `--recipe` the plan is solved from PROFILE, where it measured what that recipe needs.
     Example: `kvcompress export profile -o bundle --weights nf4`
     """
     from kvcompress.bundle.write import export
     from kvcompress.plan import Plan
     from kvcompress.recipe import Recipe
 
-    report = export(
-        model,
-        profile,
-        out,
-        plan=None if plan is None else Plan.load(plan),
-        recipe=None if recipe is None else Recipe.load(recipe),
-        weights=None if weights is None else weights.value,
-        overwrite=overwrite,
-        device_map=device,
-        note=console().print,
-    )
-    emit(report, json_)
+    if plan is not None and recipe is not None:
+        raise typer.BadParameter("--plan ships a plan that is there, --recipe solves one: give one")
+    with progress("exporting") as step:
+        report = export(
+            model,
+            profile,
+            out,
+            plan=None if plan is None else Plan.load(plan),
+            recipe=None if recipe is None else Recipe.load(recipe),
+            weights=None if weights is None else weights.value,
+            overwrite=overwrite,
+            device_map=device,
+            note=step.note,
+        )
+    emit(report if json_ else exported(report), json_)

@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.cli.common import JsonOption, console, emit, human_bytes
+from kvcompress.cli.common import JsonOption, MapOption, console, emit, refuse_unread
+from kvcompress.cli.progress import progress
+from kvcompress.cli.words import completed
 
 
 def command(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="Directory made by kvcompress export.")],
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 128,
@@ -22,7 +25,7 @@ def command(
         list[str] | None,
         typer.Option(help="Tokens of the prompt that are never evicted, like 0:128; repeatable."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Device or device map.")] = "cpu",
+    device: MapOption = "cpu",
     json_: JsonOption = False,
 ) -> None:
     """Complete one prompt with the compressed cache, token by token on stdout.
@@ -32,8 +35,11 @@ def command(
     from kvcompress.runtime.complete import complete
     from kvcompress.runtime.load import load
 
+    if temperature == 0:
+        refuse_unread(context, "without --temperature above 0", "seed")
     spans = [_span(text) for text in protect or []]
-    model, tokenizer = load(bundle, device_map=device)
+    with progress(f"loading {bundle}"):
+        model, tokenizer = load(bundle, device_map=device)
     result = complete(
         model,
         tokenizer,
@@ -46,11 +52,7 @@ def command(
     )
     if json_:
         emit(result, json_)
-    held, full = human_bytes(result.kv_cache_bytes), human_bytes(result.bf16_kv_cache_bytes)
-    console().print(
-        f"{result.prompt_tokens} + {result.new_tokens} tokens, "
-        f"KV cache {held}, in bf16 it would be {full}"
-    )
+    console().print(completed(result))
 
 
 def _span(text: str) -> range:

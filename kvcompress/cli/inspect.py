@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvcompress.cli.common import JsonOption, emit
+from kvcompress.cli.words import inspected
 
 
 def command(
@@ -24,5 +25,11 @@ def command(
     Example: `kvcompress inspect bundle --context 8192 --batch 4`
     """
     from kvcompress.bundle.inspect import inspect
+    from kvcompress.profile.report import glossary
 
-    emit(inspect(path, context, batch), json_)
+    found = inspect(path, context, batch)
+    if json_:
+        emit(found, json_)
+        return
+    words = [f"{row.keeps} {row.storage}" for row in found.heads if row.head is not None]
+    emit(inspected(found, [glossary(words, found.sink_tokens, found.recent_tokens)]), json_)

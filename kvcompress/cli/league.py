@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvcompress.cli.common import JsonOption, console, emit, progress
+from kvcompress.cli.common import DeviceOption, JsonOption, console, emit, refuse_unread
+from kvcompress.cli.progress import progress
 
 if TYPE_CHECKING:
     from kvcompress.league.result import League
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 POINTS = "1/2,1/4,1/8,1/16,1/40"
 
 
+_WITH_RENDER = {"render", "page", "json_"}
+
+
 def command(
+    arguments: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="Directory or hub name of a causal model.")
     ] = None,
@@ -43,7 +48,7 @@ def command(
         Path | None, typer.Option(help="Finished profile, used where its settings fit.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with a model.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    device: DeviceOption = "auto",
     machine: Annotated[str, typer.Option(help="The machine in words, for the page.")] = "",
     any_code: Annotated[
         bool, typer.Option(help="Keep cells that other code of this package measured.")
@@ -72,6 +77,8 @@ def command(
     from kvcompress.league.work import Setup
 
     if render is not None:
+        others = {p.name or "" for p in arguments.command.params} - _WITH_RENDER
+        refuse_unread(arguments, "with --render", *sorted(others))
         from kvcompress.league.result import League as Data
 
         league = Data.load(render)
@@ -127,8 +134,10 @@ def command(
 
 def _notes(data: Path) -> str:
     """What somebody wrote beside a league.json for its page, in ``league.notes.md``."""
+    from kvcompress.evaluate.tasks import read_text
+
     path = data.with_suffix(".notes.md")
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return read_text(path) if path.is_file() else ""
 
 
 def _write(league: League, page: Path, json_: bool, notes: str, data: Path | None = None) -> None:

@@ -8,11 +8,16 @@ from typing import Annotated
 import typer
 
 from kvcompress.cli.common import JsonOption, console, emit
+from kvcompress.cli.progress import progress
 
 
 def command(
     profile: Annotated[Path, typer.Argument(help="Directory that `kvcompress profile` wrote.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Plan file to write.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("-r", "--recipe", help="Recipe YAML to solve in place of the profile's."),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(help="Weights, KV cache and prefill of one layer together, like 8GiB."),
@@ -27,28 +32,33 @@ def command(
     batch: Annotated[int | None, typer.Option(help="Rows at once.")] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Solve PROFILE for another target, without measuring again.
+    """Solve PROFILE for another target or another recipe, without measuring again.
 
-    Example:
+    What a recipe needs and PROFILE did not measure is named, and no plan is written. Examples:
 
         kvcompress plan runs/fastgen --keep-ratio 0.25 --context 1024 -o plan.json
+
+        kvcompress plan runs/fastgen -r recipes/eighth.yaml -o plan.json
     """
     from kvcompress.atomic import write_file
     from kvcompress.profile import report
     from kvcompress.profile.options import policy_from_options
-    from kvcompress.profile.solve import solve
+    from kvcompress.profile.solve import solve_recipe
     from kvcompress.profile.store import Profile
+    from kvcompress.recipe import Recipe
 
     measured = Profile.load(profile)
+    wanted = measured.recipe if recipe is None else Recipe.load(recipe)
     policy = policy_from_options(
-        measured.recipe.policy,
+        wanted.policy,
         memory=memory,
         keep_ratio=keep_ratio,
         recovery=recovery,
         context=context,
         batch=batch,
     )
-    plan = solve(measured, policy)
+    with progress("planning"):
+        plan = solve_recipe(measured, wanted, policy)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, plan.to_json())
     console().print(f"plan written to {out}")

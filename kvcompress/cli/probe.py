@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.cli.common import JsonOption, console, emit
+from kvcompress.cli.common import DeviceOption, JsonOption, chosen, console, emit
+from kvcompress.cli.progress import progress
+from kvcompress.cli.words import table_of
 
 
 def command(
@@ -19,7 +21,7 @@ def command(
         int | None,
         typer.Option(min=1, help="With --random-weights: only the first so many layers."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA if there is one.")] = "auto",
+    device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
     """Say what the compressed cache can do for MODEL, by running it: supported, limits, refused.
@@ -33,8 +35,12 @@ def command(
 
     if layers is not None and not random_weights:
         raise typer.BadParameter("--layers needs --random-weights: a real model has all of them")
-    loaded = random_model(model, layers) if random_weights else load_model(model, device)
-    found = probe(loaded, model)
+    with progress(f"probing {model}"):
+        if random_weights:
+            loaded = random_model(model, layers).to(chosen(device))
+        else:
+            loaded = load_model(model, device)
+        found = probe(loaded, model)
     if json_:
         emit(found, json_)
     else:
@@ -47,6 +53,10 @@ def command(
                 else "refused"
             )
         )
-        emit(as_rows(found), json_)
+        emit(table_of(as_rows(found), "capability", "", "error", "note"), json_)
+        console().print(
+            "yes: tried and right; error: distance of logits to those of the full cache, as a "
+            "share of their size"
+        )
     if not found.supported:
         raise typer.Exit(2)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kvcompress.cli.common import JsonOption, console, emit, progress
+from kvcompress.cli.common import DeviceOption, JsonOption, console, emit
+from kvcompress.cli.progress import progress
 
 
 def command(
@@ -20,7 +21,7 @@ def command(
         str | None,
         typer.Option("-d", "--data", help="A .txt, .jsonl, .parquet file or a datasets name."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA if there is one.")] = "auto",
+    device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
     """Measure each KV head of MODEL on calibration prompts, and plan what it keeps.
@@ -39,7 +40,8 @@ def command(
     if data is not None:
         calibration = wanted.calibration.model_copy(update={"data": data})
         wanted = wanted.model_copy(update={"calibration": calibration})
-    loaded, tokenizer = load_source(model, device)
+    with progress(f"loading {model}"):
+        loaded, tokenizer = load_source(model, device)
     with progress(f"profiling {model}", total=100) as step:
         plan = run_and_plan(
             loaded,

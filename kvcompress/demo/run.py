@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kvcompress.atomic import write_file
 from kvcompress.demo.plans import RIVALS, NamedPlan, demo_plans, demo_recipe, rivals
 from kvcompress.errors import KVCompressError
 from kvcompress.evaluate.report import QualityReport
@@ -97,7 +98,8 @@ def run(
     if not (model_dir / "config.json").is_file():
         raise KVCompressError(f"{model_dir}: no demo model there; install kvcompress again")
     out.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_source(str(model_dir), "cpu")
+    with bar("loading", 1):
+        model, tokenizer = load_source(str(model_dir), "cpu")
     recipe = demo_recipe(settings.context_tokens, settings.prompts)
     note(f"profiling on {settings.prompts} prompts of {settings.context_tokens} tokens")
     with bar("profile", 100) as percent:
@@ -110,8 +112,10 @@ def run(
         )
     shape = shape_of(model.config, model.dtype)
     plans = demo_plans(profile, shape, recipe)
-    _ship(out, model_dir, plans, note)
-    suite = demo_suite(tokenizer, settings)
+    with bar("exporting", 1):
+        _ship(out, model_dir, plans, note)
+    with bar("drawing questions", 1):
+        suite = demo_suite(tokenizer, settings)
 
     def more(held_bytes: int) -> list[NamedPlan]:
         return rivals(shape, recipe.keep, held_bytes, settings.context_tokens)
@@ -124,7 +128,7 @@ def run(
         example=example,
         reports=tuple(reports),
     )
-    (out / "report.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_file(out / "report.json", result.model_dump_json(indent=1) + "\n")
     return result
 
 
@@ -178,7 +182,8 @@ def _measure(
     from kvcompress.runtime.load import load
 
     note("loading the bundle and generating from it")
-    loaded, loaded_tokenizer = load(bundle)
+    with bar("loading the bundle", 1):
+        loaded, loaded_tokenizer = load(bundle)
     served = attached(loaded)
     assert served is not None
     params = served[1]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvcompress.evaluate.tasks import HELD_OUT, Sample, make_samples
+from kvcompress.evaluate.tasks import HELD_OUT, Sample, make_samples, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +59,9 @@ def make_suite(
     Raises:
         ValueError: for an unknown task, a context too short for its notes, or a text too short for
             one window.
-        OSError: if `text` cannot be read.
+        KVCompressError: if `text` cannot be read.
     """
-    filler = Path(text).read_text(encoding="utf-8")
+    filler = read_text(text)
 
     def count_tokens(piece: str) -> int:
         return len(tokenizer(piece, verbose=False)["input_ids"])

@@ -42,7 +42,7 @@ def breakdown(reports: Sequence[QualityReport]) -> Table:
     spans = list(dict.fromkeys(key for _, found in recalls for key in found.by_span))
     tasks = list(dict.fromkeys(key for _, found in recalls for key in found.by_task))
     table = Table(
-        title="recall, question visible: by depth, by words to recall, by task",
+        title="per cent recalled, question visible: by depth, by words to recall, by task",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -50,9 +50,9 @@ def breakdown(reports: Sequence[QualityReport]) -> Table:
     table.add_column("cache", no_wrap=True)
     for fifth in range(QUINTILES):
         low, high = (100 * place // QUINTILES for place in (fifth, fifth + 1))
-        table.add_column(f"{low}-{high} %", justify="right")
-    for heading in (*(f"{span} w" for span in spans), *tasks):
-        table.add_column(heading, justify="right")
+        table.add_column(f"{low}-{high} %", justify="right", no_wrap=True)
+    for heading in (*(f"{span} words" for span in spans), *tasks):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, found in recalls:
         values = [*found.by_depth, *(found.by_span.get(s) for s in spans)]
         values += [found.by_task.get(task) for task in tasks]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kvcompress.errors import KVCompressError
 from kvcompress.evaluate.words import COUNT_WORDS, KEY_WORDS, VALUE_WORDS
 
 ADJECTIVES: Final = KEY_WORDS[0::2]
@@ -22,6 +23,24 @@ NOUNS: Final = KEY_WORDS[1::2]
 HELD_OUT: Final = Path(__file__).parent.parent / "demo" / "model" / "held_out.txt"
 MULTI_KEYS: Final = 3
 MULTI_KEY_WORDS: Final = 4
+
+
+def read_text(path: Path | str) -> str:
+    """A text file as a user gives one: UTF-8, with a byte-order mark or without.
+
+    Raises:
+        KVCompressError: if it cannot be read, or is something else.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise KVCompressError(f"{path}: cannot read the text ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise KVCompressError(f"{path}: byte 0x{byte:02x} is not UTF-8; it must be UTF-8") from None
+    if "\0" in text:
+        raise KVCompressError(f"{path}: holds a NUL byte; give a text file")
+    return text
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvcompress.evaluate.answers import Grader
 from kvcompress.evaluate.suite import text_windows
-from kvcompress.evaluate.tasks import HELD_OUT, Note, lay_out, recall_notes
+from kvcompress.evaluate.tasks import HELD_OUT, Note, lay_out, read_text, recall_notes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -256,13 +256,13 @@ def make_workloads(
 
     Raises:
         ValueError: for an unknown workload, or a context too short for its notes.
-        OSError: if `text` cannot be read.
+        KVCompressError: if `text` cannot be read.
     """
     unknown = sorted(set(names) - set(WORKLOADS))
     if unknown:
         known = ", ".join(WORKLOADS)
         raise ValueError(f"unknown workload {', '.join(unknown)}: choose from {known}")
-    filler = Path(text).read_text(encoding="utf-8")
+    filler = read_text(text)
     suites = []
     for name in names:
         beyond = WORKLOADS[name].beyond

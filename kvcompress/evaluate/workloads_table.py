@@ -141,10 +141,11 @@ def _caption(rows: Sequence[WorkloadRow]) -> str:
         f"{len(found.hits)} samples."
         for name, found in outcomes.items()
     ]
-    lines += [
-        "right: per cent of the answers, word for word; difference: to the reference, paired per",
-        "sample; each with its 95 % bootstrap interval. tokens: generated per sample. of bf16: KV",
-        "bytes held when the first question comes, as a share of the 16-bit cache. KL in nats per",
-        "token, flips in per cent to the reference, perplexity: text behind a compressed prefix.",
-    ]
+    lines.append(
+        "right: per cent of the answers, word for word; difference: to the reference, paired per "
+        "sample; each with its 95 % bootstrap interval. tokens: generated per sample. of bf16: KV "
+        "bytes held when the first question comes, as a share of the 16-bit cache. KL in nats per "
+        "token and flips in per cent of the tokens, both to the reference, and perplexity (ppl): "
+        "text behind a compressed prefix."
+    )
     return "\n".join(lines)

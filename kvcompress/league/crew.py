@@ -11,6 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from types import TracebackType
 from typing import Any, Final, Self, final
 
@@ -43,14 +44,17 @@ class Crew:
     def __init__(self, setup: Setup, jobs: int) -> None:
         self.setup, self.jobs = setup, jobs
         self._pool: ProcessPoolExecutor | None = None
+        self._stop: Event | None = None
 
     def __enter__(self) -> Self:
         if self.jobs > 1:
+            spawning = multiprocessing.get_context("spawn")
+            self._stop = spawning.Event()
             self._pool = ProcessPoolExecutor(
                 self.jobs,
-                mp_context=multiprocessing.get_context("spawn"),
+                mp_context=spawning,
                 initializer=_start,
-                initargs=(self.setup,),
+                initargs=(self.setup, self._stop),
             )
         return self
 
@@ -61,6 +65,8 @@ class Crew:
         where: TracebackType | None,
     ) -> None:
         _WORKER.clear()
+        if self._stop is not None and error is not None:
+            self._stop.set()  # nobody waits for what a stopped league is in the middle of
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -93,11 +99,12 @@ class Crew:
                 future.cancel()
 
 
-def _start(setup: Setup) -> None:
+def _start(setup: Setup, stop: Event) -> None:
     import torch
 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: finished cells are on disk
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_when_stopped, args=(stop,), daemon=True).start()
     torch.set_num_threads(1)
     _WORKER.append(Worker(setup))
 
@@ -108,6 +115,11 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def _end_when_stopped(stop: Event) -> None:
+    stop.wait()
+    os._exit(130)
 
 
 def _attempt(number: int, task: Task) -> Done:

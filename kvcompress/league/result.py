@@ -128,7 +128,7 @@ class League(StrictModel):
             return cls.model_validate_json(json.dumps(known))
         except ValidationError as error:
             raise LeagueError(f"{path}: {explain(error)}; run the league again") from None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise LeagueError(
                 f"{path}: cannot read the league ({error}); give a league.json"
             ) from None

@@ -27,6 +27,7 @@ from kvcompress.league.work import (
     Setup,
 )
 from kvcompress.profile.solve import reads_profile
+from kvcompress.profile.store import Profile
 
 LEAGUE_FILE: Final = "league.json"
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -117,9 +118,11 @@ def run_league(
     recipes = tuple(e.recipe for e in hall.entries if e.recipe is not None)
     quantized = tuple(e.quantized for e in hall.entries if e.quantized is not None)
     with Crew(hall.setup, jobs) as crew:
-        facts: Facts = _only(crew.run([FactsTask(recipes, quantized)]))
+        with bar("loading the model and drawing samples", 1):
+            facts: Facts = _only(crew.run([FactsTask(recipes, quantized)]))
         _leave_out(hall, facts)
         wanted = _profiles(hall, facts)
+        _check_given(hall.setup, wanted, facts)
         note(f"{len(wanted)} profiles, then {_count(hall)} cells")
         with bar("profiles", len(wanted)) as finished:
             # the first serves every plan: it must be there before two processes look for it
@@ -137,6 +140,19 @@ def run_league(
                     failed = sum(bool(cell.error and not cell.unreachable) for cell in new)
                     note(f"{', '.join(workloads)}: {role}: {len(new)} cells, {failed} failed")
     return hall.league(facts)
+
+
+def _check_given(setup: Setup, wanted: Sequence[ProfileTask], facts: Facts) -> None:
+    """Refuse a finished profile that no plan of this league would be solved from."""
+    if setup.given is None:
+        return
+    given = measured_recipe(Profile.load(setup.given).recipe)
+    limit = facts.shape.max_position
+    if all(given != within(measured_recipe(task.recipe), limit) for task in wanted):
+        raise LeagueError(
+            f"{setup.given}: was measured with other settings than any entry of this league; leave "
+            "--profile out"
+        )
 
 
 def failures(league: League) -> list[Cell]:

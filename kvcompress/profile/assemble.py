@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
+from kvcompress.errors import PlanError
 from kvcompress.evict.scorers import scorer
-from kvcompress.plan import Plan
+from kvcompress.plan import Plan, explain
 from kvcompress.profile.predict import Heads
 from kvcompress.profile.store import Profile
 from kvcompress.recipe import Keep
@@ -19,15 +22,22 @@ def assemble(
     predicted_loss: float | None,
     **more: Any,
 ) -> Plan:
-    """`more` are further fields of `Plan`; a loss in another unit than nats is left out."""
-    return Plan(
-        model=profile.shape,
-        heads=heads,
-        target=target,
-        predicted_loss=predicted_loss if profile.loss_unit == "nats" else None,
-        **settings(profile, keep),
-        **more,
-    )
+    """`more` are further fields of `Plan`; a loss in another unit than nats is left out.
+
+    Raises:
+        PlanError: if the heads and the settings do not go together.
+    """
+    try:
+        return Plan(
+            model=profile.shape,
+            heads=heads,
+            target=target,
+            predicted_loss=predicted_loss if profile.loss_unit == "nats" else None,
+            **settings(profile, keep),
+            **more,
+        )
+    except ValidationError as error:
+        raise PlanError(f"{target}: {explain(error)}") from None
 
 
 def reads_twice(keep: Keep) -> bool:

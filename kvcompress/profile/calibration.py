@@ -5,24 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
-from itertools import chain
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Final
 
 from kvcompress.errors import CalibrationError
 from kvcompress.profile.builtin import builtin_prompts
+from kvcompress.profile.texts import spread, streams, texts
 from kvcompress.profile.tokens import opening_ids
 from kvcompress.recipe import Calibration
 
 BUILTIN: Final = "builtin"
-_FILES: Final = (".txt", ".jsonl", ".parquet")
+_BLOCKS: Final = 4  # drawn from a large file for each prompt
+_CHARACTERS: Final = 8  # of a block for each token of a prompt: about two prompts of English
 
 
 def load_prompts(calibration: Calibration, tokenizer: Any) -> list[list[int]]:
     """`calibration.prompts` lists of exactly `calibration.tokens` token ids.
 
-    Each begins with what the tokenizer puts before a text, usually its BOS token.
+    Each begins with what the tokenizer puts before a text, usually its BOS token. They come from
+    the whole of a file, chosen by the seed: blocks of consecutive text are drawn, every one as
+    likely as any other, and prompts are drawn from those. A data set is read in an order by the
+    seed, only as far as that takes.
 
     Raises:
         CalibrationError: if the data is missing, empty or too short, or lacks the text column.
@@ -31,117 +34,52 @@ def load_prompts(calibration: Calibration, tokenizer: Any) -> list[list[int]]:
         return builtin_prompts(calibration, tokenizer)
     opening = opening_ids(tokenizer)
     fresh = calibration.tokens - len(opening)
-    wanted = calibration.prompts * fresh
+    wanted, size = calibration.prompts * _BLOCKS, fresh * _CHARACTERS
+    while True:
+        rng = random.Random(calibration.seed)
+        source = texts(calibration, tokenizer)
+        blocks, whole = spread(source, rng, wanted, size, first=streams(calibration))
+        runs = [[text for block in blocks for text in block]] if whole else blocks
+        if calibration.data.lower().endswith(".txt"):  # one text, whatever its lines are
+            runs = [["".join(run)] for run in runs]
+        ids = [_ids(tokenizer, run, opening) for run in runs]
+        found = [piece for run in ids for piece in _cut(run, fresh, rng)]
+        if len(found) >= calibration.prompts:
+            return [opening + piece for piece in rng.sample(found, calibration.prompts)]
+        if whole:
+            raise _too_little(calibration, sum(map(len, ids)), sum(map(len, runs)), fresh)
+        size *= 2
+
+
+def _cut(ids: list[int], length: int, rng: random.Random) -> list[list[int]]:
+    """As many pieces of `length` as fit, from a random start on: the end is left out as often."""
+    start = rng.randrange(len(ids) % length + 1)
+    return [ids[i : i + length] for i in range(start, len(ids) - length + 1, length)]
+
+
+def _ids(tokenizer: Any, run: Sequence[str], opening: list[int]) -> list[int]:
+    """Tokens of texts in a row; what a chat template puts before each is no part of them."""
     ids: list[int] = []
-    texts = 0
-    for text in _texts(calibration):
-        texts += 1
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= wanted:
-            break
-    if not ids:
-        raise CalibrationError(
-            f"{calibration.data}: empty, no token in {texts} entries; give a file with some text"
+    for text in run:
+        more = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += more[len(opening) :] if opening and more[: len(opening)] == opening else more
+    return ids
+
+
+def _too_little(
+    calibration: Calibration, tokens: int, entries: int, fresh: int
+) -> CalibrationError:
+    if not tokens:
+        return CalibrationError(
+            f"{calibration.data}: empty, no token in {entries} entries; give a file with some text"
         )
-    if len(ids) < wanted:
-        raise CalibrationError(
-            f"{calibration.data}: {len(ids)} tokens found, {calibration.prompts} prompts of "
-            f"{calibration.tokens} tokens need {wanted}; give more text, or set "
-            f"calibration.prompts to {max(1, len(ids) // fresh)} or calibration.tokens lower"
-        )
-    pieces = [ids[i * fresh : (i + 1) * fresh] for i in range(calibration.prompts)]
-    random.Random(calibration.seed).shuffle(pieces)
-    return [opening + piece for piece in pieces]
+    return CalibrationError(
+        f"{calibration.data}: {tokens} tokens found, {calibration.prompts} prompts of "
+        f"{calibration.tokens} tokens need {calibration.prompts * fresh}; give more text, or set "
+        f"calibration.prompts to {max(1, tokens // fresh)} or calibration.tokens lower"
+    )
 
 
 def data_hash(prompts: Sequence[Sequence[int]]) -> str:
     """sha256 of the token ids: says whether two profiles saw the same data, and nothing of it."""
     return hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
-
-
-def _texts(calibration: Calibration) -> Iterable[str]:
-    path = Path(calibration.data)
-    if path.suffix in _FILES:
-        if not path.is_file():
-            raise CalibrationError(
-                f"{path}: no such file; give an existing {', '.join(_FILES)} file, the name of a "
-                f"data set, or leave it out for the built-in prompts"
-            )
-        if path.suffix == ".txt":
-            return [_read(path)]
-        rows = _jsonl(path) if path.suffix == ".jsonl" else _parquet(path, calibration.text_column)
-    elif path.exists():
-        raise CalibrationError(f"{path}: give a file that ends in {', '.join(_FILES)}")
-    else:
-        rows = _data_set(calibration)
-    return _column(rows, calibration)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"{path}: cannot read the text ({error}); it must be UTF-8"
-        ) from None
-
-
-def _jsonl(path: Path) -> Iterable[dict[str, Any]]:
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{path}: line {number} is not JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise CalibrationError(f"{path}: line {number} is not a JSON object with a text key")
-        yield row
-
-
-def _parquet(path: Path, column: str) -> Iterable[dict[str, Any]]:
-    import pyarrow.parquet as parquet
-    from pyarrow import ArrowException
-
-    try:
-        file = parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        if column not in names:
-            _unknown_column(str(path), column, names)
-        for batch in file.iter_batches(columns=[column]):
-            yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
-        raise CalibrationError(f"{path}: not a readable parquet file ({error})") from None
-
-
-def _data_set(calibration: Calibration) -> Iterable[dict[str, Any]]:
-    import datasets
-
-    name = calibration.data
-    try:
-        return iter(datasets.load_dataset(name, split=calibration.split, streaming=True))
-    except Exception as error:  # the library raises its own, huggingface_hub's and the network's
-        reason = " ".join(str(error).split())[:200]
-        raise CalibrationError(
-            f"{name}: neither a file nor a data set with split {calibration.split!r} that can be "
-            f"loaded ({reason}); check the name, or give a {', '.join(_FILES)} file"
-        ) from None
-
-
-def _column(rows: Iterable[dict[str, Any]], calibration: Calibration) -> Iterable[str]:
-    column = calibration.text_column
-    iterator = iter(rows)
-    first = next(iterator, None)
-    for row in chain([] if first is None else [first], iterator):
-        if column not in row:
-            _unknown_column(calibration.data, column, list(row))
-        if not isinstance(row[column], str):
-            kind = type(row[column]).__name__
-            raise CalibrationError(f"{calibration.data}: {column} holds {kind}, expected text")
-        yield row[column]
-
-
-def _unknown_column(where: str, column: str, names: Sequence[str]) -> None:
-    raise CalibrationError(
-        f"{where}: no column {column!r}; set calibration.text_column to one of {', '.join(names)}"
-    )

@@ -81,12 +81,16 @@ def head_scores(
     prompts: Sequence[list[int]],
     opening_tokens: int,
     sink_tokens: int,
+    step: Callable[[int], None] = lambda count: None,
 ) -> tuple[tuple[float, ...], ...]:
     """``[layer][KV head]`` largest KVzip score of any token, the mean over halves of `prompts`.
 
     A token's score is the largest attention that a repetition of its text pays to it, so a head's
     says whether it ever looks far back for what it repeats. Sinks, the opening and the newer half
     of a context, which a window may reach, are left out.
+
+    Args:
+        step: told of every finished prompt.
 
     Source: KVzip (arXiv 2505.23416), the scores of heads, independent of the context.
     """
@@ -101,6 +105,7 @@ def head_scores(
     for ids in prompts:
         for context in contexts_of(ids, opening_tokens):
             score_context(model, shape, context, (), "kvzip", note)
+        step(1)
     table = torch.stack(found).unflatten(0, (-1, shape.layers)).mean(0)
     return tuple(tuple(float(f"{x:.6g}") for x in layer) for layer in table.tolist())
 

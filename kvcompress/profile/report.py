@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.accounting import kv_bytes
 from kvcompress.plan import HeadPlan, Plan
 from kvcompress.recipe import BytesPolicy, Policy, Recipe
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.table import Table
+
+MEANINGS: Final = {
+    "full": "every token",
+    "special": "the tokenizer's special tokens",
+    "punct": "punctuation",
+    "frequent": "the tokens that the scorer ranks highest",
+    "local": "the newest tokens",
+    "int8": "8 bits for each number",
+    "int4": "4 bits for each number",
+    "fp8": "8-bit floating point",
+    "k8v4": "keys in 8 bits, values in 4",
+    "model": "the model's own dtype",
+}
 
 
 def describe(head: HeadPlan) -> str:
     """Keep-set and storage: ``full int8``, ``special+punct k8v4``."""
     parts = (head.full, head.special, head.punct, head.frequent, head.local)
     return f"{head.label} {head.storage}" if any(parts) else head.label
+
+
+def glossary(described: Iterable[str], sink_tokens: int, recent_tokens: int) -> str:
+    """What the words of `describe` mean, those that occur."""
+    used = set(" ".join(described).replace("sink+recent", "sink-recent").replace("+", " ").split())
+    words = [f"{word}: {meaning}" for word, meaning in MEANINGS.items() if word in used]
+    if used & {"frequent", "local"}:
+        words.append("0.25 is a share of the prompt's tokens, 64t so many tokens")
+    exact = f"the first {sink_tokens} and the newest {recent_tokens} tokens, uncoded"
+    if "sink-recent" in used:
+        words.append(f"sink+recent: {exact}, and no other")
+    return f"{'; '.join(words)}. Every head keeps {exact}."
 
 
 def summary(plan: Plan, context_tokens: int, batch: int) -> dict[str, Any]:
@@ -46,19 +73,42 @@ def table(plan: Plan, context_tokens: int, batch: int) -> RenderableType:
     facts = summary(plan, context_tokens, batch)
     loss = facts["predicted_loss"]
     head = (
-        f"{facts['target']}\n{facts['kv_bytes']:,} bytes of KV cache at {context_tokens} tokens, "
-        f"batch {batch}: {facts['keep_ratio']:.3f} of bf16"
-        + ("" if loss is None else f"; predicted loss {loss:.3g} nats per token")
+        f"plan: {facts['target']}\n"
+        f"KV cache: {facts['kv_bytes']:,} bytes at {context_tokens} tokens in each of {batch} "
+        f"rows, {100 * facts['keep_ratio']:.1f} % of the {facts['bf16_kv_bytes']:,} that 16 bits "
+        "take"
     )
-    grid = Table("layer", *(f"head {h}" for h in range(plan.model.kv_heads)))
+    if loss is not None:
+        head += (
+            f"\nexpected loss: {loss:.3g} nats per token (KL of the next token's probabilities to "
+            "those with the full cache)"
+        )
+    grid = Table("layer", *(f"KV head {h}" for h in range(plan.model.kv_heads)))
     if plan.weights:
         grid.add_column("weights")
     for number, row in enumerate(facts["heads"]):
         grid.add_row(str(number), *row, *plan.weights[number : number + 1])
-    counts = Table("policy", "heads")
+    counts = Table("what a KV head keeps", "heads")
     for name, count in facts["counts"].items():
         counts.add_row(name, str(count))
-    return Group(head, grid, counts)
+    words = glossary(facts["counts"], plan.sink_tokens, plan.recent_tokens)
+    return Group(head, _IfItFits(grid), counts, words)
+
+
+class _IfItFits:
+    """A table, or one line in its place where its cells would be broken."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.measure import Measurement
+
+        wide = Measurement.get(console, options.update(max_width=10_000), self.table).maximum
+        if wide <= options.max_width:
+            yield self.table
+        else:
+            yield f"head by head it is {wide} columns wide: kvcompress inspect PLAN, or --json"
 
 
 def planned_size(recipe: Recipe, policy: Policy | None = None) -> tuple[int, int]:

@@ -55,7 +55,7 @@ from kvcompress.profile.store import (
     Table,
 )
 from kvcompress.profile.tokens import opening_ids, punct_ids, repeat_ids, special_ids
-from kvcompress.profile.weights import measure_weights
+from kvcompress.profile.weights import ROUNDED, WEIGHT_PROMPTS, measure_weights
 from kvcompress.quant.keystats import KeyStats, KVParams, derive
 from kvcompress.recipe import Recipe
 from kvcompress.runtime.families import shape_of
@@ -113,14 +113,15 @@ def run(
     was_training = model.training
     model.eval()
     try:
-        steps = _Steps(progress, len(prompts), surrogate.needed(recipe.keep))
+        steps = _Steps(progress, len(prompts), shape.layers, surrogate.needed(recipe.keep))
         rotations = find_rotations(model, shape, prompts[0][-1])
         params = _key_constants(model, shape, rotations, prompts, place, steps)
         no_gradients = why_no_gradients(model, shape, recipe.keep, prompts[0])
+        steps.add(1)
         student = None
         if surrogate.needed(recipe.keep):
             opening = len(opening_ids(tokenizer))
-            student = surrogate.train(model, shape, prompts, opening, place, steps.add)
+            student = surrogate.train(model, shape, prompts, opening, place, steps.trained)
             params = replace(params, scorer={surrogate.KEPT: student.weights})
         setup = Setup(
             shape,
@@ -134,8 +135,9 @@ def run(
             gradients=not no_gradients,
         )
         results = [_measured(model, setup, i, ids, place, steps) for i, ids in enumerate(prompts)]
-        layers = measure_weights(model, shape.layers, prompts)
-        heads = _head_scores(model, shape, recipe, prompts, len(opening_ids(tokenizer)))
+        layers = measure_weights(model, shape.layers, prompts, steps.add)
+        opening = len(opening_ids(tokenizer))
+        heads = _head_scores(model, shape, recipe, prompts, opening, steps.scored)
     finally:
         model.train(was_training)
     profile = _profile(model, name, recipe, provenance, tokenizer, setup, rotations, results)
@@ -147,6 +149,7 @@ def run(
     (place.directory / f".{PARAMS_FILE}").replace(place.directory / PARAMS_FILE)
     profile.save(place.directory)
     place.clear()
+    steps.finish()
     return profile
 
 
@@ -166,19 +169,38 @@ def run_and_plan(
 
 
 class _Steps:
-    """Counts finished steps for the caller's progress bar; a measured prompt is worth several."""
+    """Counts finished work for the caller's progress bar; the unit is one plain forward.
 
-    MEASURE: Final = 4
+    The factors are what the shipped model takes; the last unit is the saved profile.
+    """
 
-    def __init__(self, progress: Progress | None, prompts: int, trains: bool) -> None:
+    MEASURE: Final = 16
+    TWICE: Final = 2  # a prompt that is read twice
+
+    def __init__(self, progress: Progress | None, prompts: int, layers: int, trains: bool) -> None:
         self.progress = progress
-        self.total = min(prompts, KEY_PROMPTS) + prompts * (self.MEASURE + trains)
+        weights = min(prompts, WEIGHT_PROMPTS) * (1 + len(ROUNDED) * layers)
+        read_twice = min(prompts, HEAD_PROMPTS) + prompts * trains
+        keys, trial, saved = min(prompts, KEY_PROMPTS), 1, 1
+        self.total = keys + trial + prompts * self.MEASURE + read_twice * self.TWICE + weights
+        self.total += saved
         self.done = 0
 
     def add(self, count: int) -> None:
-        self.done += count
+        self._tell(min(self.done + count, self.total - 1))
+
+    def trained(self, prompts: int) -> None:
+        self.add(prompts * self.TWICE)
+
+    scored = trained
+
+    def finish(self) -> None:
+        self._tell(self.total)
+
+    def _tell(self, done: int) -> None:
+        self.done = done
         if self.progress is not None:
-            self.progress(self.done, self.total)
+            self.progress(done, self.total)
 
 
 def _key_constants(
@@ -202,11 +224,16 @@ def _key_constants(
 
 
 def _head_scores(
-    model: Any, shape: ModelShape, recipe: Recipe, prompts: list[list[int]], opening: int
+    model: Any,
+    shape: ModelShape,
+    recipe: Recipe,
+    prompts: list[list[int]],
+    opening: int,
+    step: Callable[[int], None],
 ) -> tuple[tuple[float, ...], ...]:
     sinks = recipe.keep.sink_tokens
     long = [ids for ids in prompts[:HEAD_PROMPTS] if len(ids) // 4 > opening + sinks]
-    return head_scores(model, shape, long, opening, sinks) if long else ()
+    return head_scores(model, shape, long, opening, sinks, step) if long else ()
 
 
 def _measured(

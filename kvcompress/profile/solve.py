@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 from kvcompress.errors import PlanError
+from kvcompress.evict.scorers import scorer
 from kvcompress.plan import HeadPlan, Plan, WeightScheme
 from kvcompress.profile.allocate import duo_heads, layers_heads, static_curve_heads
 from kvcompress.profile.assemble import assemble, reads_twice
@@ -16,8 +19,19 @@ from kvcompress.recipe import (
     Keep,
     LayersPolicy,
     Policy,
+    Recipe,
     StaticCurvePolicy,
     UniformPolicy,
+)
+
+# what of `Keep` changes the numbers of a profile; the rest says how a plan is used
+MEASURED: Final = (
+    "sink_tokens",
+    "recent_tokens",
+    "scorer",
+    "score_rows",
+    "score_stride",
+    "pool_tokens",
 )
 
 
@@ -31,8 +45,8 @@ def solve(
 
     Args:
         policy: None is the recipe's own.
-        keep: None is the recipe's own. Another scorer, sinks or recent tokens change every number
-            of the profile, so only a uniform policy, which needs none of them, may have another.
+        keep: None is the recipe's own. What `MEASURED` names changes every number of the profile,
+            so only a policy that needs none of them may have another.
         weights: scheme whose bytes count against a memory target; None is the recipe's own, or,
             where that is bf16 and the profile measured formats per layer, what the planner chooses.
 
@@ -41,11 +55,9 @@ def solve(
     """
     policy = profile.recipe.policy if policy is None else policy
     keep = profile.recipe.keep if keep is None else keep
-    if keep != profile.recipe.keep and reads_profile(policy):
-        raise PlanError(
-            f"the profile was measured with {profile.recipe.keep}, the plan asks for {keep}; "
-            "profile again with these settings"
-        )
+    other = _measured_otherwise(profile, keep)
+    if other and reads_profile(policy):
+        raise PlanError(f"the profile was measured with {other}; {_measure(profile)}")
     if reads_twice(keep) and not isinstance(policy, UniformPolicy):
         raise PlanError(
             f"the profile reads each prompt once and cannot rank by {keep.scorer}, which repeats "
@@ -67,8 +79,85 @@ def solve(
         target = f"{policy.full_share:g} of the heads full, the others streaming"
     else:
         return spend_bytes(profile, policy, keep, weights)
-    measured = keep == profile.recipe.keep and not reads_twice(keep)
+    measured = not other and not reads_twice(keep)
     return assemble(profile, keep, heads, target, _loss(profile, heads) if measured else None)
+
+
+def solve_recipe(
+    profile: Profile,
+    recipe: Recipe,
+    policy: Policy | None = None,
+    weights: WeightScheme | None = None,
+) -> Plan:
+    """The plan of a recipe that the profile was not taken with, if it measured all that it needs.
+
+    Args:
+        policy: in place of the recipe's.
+        weights: as for `solve`.
+
+    Raises:
+        PlanError: as `solve`, and where the recipe names other calibration prompts or needs a
+            trained scorer that the profile lacks; it says what to run.
+    """
+    policy = recipe.policy if policy is None else policy
+    if recipe == profile.recipe:
+        return solve(profile, policy, weights=weights)
+    own = profile.recipe.model_copy(update={"weights": recipe.weights})
+    try:
+        _check_calibration(profile, recipe)
+        _check_trained(profile, recipe.keep)
+        return solve(profile.model_copy(update={"recipe": own}), policy, recipe.keep, weights)
+    except PlanError as error:
+        raise PlanError(f"recipe {recipe.name}: {error}") from None
+
+
+def with_calibration_of(profile: Profile, recipe: Recipe) -> Recipe:
+    """`recipe` as it is solved from `profile`: what it says of calibration is what was done."""
+    return recipe.model_copy(update={"calibration": profile.recipe.calibration})
+
+
+def _check_calibration(profile: Profile, recipe: Recipe) -> None:
+    """What a recipe leaves open is the profile's; what it says must be what was measured."""
+    if "calibration" not in recipe.model_fields_set:
+        return
+    asked, used = recipe.calibration, profile.recipe.calibration
+    wrong = [
+        f"calibration.{name} {getattr(used, name)}, the recipe says {getattr(asked, name)}"
+        for name in sorted(asked.model_fields_set)
+        if getattr(asked, name) != getattr(used, name)
+    ]
+    if wrong:
+        raise PlanError(
+            f"the profile was measured with {'; '.join(wrong)}; leave calibration out of the "
+            f"recipe, or {_measure(profile)}"
+        )
+
+
+def _check_trained(profile: Profile, keep: Keep) -> None:
+    if scorer(keep.scorer).trained and profile.surrogate_r2 is None:
+        raise PlanError(
+            f"the scorer {keep.scorer} is trained by the profiler, and this profile has not "
+            f"trained it; {_measure(profile)}"
+        )
+
+
+def _measured_otherwise(profile: Profile, keep: Keep) -> str:
+    """What of `keep` the profile has other values for, in words; empty where it fits."""
+    own: dict[str, Any] = profile.recipe.keep.model_dump(include={*MEASURED})
+    asked: dict[str, Any] = keep.model_dump(include={*MEASURED})
+    return "; ".join(
+        f"keep.{name} {_shown(own.get(name))}, asked for is {_shown(asked.get(name))}"
+        for name in MEASURED
+        if own.get(name) != asked.get(name)
+    )
+
+
+def _measure(profile: Profile) -> str:
+    return f"measure it: kvcompress profile {profile.model} -r RECIPE -o DIR"
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def reads_profile(policy: Policy) -> bool:
@@ -89,7 +178,7 @@ def _first_hits(profile: Profile, policy: FastGenPolicy) -> Heads:
     if [keep_set(h) for h in chain] != [keep_set(h) for h in profile.chain]:
         raise PlanError(
             f"the profile measured FastGen with {_ratios(profile.chain)}, the policy asks for "
-            f"{_ratios(chain)}; profile again with that recipe, or ask for the profile's ratios"
+            f"{_ratios(chain)}; ask for the profile's ratios, or {_measure(profile)}"
         )
 
     def enough(layer: int, head: int, column: int) -> bool:

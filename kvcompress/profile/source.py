@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kvcompress.checkpoint import load as checkpoint
+from kvcompress.checkpoint.load import Checkpoint, build, find, load_config, load_tokenizer
 from kvcompress.errors import CalibrationError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -23,27 +24,22 @@ def load_source(model: str, device: str = "auto") -> tuple[Any, Any]:
     Raises:
         UnsupportedModelError: if there is no such model, or it is not a causal language model.
     """
-    from transformers import AutoTokenizer
-
-    _causal_config(model)  # before anything big is read
-    tokenizer = _attempt(model, "tokenizer", lambda: AutoTokenizer.from_pretrained(model))
-    return load_model(model, device), tokenizer
+    found, config = _causal(model)  # before anything big is read
+    tokenizer = load_tokenizer(found)
+    return _loaded(found, config, device), tokenizer
 
 
 def load_model(model: str, device: str = "auto") -> Any:
     """As `load_source`, without a tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    return _loaded(*_causal(model), device)
 
-    _causal_config(model)
-    loaded = _attempt(
-        model,
-        "weights",
-        lambda: AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True),
-    )
+
+def _loaded(found: Checkpoint, config: Any, device: str) -> Any:
+    import torch
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return loaded.to(device).eval()
+    return checkpoint.load_model(found, config, device_map=device)
 
 
 def random_model(model: str, layers: int | None = None) -> Any:
@@ -56,32 +52,22 @@ def random_model(model: str, layers: int | None = None) -> Any:
         UnsupportedModelError: as `load_source`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    config = _causal_config(model)
+    found, config = _causal(model)
     text = config.get_text_config(decoder=True)
     if layers is not None:
         text.num_hidden_layers = min(layers, text.num_hidden_layers)
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[: text.num_hidden_layers]
     torch.manual_seed(0)
-    build: Any = AutoModelForCausalLM.from_config
-    return _attempt(model, "architecture", lambda: build(config, dtype=torch.float32)).eval()
+    return build(found, config, dtype=torch.float32).eval()
 
 
-def _causal_config(model: str) -> Any:
-    from transformers import AutoConfig
-
-    path = Path(model)
-    if path.exists() and not (path / "config.json").is_file():
-        raise UnsupportedModelError(f"{model}: no config.json in it; give a model directory")
-    if not path.exists() and (path.is_absolute() or model.count("/") != 1 or model[0] in ".~"):
-        raise UnsupportedModelError(
-            f"{model}: no such directory; give a model directory or a hub name"
-        )
-    config = _attempt(model, "config.json", lambda: AutoConfig.from_pretrained(model))
+def _causal(model: str) -> tuple[Checkpoint, Any]:
+    found = find(model)
+    config = load_config(found)
     _refuse_unless_causal(model, config)
-    return config
+    return found, config
 
 
 def _refuse_unless_causal(model: str, config: Any) -> None:
@@ -99,16 +85,6 @@ def _refuse_unless_causal(model: str, config: Any) -> None:
             f"{model}: {', '.join(saved) or kind} is not a causal language model; give one that "
             "generates text"
         )
-
-
-def _attempt(model: str, what: str, load: Any) -> Any:
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
-        raise UnsupportedModelError(
-            f"{model}: cannot load the {what} ({reason}); give the directory of a complete model"
-        ) from None
 
 
 def check_vocabulary(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:

@@ -27,6 +27,7 @@ from kvcompress.plan import (
 )
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Recipe
+from kvcompress.strict import JSON_LIMIT_BYTES, NotStrictError, load_json, read_text
 
 PROFILE_FILE: Final = "profile.json"
 PARAMS_FILE: Final = "kv_params.safetensors"
@@ -185,9 +186,11 @@ class Profile(StrictModel):
             what = "unfinished, run the same profile command again" if begun else "no profile there"
             raise ProfileError(f"{directory}: {what}; give a directory that `profile` has written")
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProfileError(f"{path}: cannot read it ({error})") from None
+            text = read_text(path, JSON_LIMIT_BYTES)
+            load_json(text)
+            return cls.model_validate_json(text)
+        except NotStrictError as error:
+            raise ProfileError(f"{path}: {error}; profile again") from None
         except ValidationError as error:
             raise ProfileError(f"{path}: {explain(error)}; profile again") from None
 
@@ -204,10 +207,6 @@ def load_params(directory: Path | str, shape: ModelShape) -> KVParams:
     """See `Profile.load_params`."""
     path = Path(directory) / PARAMS_FILE
     try:
-        params = KVParams.load(path)
-    except Exception as error:  # safetensors raises a type of its own for a damaged file
+        return KVParams.load(path, shape)
+    except ValueError as error:
         raise ProfileError(f"{path}: no usable key constants ({error}); profile again") from None
-    want = (shape.kv_heads, shape.head_dim)
-    if len(params.k_center) != shape.layers or any(tuple(c.shape) != want for c in params.k_center):
-        raise ProfileError(f"{path}: key constants of another model; profile again")
-    return params

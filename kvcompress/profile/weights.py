@@ -8,7 +8,7 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -58,13 +58,23 @@ def weight_sizes(modules: dict[str, nn.Module]) -> dict[WeightScheme, int]:
     return sizes
 
 
-def measure_weights(model: Any, layers: int, prompts: list[list[int]]) -> tuple[LayerWeights, ...]:
-    """Bytes and KL of every decoder layer in every format, over the first prompts."""
+def measure_weights(
+    model: Any,
+    layers: int,
+    prompts: list[list[int]],
+    step: Callable[[int], None] = lambda count: None,
+) -> tuple[LayerWeights, ...]:
+    """Bytes and KL of every decoder layer in every format, over the first prompts.
+
+    Args:
+        step: told how many more forwards are done.
+    """
     found = layer_modules(model, layers)
     if not all(found):
         return ()
     chosen = prompts[:WEIGHT_PROMPTS]
     exact = [_predict(model, ids) for ids in chosen]
+    step(len(chosen))
     result = []
     for modules in found:
         nats: dict[WeightScheme, float] = {"bf16": 0.0}
@@ -75,6 +85,7 @@ def measure_weights(model: Any, layers: int, prompts: list[list[int]]) -> tuple[
                     for full, ids in zip(exact, chosen, strict=True)
                 ]
             nats[scheme] = float(f"{max(0.0, sum(lost) / len(lost)):.6g}")
+            step(len(chosen))
         # a format with more bits may always stand in for one with fewer
         nats["int8"] = min(nats["int8"], nats["nf4"])
         result.append(

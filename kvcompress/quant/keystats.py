@@ -15,13 +15,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
+from kvcompress.plan import ModelShape
+from kvcompress.strict import shown
+
 Convention = Literal["half-split", "interleaved"]
 SMALLEST_SCALE: Final = 1e-4  # of the layer's median, for channels that never move
+# what a file may hold: keys of real models stay within 1e-4 and 1e4, and (k − centre) / scale has
+# to stay within float32 whatever they are
+SCALES: Final = (2.0**-40, 2.0**40)
+LARGEST: Final = 2.0**40
+MAX_HIDDEN: Final = 2**17 + 1
+_SCORER: Final = "scorer."
 
 
 @dataclass(frozen=True)
@@ -55,39 +64,75 @@ class KVParams:
         save_file(tensors, str(path), metadata={"format": "pt"})
 
     @staticmethod
-    def load(path: Path | str) -> KVParams:
-        """Read what `save` wrote.
+    def load(path: Path | str, shape: ModelShape) -> KVParams:
+        """Read what `save` wrote for a model of this shape.
 
         Raises:
-            ValueError: if layers are missing or a constant is not finite or not positive.
+            ValueError: for anything else: tensors that are missing or too many, another dtype or
+                shape, values that are not finite or out of range.
         """
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
-        tensors = load_file(str(path))
-        layers = sum(name.endswith(".k_center") for name in tensors)
-        kinds = ["k_center", "k_scale"]
-        kinds += [n.removeprefix("layers.0.") for n in tensors if n.startswith("layers.0.scorer.")]
-        wanted = {f"layers.{i}.{name}" for i in range(layers) for name in kinds}
-        if not layers or set(tensors) != wanted:
-            raise ValueError(f"{path}: expected k_center and k_scale of layers 0 to {layers - 1}")
-        params = KVParams(
-            tuple(tensors[f"layers.{i}.k_center"] for i in range(layers)),
-            tuple(tensors[f"layers.{i}.k_scale"] for i in range(layers)),
-            {
-                kind.removeprefix("scorer."): tuple(
-                    tensors[f"layers.{i}.{kind}"] for i in range(layers)
-                )
-                for kind in kinds[2:]
-            },
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+                kinds = _kinds(names, shape)
+                for name in sorted(names):
+                    _check_header(name, file.get_slice(name), shape)
+                tensors = {name: file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError, OverflowError) as error:
+            raise ValueError(f"not a safetensors file ({shown(str(error), 200)})") from None
+        for name in sorted(tensors):
+            _check_values(name, tensors[name])
+        parts = {
+            kind: tuple(tensors[f"layers.{i}.{kind}"] for i in range(shape.layers))
+            for kind in kinds
+        }
+        scorer = {k.removeprefix(_SCORER): p for k, p in parts.items() if k.startswith(_SCORER)}
+        return KVParams(parts["k_center"], parts["k_scale"], scorer)
+
+
+def _kinds(names: set[str], shape: ModelShape) -> list[str]:
+    """What the file holds of each layer, if it is the same of each."""
+    first = "layers.0."
+    trained = sorted(n.removeprefix(first) for n in names if n.startswith(first + _SCORER))
+    kinds = ["k_center", "k_scale", *trained]
+    wanted = {f"layers.{i}.{kind}" for i in range(shape.layers) for kind in kinds}
+    odd = sorted(names ^ wanted)
+    if odd:
+        what = "missing" if odd[0] in wanted else "not one of its tensors"
+        raise ValueError(
+            f"expected k_center and k_scale of layers 0 to {shape.layers - 1}; "
+            f"{shown(odd[0])!r} is {what}"
         )
-        if not all(t.isfinite().all() for parts in params.scorer.values() for t in parts):
-            raise ValueError(f"{path}: a trained tensor of the scorer is not finite")
-        for i, (center, scale) in enumerate(zip(params.k_center, params.k_scale, strict=True)):
-            if not (center.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
-                raise ValueError(
-                    f"{path}: layer {i} holds constants that are not finite or positive"
-                )
-        return params
+    return kinds
+
+
+def _check_header(name: str, tensor: Any, shape: ModelShape) -> None:
+    """Before a byte is read: dtype and shape."""
+    found, size = tensor.get_dtype(), tuple(tensor.get_shape())
+    if found != "F32":
+        raise ValueError(f"{name} is {found}, not F32")
+    want = (shape.kv_heads, shape.head_dim)
+    if _SCORER in name:
+        if len(size) != 2 or size[0] != want[0] or size[1] > MAX_HIDDEN:
+            raise ValueError(f"{name} has shape {size}, not {want[0]} heads of one vector")
+    elif size != want:
+        raise ValueError(f"{name} has shape {size}, the model has {want}: it is another model's")
+
+
+def _check_values(name: str, value: Tensor) -> None:
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name} holds NaN or infinite values")
+    if name.endswith(".k_scale"):
+        low, high = (float(end) for end in value.aminmax())
+        if low < SCALES[0] or high > SCALES[1]:
+            raise ValueError(
+                f"{name} has scales from {low:g} to {high:g}, expected {SCALES[0]:g} to "
+                f"{SCALES[1]:g}"
+            )
+    elif value.numel() and float(value.abs().amax()) > LARGEST:
+        raise ValueError(f"{name} has values beyond {LARGEST:g}")
 
 
 @dataclass(frozen=True)

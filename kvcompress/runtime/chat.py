@@ -1,11 +1,13 @@
-"""Which tokens of a conversation are its system prompt."""
+"""Conversations as a tokenizer's chat template writes them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from kvcompress.errors import KVCompressError
+
+_TWO: Final = ("Yes.", "42 of them")  # what users could say first: the template writes the rest
 
 
 def system_span(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> range:
@@ -27,20 +29,60 @@ def system_span(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> range:
         raise KVCompressError(
             "the tokenizer has no chat template; give the range of tokens to protect by hand"
         )
-    first, second = (_ids(tokenizer, [*system, _user(text)]) for text in ("Yes.", "42 of them"))
+    try:
+        first, second = (_written(tokenizer, [*system, _user(text)]) for text in _TWO)
+    except KVCompressError as error:
+        raise KVCompressError(
+            f"no system message can be protected: {error}; put it at the head of the first user "
+            "message, and give the range of tokens to protect by hand"
+        ) from None
+    left_out = [m["content"] for m in system if m["content"].strip() not in first]
+    if left_out:
+        raise KVCompressError(
+            f"the chat template does not write the system message {left_out[0][:40]!r}; give the "
+            "range of tokens to protect by hand"
+        )
     same = 0
-    for a, b in zip(first, second, strict=False):
+    for a, b in zip(_ids(tokenizer, first), _ids(tokenizer, second), strict=False):
         if a != b:
             break
         same += 1
     return range(same)
 
 
+def conversation_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """The whole conversation.
+
+    A template without a system role gets the system message at the head of the first user message,
+    which is what the makers of such models tell their users to do.
+
+    Raises:
+        KVCompressError: if the tokenizer has no chat template, or its template refuses the roles.
+    """
+    turns = [dict(message) for message in messages]
+    try:
+        return _written(tokenizer, turns)
+    except KVCompressError:
+        if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
+            raise
+        asked = _user(f"{turns[0]['content']}\n\n{turns[1]['content']}")
+        return _written(tokenizer, [asked, *turns[2:]])
+
+
 def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def _ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+def _written(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise KVCompressError("the tokenizer has no chat template; give text in place of messages")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is a program of others
+        reason = " ".join(str(error).split())[:200]
+        raise KVCompressError(f"the chat template refuses the conversation ({reason})") from None
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

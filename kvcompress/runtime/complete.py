@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvcompress.accounting import kv_bytes
+from kvcompress.plan import Plan
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.hf.attached import new_cache
 from kvcompress.runtime.hf.names import as_argument, cache_of
@@ -14,13 +17,20 @@ from kvcompress.runtime.spans import Span
 
 @dataclass(frozen=True)
 class Completion:
-    """Text that was generated, and the bytes that its cache measured."""
+    """Text that was generated, and the bytes that its cache measured.
+
+    Attributes:
+        pays_from_tokens: length from about which on the plan's cache is smaller than one in 16
+            bits, to a few tokens, as budgets are rounded; None where it is not at any length that
+            the model was made for.
+    """
 
     text: str
     prompt_tokens: int
     new_tokens: int
     kv_cache_bytes: int
     bf16_kv_cache_bytes: int
+    pays_from_tokens: int | None
 
 
 def complete(
@@ -75,4 +85,17 @@ def complete(
         new_tokens=len(new_ids),
         kv_cache_bytes=cache.nbytes(),
         bf16_kv_cache_bytes=cache.plan.model.bf16_kv_bytes(cache.get_seq_length(), batch=1),
+        pays_from_tokens=pays_from(cache.plan),
     )
+
+
+def pays_from(plan: Plan) -> int | None:
+    """See `Completion.pays_from_tokens`; a short text is all sinks and newest tokens."""
+
+    def pays(tokens: int) -> bool:
+        return kv_bytes(plan, tokens, 1) < plan.model.bf16_kv_bytes(tokens, 1)
+
+    lengths = range(1, plan.model.max_position + 1)
+    if not pays(lengths[-1]):
+        return None
+    return lengths[bisect_left(lengths, True, key=pays)]

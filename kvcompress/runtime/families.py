@@ -71,6 +71,15 @@ def shape_of(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Mode
     )
 
 
+def difference(planned: ModelShape, found: ModelShape) -> str | None:
+    """The first fact by which a plan's model is another than the one at hand; None: the same."""
+    names = ("config_hash", "layers", "kv_heads", "head_dim", "value_dim", "sliding_windows")
+    for name in (*names, "layer_kinds", "kv_sources"):
+        if getattr(planned, name) != getattr(found, name):
+            return name
+    return None
+
+
 def _layers(text: PretrainedConfig, layers: int) -> tuple[list[LayerKind], list[int | None]]:
     """Kind and window of each layer, as transformers' own cache sees them."""
     from transformers import DynamicCache

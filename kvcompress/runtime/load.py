@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompress.bundle.read import Bundle, open_bundle
+from kvcompress.bundle.read import load_weights, open_bundle
 
 if TYPE_CHECKING:
     import torch
@@ -38,34 +38,4 @@ def load(
         if checked.manifest.weights.format == "int8":
             serve_bitsandbytes(model)
         serve_16_bit(model)
-    return attach(model, checked.plan, checked.params), load_tokenizer(checked)
-
-
-def load_weights(
-    bundle: Bundle, device_map: Any = None, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """The bundle's model as plain transformers loads it, with its own full cache."""
-    from transformers import AutoModelForCausalLM
-
-    from kvcompress.quant.weights.base import quiet_bitsandbytes
-
-    quiet_bitsandbytes()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        bundle.path,
-        device_map="cpu" if device_map is None else device_map,
-        dtype="auto" if dtype is None else dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
-    return model.eval()
-
-
-def load_tokenizer(bundle: Bundle) -> PreTrainedTokenizerBase:
-    """The bundle's tokenizer; it pads on the left, as generation in batches needs."""
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        bundle.path, trust_remote_code=False, local_files_only=True, padding_side="left"
-    )
-    return tokenizer
+    return attach(model, checked.plan, checked.params), checked.tokenizer

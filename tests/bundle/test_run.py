@@ -104,7 +104,7 @@ def test_generate_streams_what_it_returns(
     assert result["new_tokens"] == 12
     streamed, err = run(capsys, "generate", path, *options)
     assert streamed.rstrip("\n") == result["text"].rstrip("\n")
-    assert "12 + 12 tokens, KV cache" in err
+    assert "12 tokens of prompt and 12 new ones; KV cache" in err
     sampled = [
         run(capsys, "generate", path, *options, "--temperature", "1", "--seed", seed)[0]
         for seed in (1, 1, 2)

@@ -20,7 +20,8 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kvcompress.bundle import files, manifest, verify, write
+from kvcompress import atomic
+from kvcompress.bundle import manifest, verify, write
 from kvcompress.bundle.read import open_bundle
 from kvcompress.bundle.write import export
 from kvcompress.cli.app import main
@@ -95,7 +96,7 @@ def test_weights_are_smaller_by_what_the_format_says(exported: Exported) -> None
 
 
 def test_plain_transformers_loads_every_format(exported: Exported, tmp_path: Path) -> None:
-    from kvcompress.runtime.load import load_weights
+    from kvcompress.bundle.read import load_weights
 
     arguments = []
     for weights in SCHEMES:
@@ -213,7 +214,7 @@ def full_disk(*arguments: Any, **keywords: Any) -> None:
     [
         "transformers.PreTrainedModel.save_pretrained",
         "kvcompress.bundle.write._write_rest",
-        "kvcompress.bundle.files.settle",
+        "kvcompress.bundle.files.same_permissions",
         "shutil.copyfile",
     ],
 )
@@ -333,9 +334,11 @@ def test_killed_export_leaves_no_half_bundle(
         process.send_signal(signal.SIGKILL)
     assert (contents(out) if existing else out.exists()) == (before or False)
     (left,) = left_beside(out)
-    assert left.startswith(".bundle.kvcompress-export-")
-    with files.staging(out):
-        assert left not in left_beside(out)
+    assert left.startswith(".bundle.kvcompress-")
+    (out.parent / left / "half").touch()
+    with atomic.directory(out) as staged:
+        assert list(staged.iterdir()) == []  # a new one of the same name
+        shutil.copytree(exported("bf16")[0], staged, dirs_exist_ok=True)
     assert left_beside(out) == []
 
 
@@ -395,9 +398,9 @@ def test_missing_model(
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda path: path.unlink(), "its weights cannot be read"),
-        (lambda path: os.truncate(path, 1000), "its weights cannot be read"),
-        (lambda path: drop_tensor(path), "lm_head.weight is not among its weights"),
+        (lambda path: path.unlink(), ": cannot load the weights (model.safetensors is not there)"),
+        (lambda path: os.truncate(path, 1000), "/model.safetensors: not a whole safetensors file"),
+        (lambda path: drop_tensor(path), ": lm_head.weight is not among its weights"),
     ],
 )
 def test_model_without_all_of_its_weights(
@@ -411,7 +414,7 @@ def test_model_without_all_of_its_weights(
     other = Path(shutil.copytree(model_dir, tmp_path / "model"))
     damage(other / "model.safetensors")
     line = fail_export(capsys, other, profile_dir, tmp_path / "b")
-    assert f"{other}: {problem}" in line
+    assert f"{other}{problem}" in line
     assert left_beside(tmp_path / "b") == ["model"]
 
 
@@ -435,29 +438,31 @@ def test_model_that_is_not_causal(tmp_path: Path, model_dir: Path, profile_dir: 
         export(other, profile_dir, tmp_path / "b")
 
 
-def test_fallback_without_atomic_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
-    out, staged = tmp_path / "out", tmp_path / "staged"
-    for folder, text in ((out, "old"), (staged, "new")):
-        folder.mkdir()
-        (folder / "file").write_text(text)
-    files.put_in_place(staged, out)
-    assert contents(tmp_path) == {"out/file": b"new"}
+def test_of_two_exports_to_one_place_one_is_told(
+    tmp_path: Path, model_dir: Path, profile_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "b"
+    with atomic.directory(out) as staged:
+        (staged / "config.json").write_text("of the first one")
+        line = fail_export(capsys, model_dir, profile_dir, out)
+        assert f"{out}: the bundle cannot be written (another process is writing it" in line
+    assert contents(out) == {"config.json": b"of the first one"}
 
 
-def test_fallback_killed_half_way_is_mended(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    files._old(out).mkdir()
-    (files._old(out) / "file").write_text("old")
-    with files.staging(out):
-        assert (out / "file").read_text() == "old"
-    assert left_beside(out) == []
-
-
-def test_a_living_export_keeps_its_directory(tmp_path: Path) -> None:
-    with files.staging(tmp_path / "out") as first, files.staging(tmp_path / "out") as second:
-        assert first.exists() and second.exists() and first != second
-    assert list(tmp_path.iterdir()) == []
+def test_an_export_that_ended_in_between_is_not_replaced(
+    bundle: Path,
+    tmp_path: Path,
+    model_dir: Path,
+    profile_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other one ends after this one looked at the place and before it began to write."""
+    out = tmp_path / "b"
+    monkeypatch.setattr(write, "_check_space", lambda *_: shutil.copytree(bundle, out))
+    line = fail_export(capsys, model_dir, profile_dir, out)
+    assert "a bundle is there already; add --overwrite" in line
+    assert contents(out) == contents(bundle)
 
 
 def test_manifest_names_every_other_file(exported: Exported) -> None:

@@ -231,3 +231,34 @@ def test_a_killed_league_leaves_no_process_behind(tmp_path):
         assert parent.stdout is not None and parent.stdout.readline() == "here\n"
         parent.kill()
         assert parent.communicate(timeout=60)[0] == ""
+
+
+STOPPED = """
+import os, signal, sys, threading, time
+from kvcompress.league import crew
+
+class Worker:
+    def __init__(self, setup):
+        pass
+
+    def do(self, task):
+        time.sleep(300)
+
+crew.Worker = Worker  # in the spawned processes too, which import this file
+
+if __name__ == "__main__":
+    with crew.Crew(None, 2) as two:
+        threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        list(two.run(["a", "b", "c"]))
+"""
+
+
+def test_a_stopped_league_waits_for_no_cell(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "stopped.py")],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert "KeyboardInterrupt" in done.stderr

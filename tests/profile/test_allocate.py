@@ -55,7 +55,7 @@ def test_shapes_over_layers():
     assert [r[0].frequent.ratio for r in wide.heads] == pytest.approx([1.0, 0.2])
     other = solve(PROFILE, LayersPolicy(kind="layers", tokens=9), Keep(scorer="raw"))
     assert other.scorer == "raw"
-    with pytest.raises(PlanError, match="profile again"):
+    with pytest.raises(PlanError, match="measure it: kvcompress profile by hand -r RECIPE"):
         calibrated = LayersPolicy(kind="layers", shape="calibrated", tokens=9)
         solve(PROFILE, calibrated, Keep(scorer="raw"))
 

@@ -1,6 +1,7 @@
 """Calibration prompts from every kind of source, and what is said when there are none."""
 
 import json
+import random
 
 import pytest
 
@@ -64,27 +65,67 @@ def write(path, texts, column="text"):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
-def test_files_give_consecutive_pieces_of_their_text(tiny_tokenizer, tmp_path, suffix):
-    prompts = load(tiny_tokenizer, write(tmp_path / f"data{suffix}", TEXTS), prompts=3)
-    assert [len(p) for p in prompts] == [64] * 3
-    pieces = {tiny_tokenizer.decode(p[1:]) for p in prompts}
+def test_files_give_pieces_of_their_text_that_do_not_overlap(tiny_tokenizer, tmp_path, suffix):
+    path = write(tmp_path / f"data{suffix}", TEXTS)
+    prompts = load(tiny_tokenizer, path, prompts=30)
+    assert [len(p) for p in prompts] == [64] * 30
     whole = "".join(TEXTS)
-    assert pieces == {whole[:63], whole[63:126], whole[126:189]}
+    starts = sorted(whole.index(tiny_tokenizer.decode(p[1:])) for p in prompts)
+    assert {(start - starts[0]) % 63 for start in starts} == {0} and len({*starts}) == 30
 
 
-def test_a_data_set_is_read_by_its_name(tiny_tokenizer, monkeypatch):
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("count", [100, 3000])
+def test_the_seed_chooses_prompts_from_the_whole_file(tiny_tokenizer, tmp_path, suffix, count):
+    lines = [f"Line {i:05d} of the calibration text.\n" for i in range(count)]
+    path = write(tmp_path / f"data{suffix}", lines)
+
+    def places(seed):
+        prompts = load(tiny_tokenizer, path, tokens=72, prompts=3, seed=seed)
+        texts = [tiny_tokenizer.decode(p[1:]) for p in prompts]
+        return [int(text.split("Line ")[1][:5]) / count for text in texts]
+
+    assert places(5) == places(5) != places(6)
+    drawn = [place for seed in range(40) for place in places(seed)]
+    # each tenth of the file holds 12 of 120 on average; 1 or fewer is a chance of 1 in 20 000
+    tenths = [sum(int(10 * place) == tenth for place in drawn) for tenth in range(10)]
+    assert min(tenths) >= 2, tenths
+    assert max(drawn) > 0.95
+
+
+class Stream:
+    """As `datasets.IterableDataset`: mixed by a seed, and far too long to be read whole."""
+
+    def __init__(self, read, texts):
+        self.read, self.texts = read, texts
+
+    def shuffle(self, seed, buffer_size):
+        assert buffer_size > 1
+        return Stream(self.read, random.Random(seed).sample(self.texts, len(self.texts)))
+
+    def __iter__(self):
+        while True:
+            for text in self.texts:
+                self.read.append(text)
+                yield {"body": text}
+
+
+def test_a_data_set_is_read_by_its_name_as_far_as_needed(tiny_tokenizer, monkeypatch):
     import datasets
 
-    asked = {}
+    asked, read = {}, []
 
     def load_dataset(name, **settings):
         asked.update(settings, name=name)
-        return [{"body": text} for text in TEXTS]
+        return Stream(read, TEXTS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    prompts = load(tiny_tokenizer, "some/set", text_column="body", split="validation")
+    settings = {"text_column": "body", "split": "validation"}
+    prompts = load(tiny_tokenizer, "some/set", **settings)
     assert len(prompts) == 2
     assert asked == {"name": "some/set", "split": "validation", "streaming": True}
+    assert sum(map(len, read)) < 2 * 64 * 64
+    assert prompts != load(tiny_tokenizer, "some/set", seed=1, **settings)
 
 
 def test_a_data_set_that_cannot_be_loaded(tiny_tokenizer, monkeypatch):
@@ -102,7 +143,9 @@ def test_a_data_set_that_cannot_be_loaded(tiny_tokenizer, monkeypatch):
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_an_unknown_column_names_those_that_exist(tiny_tokenizer, tmp_path, suffix):
     path = write(tmp_path / f"data{suffix}", TEXTS, column="body")
-    with pytest.raises(CalibrationError, match="no column 'text'; set .* to one of body"):
+    with pytest.raises(
+        CalibrationError, match=r"no column 'text' \(there: body\); set .* to one of body"
+    ):
         load(tiny_tokenizer, path)
 
 
@@ -129,7 +172,7 @@ def test_files_that_cannot_be_read(tiny_tokenizer, tmp_path):
     with pytest.raises(CalibrationError, match="line 2 is not JSON"):
         load(tiny_tokenizer, tmp_path / "bad.jsonl")
     (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n')
-    with pytest.raises(CalibrationError, match="text holds int, expected text"):
+    with pytest.raises(CalibrationError, match="line 1: text holds int, expected text"):
         load(tiny_tokenizer, tmp_path / "numbers.jsonl")
     (tmp_path / "bad.parquet").write_text("no parquet")
     with pytest.raises(CalibrationError, match="not a readable parquet file"):

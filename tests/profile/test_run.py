@@ -90,7 +90,7 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(
     profile = run(llama, tiny_tokenizer, RECIPE, tmp_path / "p", lambda *s: steps.append(s))
     assert len(measured) == 1
     assert profile == Profile.load(finished[0])
-    assert steps[-1] == (15, 15) and steps == sorted(steps)
+    assert steps[-1] == (74, 74) and steps == sorted(steps)
     left, right = (load_file(p / "kv_params.safetensors") for p in (tmp_path / "p", finished[0]))
     assert all(torch.equal(left[name], right[name]) for name in left)
 
@@ -175,5 +175,27 @@ def test_the_report_counts_every_head(finished):
     assert facts["kv_bytes"] <= 0.4 * facts["bf16_kv_bytes"]
     assert report.planned_size(RECIPE) == (256, 1)
     assert report.planned_size(Recipe()) == (1024, 1)
-    grid = report.table(plan.model_copy(update={"weights": ("bf16", "nf4")}), 256, 1).renderables[1]
+    shown = report.table(plan.model_copy(update={"weights": ("bf16", "nf4")}), 256, 1).renderables[
+        1
+    ]
+    grid = shown.table
     assert list(grid.columns[-1].cells) == ["bf16", "nf4"] and grid.columns[-1].header == "weights"
+
+
+def test_the_progress_counts_all_work_and_ends_with_the_saved_profile(
+    llama, tiny_tokenizer, tmp_path
+):
+    told = []
+
+    def tell(done, total):
+        assert (done == total) == (tmp_path / "p" / "profile.json").is_file()
+        told.append((done, total))
+
+    recipe = Recipe(calibration=Calibration(prompts=2, tokens=128), keep=Keep(scorer="surrogate"))
+    run(llama, tiny_tokenizer, recipe, tmp_path / "p", tell)
+    total = told[-1][1]
+    assert {each for _, each in told} == {total} and told[-1][0] == total
+    steps = [0, *(done for done, _ in told)]
+    # no kind of work is left to the end: only the saving itself comes after the last count
+    jumps = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    assert min(jumps) > 0 and jumps[-1] == 1 and max(jumps) == 16

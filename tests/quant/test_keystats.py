@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from kvcompress.plan import ModelShape
 from kvcompress.quant.codec import roundtrip
 from kvcompress.quant.keystats import KeyStats, KVParams, Rotation, derive, mean_turn
 
@@ -134,16 +136,81 @@ def test_biased_keys_survive_four_bits(dim):
     assert constant8 < 0.02 and plain8 / constant8 > 6
 
 
+SHAPE = ModelShape(
+    model_type="m",
+    config_hash="0",
+    layers=2,
+    query_heads=2,
+    kv_heads=2,
+    head_dim=4,
+    sliding_windows=(None, None),
+    max_position=64,
+)
+
+
 def test_params_survive_a_save(tmp_path):
-    params = KVParams((torch.randn(2, 4), torch.randn(2, 4)), (torch.ones(2, 4), torch.ones(2, 4)))
+    params = KVParams(
+        (torch.randn(2, 4), torch.randn(2, 4)),
+        (torch.ones(2, 4), torch.ones(2, 4)),
+        {"surrogate": (torch.randn(2, 9), torch.randn(2, 9))},
+    )
     params.save(tmp_path / "kv.safetensors")
-    loaded = KVParams.load(tmp_path / "kv.safetensors")
+    loaded = KVParams.load(tmp_path / "kv.safetensors", SHAPE)
     for before, after in zip(params.k_center, loaded.k_center, strict=True):
         assert torch.equal(before, after)
     assert len(loaded.k_scale) == 2
+    assert torch.equal(loaded.tensors_of(1)["surrogate"], params.scorer["surrogate"][1])
 
 
-def test_unusable_constants_are_refused(tmp_path):
-    KVParams((torch.zeros(1, 2),), (torch.zeros(1, 2),)).save(tmp_path / "kv.safetensors")
-    with pytest.raises(ValueError, match="layer 0.* constants that are not finite or positive"):
-        KVParams.load(tmp_path / "kv.safetensors")
+def _tensors() -> dict[str, torch.Tensor]:
+    kinds = {"k_center": 4, "k_scale": 4, "scorer.surrogate": 9}
+    return {f"layers.{i}.{k}": torch.ones(2, size) for i in range(2) for k, size in kinds.items()}
+
+
+def _filled(value: float) -> torch.Tensor:
+    one = torch.ones(2, 4)
+    one[1, 3] = value
+    return one
+
+
+ODD_PARAMS = {
+    "center missing": ({"layers.1.k_center": None}, "'layers.1.k_center' is missing"),
+    "scorer missing": ({"layers.1.scorer.surrogate": None}, "surrogate' is missing"),
+    "one more layer": ({"layers.2.k_scale": torch.ones(2, 4)}, "k_scale' is not one of its"),
+    "one more tensor": ({"extra": torch.ones(1)}, "'extra' is not one of its tensors"),
+    "scale empty": ({"layers.0.k_scale": torch.ones(0)}, r"k_scale has shape \(0,\)"),
+    "scale wide": ({"layers.0.k_scale": torch.ones(2, 8)}, r"has shape \(2, 8\), the model has"),
+    "center flat": ({"layers.1.k_center": torch.ones(8)}, r"has shape \(8,\), the model has"),
+    "scorer heads": ({"layers.1.scorer.surrogate": torch.ones(3, 9)}, r"shape \(3, 9\), not 2 h"),
+    "scorer flat": ({"layers.1.scorer.surrogate": torch.ones(2)}, r"shape \(2,\), not 2 heads"),
+    "half": ({"layers.0.k_scale": torch.ones(2, 4).half()}, "k_scale is F16, not F32"),
+    "whole": ({"layers.0.k_center": torch.ones(2, 4).int()}, "k_center is I32, not F32"),
+    "center nan": ({"layers.0.k_center": _filled(math.nan)}, "k_center holds NaN"),
+    "center inf": ({"layers.0.k_center": _filled(math.inf)}, "k_center holds NaN or infinite"),
+    "center huge": ({"layers.0.k_center": _filled(1e30)}, "k_center has values beyond"),
+    "scale nan": ({"layers.1.k_scale": _filled(math.nan)}, "k_scale holds NaN"),
+    "scale inf": ({"layers.1.k_scale": _filled(math.inf)}, "k_scale holds NaN or infinite"),
+    "scale zero": ({"layers.1.k_scale": _filled(0.0)}, "k_scale has scales from 0 to 1"),
+    "scale below": ({"layers.1.k_scale": _filled(-1.0)}, "k_scale has scales from -1 to 1"),
+    "scale tiny": ({"layers.1.k_scale": _filled(1e-30)}, "k_scale has scales from 1e-30 to 1"),
+    "scale huge": ({"layers.1.k_scale": _filled(1e30)}, r"k_scale has scales from 1 to 1e\+30"),
+    "scorer nan": ({"layers.0.scorer.surrogate": torch.full((2, 9), math.nan)}, "surrogate holds"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_PARAMS)
+def test_unusable_constants_are_refused(tmp_path, odd):
+    changes, message = ODD_PARAMS[odd]
+    tensors = {name: t for name, t in {**_tensors(), **changes}.items() if t is not None}
+    save_file(tensors, tmp_path / "kv.safetensors")
+    with pytest.raises(ValueError, match=message):
+        KVParams.load(tmp_path / "kv.safetensors", SHAPE)
+
+
+def test_what_is_no_safetensors_file_is_refused(tmp_path):
+    for content in (b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}"[:9]):
+        (tmp_path / "kv.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="not a safetensors file"):
+            KVParams.load(tmp_path / "kv.safetensors", SHAPE)
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        KVParams.load(tmp_path / "none.safetensors", SHAPE)

@@ -30,3 +30,23 @@ def test_without_a_system_message_or_a_template_it_says_so(tiny_tokenizer):
         system_span(tiny_tokenizer, [{"role": "user", "content": "Why?"}])
     with pytest.raises(KVCompressError, match="no chat template"):
         system_span(tiny_tokenizer, [{"role": "system", "content": "Short."}])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{{ raise_exception('System role not supported') }}",
+            r"no system message can be protected: .*System role not supported.* by hand",
+        ),
+        (TEMPLATE.replace("messages %}", "messages if m['role'] == 'user' %}"), "does not write"),
+        ("{% if %}", "the chat template refuses the conversation"),
+    ],
+)
+def test_a_template_without_a_system_role_says_so(tiny_tokenizer, template, message):
+    tiny_tokenizer.chat_template = template
+    try:
+        with pytest.raises(KVCompressError, match=message):
+            system_span(tiny_tokenizer, [{"role": "system", "content": "Short."}])
+    finally:
+        tiny_tokenizer.chat_template = None

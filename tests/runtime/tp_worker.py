@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
+from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf.attach import attach
 from kvcompress.runtime.hf.attached import device_mesh
 from kvcompress.runtime.hf.names import cache_of
@@ -42,9 +43,9 @@ def run(folder: Path, rank: int, size: int) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size
     )
-    params = KVParams.load(folder / "params.safetensors")
     inputs = load_file(folder / "inputs.safetensors")
     model = _load(folder / "model")
+    params = KVParams.load(folder / "params.safetensors", shape_of(model.config))
     report = {"mesh": mesh_of(model, device_mesh), "bytes": {}}
     tensors = {}
     for name in json.loads((folder / "job.json").read_text())["plans"]:

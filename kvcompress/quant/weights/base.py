@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from kvcompress.recipe import WeightScheme
 
 BITSANDBYTES: Final = ("bitsandbytes>=0.46.1", "accelerate>=1.1")
+FLOATS: Final = frozenset(("BF16", "F16", "F32"))
+PACKED: Final = FLOATS | {"I8", "U8"}
 _NOISE: Final = ("inputs will be cast from", "Failed to load CPU gemm_4bit_forward")
 _NOISY_LOGGERS: Final = ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops")
 
@@ -29,6 +31,7 @@ class WeightFormat:
         linear_bytes: bytes of the weight of a linear layer with (out_features, in_features),
             scales and tables included, labels of the format aside.
         roundtrip: what a float32 weight ``[out, in]`` reads as once stored.
+        dtypes: of the tensors that its files may hold, as safetensors names them.
         matches: whether the `quantization_config` of a config.json says this format.
     """
 
@@ -40,6 +43,7 @@ class WeightFormat:
     matches: Callable[[dict[str, Any] | None], bool]
     linear_bytes: Callable[[int, int], int]
     roundtrip: Callable[[Tensor], Tensor]
+    dtypes: frozenset[str]
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:

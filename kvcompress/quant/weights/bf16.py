@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kvcompress.quant.weights.base import WeightFormat
+from kvcompress.quant.weights.base import FLOATS, WeightFormat
 
 
 def load_kwargs(skip_modules: Sequence[str]) -> dict[str, Any]:
@@ -32,4 +32,6 @@ def roundtrip(weight: Tensor) -> Tensor:
     return weight.to(torch.bfloat16).float()
 
 
-FORMAT: Final = WeightFormat("bf16", 16.0, (), load_kwargs, fits, matches, linear_bytes, roundtrip)
+FORMAT: Final = WeightFormat(
+    "bf16", 16.0, (), load_kwargs, fits, matches, linear_bytes, roundtrip, FLOATS
+)

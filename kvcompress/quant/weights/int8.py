@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kvcompress.quant.weights.base import BITSANDBYTES, WeightFormat
+from kvcompress.quant.weights.base import BITSANDBYTES, PACKED, WeightFormat
 
 
 def load_kwargs(skip_modules: Sequence[str]) -> dict[str, Any]:
@@ -43,5 +43,5 @@ def roundtrip(weight: Tensor) -> Tensor:
 
 
 FORMAT: Final = WeightFormat(
-    "int8", 8.0, BITSANDBYTES, load_kwargs, fits, matches, linear_bytes, roundtrip
+    "int8", 8.0, BITSANDBYTES, load_kwargs, fits, matches, linear_bytes, roundtrip, PACKED
 )

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kvcompress.quant.weights.base import BITSANDBYTES, WeightFormat
+from kvcompress.quant.weights.base import BITSANDBYTES, PACKED, WeightFormat
 
 _OUT_MULTIPLE: Final = 32
 _IN_MULTIPLE: Final = 64
@@ -86,5 +86,5 @@ def roundtrip(weight: Tensor) -> Tensor:
 
 
 FORMAT: Final = WeightFormat(
-    "nf4", 4.13, BITSANDBYTES, load_kwargs, fits, matches, linear_bytes, roundtrip
+    "nf4", 4.13, BITSANDBYTES, load_kwargs, fits, matches, linear_bytes, roundtrip, PACKED
 )

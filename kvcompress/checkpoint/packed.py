@@ -1,0 +1,78 @@
+"""Weights that bitsandbytes packs: its kernels trust the sizes that a file gave them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+from kvcompress.checkpoint.tensors import is_finite
+from kvcompress.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_BLOCKS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def check_packed(name: str, model: nn.Module) -> None:
+    """Codes, scales and tables of every packed layer have the sizes and values of that layer.
+
+    Raises:
+        UnsupportedModelError: naming the layer.
+    """
+    for key, module in model.named_modules():
+        kind = type(module).__name__
+        if not type(module).__module__.startswith("bitsandbytes"):
+            continue
+        problem = None
+        if kind == "Linear8bitLt":
+            problem = _int8(module)
+        elif kind == "Linear4bit":
+            problem = _bits4(module)
+        if problem is not None:
+            raise UnsupportedModelError(f"{name}: {key}: {problem}; give a complete model")
+
+
+def _int8(module: Any) -> str | None:
+    sizes = (module.out_features, module.in_features)
+    weight = module.weight
+    if tuple(weight.shape) != sizes or weight.element_size() != 1:
+        return f"codes of shape {tuple(weight.shape)} for a layer of {sizes}"
+    scale = weight.SCB
+    if scale is None or scale.numel() != sizes[0]:
+        return f"not one scale for each of {sizes[0]} rows"
+    return None if _scales(scale) else "scales that are negative or not finite"
+
+
+def _bits4(module: Any) -> str | None:
+    weight, state = module.weight, getattr(module.weight, "quant_state", None)
+    sizes = (module.out_features, module.in_features)
+    count = sizes[0] * sizes[1]
+    if state is None or tuple(state.shape) != sizes:
+        return f"a state that is not that of a layer of {sizes}"
+    stored_bytes = weight.numel() * weight.element_size()
+    if stored_bytes != -(-count // 2):
+        return f"{stored_bytes} bytes of codes for {count} weights"
+    problem = _blocks(state, count, 16)
+    if problem is None and state.nested:
+        if not math.isfinite(float(state.offset)):
+            return "an offset that is not finite"
+        problem = _blocks(state.state2, state.absmax.numel(), 256)
+    return problem
+
+
+def _blocks(state: Any, count: int, levels: int) -> str | None:
+    """Scales and table of `count` values, stored in blocks."""
+    if state is None or state.blocksize not in _BLOCKS:
+        return "blocks of no known size"
+    if state.absmax.numel() != -(-count // state.blocksize):
+        return f"{state.absmax.numel()} scales for {count} values in blocks of {state.blocksize}"
+    if state.code.numel() != levels:
+        return f"a table of {state.code.numel()} levels, not {levels}"
+    if not is_finite(state.code):
+        return "a table that holds NaN or infinite values"
+    return None if _scales(state.absmax) else "scales that are negative or not finite"
+
+
+def _scales(value: Tensor) -> bool:
+    return is_finite(value) and bool((value >= 0).all())

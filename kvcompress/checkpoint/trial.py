@@ -1,0 +1,42 @@
+"""A token of a model that was just loaded: settings of a wrong type are only met when they are
+used, and weights that are numbers may still overflow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from kvcompress.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_IDS: Final = (7, 38, 69, 100)
+# whatever its generation_config.json says: one token, by the largest logit
+_PLAIN: Final[dict[str, Any]] = {
+    "max_new_tokens": 1,
+    "do_sample": False,
+    "num_beams": 1,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
+
+
+def try_out(name: str, model: PreTrainedModel) -> None:
+    """Generate one token.
+
+    Raises:
+        UnsupportedModelError: where its logits are not numbers.
+    """
+    import torch
+
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    ids = torch.tensor([_IDS], device=model.device) % max(1, weight.shape[0])
+    with torch.inference_mode():
+        generate: Any = model.generate
+        output = generate(ids, attention_mask=torch.ones_like(ids), **_PLAIN)
+    logits = output.logits[0]
+    if bool(logits.isnan().any()) or bool(logits.isposinf().any()):
+        raise UnsupportedModelError(
+            f"{name}: its logits overflow: weights or settings are damaged; give a complete model"
+        )
