@@ -31,6 +31,7 @@ from random import Random
 from typing import Final
 
 from kvcompress.errors import KVCompressError
+from kvcompress.kernels.cpu import library
 
 ROOT: Final = Path(__file__).parents[2]
 SECONDS: Final = 20  # for one mutant, which takes milliseconds
@@ -167,6 +168,8 @@ def _serve(target: str, seed: int, first: int, stop: int) -> None:
     def say(ending: str, number: int, what: str = "") -> None:
         print(json.dumps([ending, number, what]), file=report, flush=True)
 
+    if "KVC_TEST_KERNELS" in os.environ:  # see tests/kernels/sanitized.py
+        library.use(Path(os.environ["KVC_TEST_KERNELS"]))
     signal.signal(signal.SIGALRM, late)
     with tempfile.TemporaryDirectory() as name:
         trial = trial_of(target, Path(name))
