@@ -102,9 +102,10 @@ def _run_once(
             [*command, str(stop)], cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
             env=variables,
         )  # fmt: skip
-        assert process.stdout is not None
-        number = _follow(process.stdout, found, tell)
-        code = process.wait()
+        with process:
+            assert process.stdout is not None
+            number = _follow(process.stdout, found, tell)
+        code = process.returncode
         if code == 0 and number == stop:
             return stop
         log.seek(0)
