@@ -84,6 +84,7 @@ def open_bundle(path: Path | str) -> Bundle:
     profile = Profile.load(root / manifest.FOLDER)
     recipe = Recipe.load(root / manifest.RECIPE)
     params = load_params(root / manifest.PARAMS, plan)
+    _check_params(root, listed, profile)
     with _as_bundle_error():
         checkpoint = Checkpoint(str(root), root, vetted(root))
         _check_weights(root, listed, checkpoint.settings)
@@ -148,6 +149,15 @@ def load_params(path: Path, plan: Plan) -> KVParams:
         raise BundleError(
             f"{path}: no key constants can be read ({error}); profile and export again"
         ) from None
+
+
+def _check_params(root: Path, listed: Manifest, profile: Profile) -> None:
+    """Plan and constants were found together: other constants would encode keys differently."""
+    found = next(entry.sha256 for entry in listed.files if entry.path == manifest.PARAMS)
+    if profile.params_sha256 not in (None, found):
+        raise BundleError(
+            f"{root / manifest.PARAMS}: not the key constants of the profile beside it; {_AGAIN}"
+        )
 
 
 def _check_files(root: Path, listed: Manifest, present: set[str]) -> None:

@@ -151,6 +151,12 @@ def change_weights(bundle: Path, change: Callable[[dict[str, torch.Tensor]], obj
     relist(bundle)
 
 
+def other_constants(bundle: Path) -> None:
+    """Key constants of another profile, sealed again."""
+    edit_json(bundle / manifest.FOLDER / "profile.json", params_sha256="0" * 64)
+    relist(bundle)
+
+
 def other_index(bundle: Path) -> None:
     index = json.loads((bundle / manifest.INDEX).read_text())["weight_map"]
     edit_json(bundle / manifest.INDEX, weight_map={**index, "extra": WEIGHTS})
@@ -229,6 +235,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     truncate: r"model\.safetensors: truncated, it has \d+ bytes and the manifest says \d+; copy",
     tamper: r"model\.safetensors: changed after the export, its sha256 is",
     tamper_plan: r"plan\.json: changed after the export",
+    other_constants: r"kv_params\.safetensors: not the key constants of the profile beside it",
     drop: r"kv_params\.safetensors: missing; copy or export",
     add_inside: r"hook\.py: not listed in kvcompress/manifest\.json; remove it",
     add_weights: r"model-2\.safetensors: not listed in",
