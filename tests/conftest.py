@@ -27,6 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
 
 
+def pytest_sessionstart() -> None:
+    """The sanitizer build of the C kernels, where tests.kernels.sanitized asks for it."""
+    if "KVC_TEST_KERNELS" in os.environ:
+        from kvcompress.kernels.cpu import library
+
+        library.use(Path(os.environ["KVC_TEST_KERNELS"]))
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     seed = config.getoption("--hypothesis-seed")
     return f"hypothesis seed: {seed} (repeat with --hypothesis-seed={seed})"

@@ -208,3 +208,26 @@ def test_documents_name_only_recipes_and_files_that_exist():
 def test_architecture_stays_within_two_pages():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120
+
+
+# who may call a loader of transformers, or a reader of JSON and YAML, himself
+LOADERS = re.compile(r"\.(from_pretrained|from_config)\(")
+READERS = re.compile(r"\bjson\.loads?\(|\byaml\.(safe_|full_)?load\(|\byaml\.compose\(")
+OWN_LOADERS = {"checkpoint/load.py"}
+OWN_READERS = {
+    "strict.py",
+    "bundle/write.py",  # what transformers and our own process wrote a moment ago
+    "kernels/tuning.py",  # a file of the package
+    "league/result.py",  # derived keys are left out before the strict schema
+    "profile/texts.py",  # lines of somebody's data: a key twice is no fault of ours
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_foreign_files_have_one_loader_and_one_reader(path):
+    text = path.read_text(encoding="utf-8")
+    name = path.relative_to(PACKAGE).as_posix()
+    assert name in OWN_LOADERS or not LOADERS.search(text), "use kvcompress.checkpoint.load"
+    assert name in OWN_READERS or not READERS.search(text), "use kvcompress.strict"
+    if "model_validate_json(" in text:
+        assert name.startswith("league/") or "load_json(" in text, "it takes a key twice: load_json"

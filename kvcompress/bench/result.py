@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from kvcompress.bench.timing import Samples
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import ByteCount, NonNegativeInt, PositiveInt, StrictModel, explain
+from kvcompress.strict import JSON_LIMIT_BYTES, NotStrictError, load_json, read_text
 
 SCHEMA_VERSION: Final = 1
 Number = Annotated[float, Field(ge=0)]
@@ -204,6 +205,10 @@ class Result(StrictModel):
             KVCompressError: naming what is wrong with the file.
         """
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            text = read_text(path, JSON_LIMIT_BYTES)
+            load_json(text)
+            return cls.model_validate_json(text)
+        except NotStrictError as error:
+            raise KVCompressError(f"{path}: {error}; measure again") from None
         except ValidationError as error:
             raise KVCompressError(f"{path}: {explain(error)}; measure again") from None

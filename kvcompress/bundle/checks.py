@@ -140,6 +140,15 @@ def _profile_tokenizer(bundle: Bundle) -> str | None:
     return f"{bundle.path / manifest.PROFILE}: was made with another tokenizer; {_PROFILE}"
 
 
+def _profile_params(bundle: Bundle) -> str | None:
+    found = next(e.sha256 for e in bundle.manifest.files if e.path == manifest.PARAMS)
+    if bundle.profile.params_sha256 in (None, found):
+        return None
+    return (
+        f"{bundle.path / manifest.PARAMS}: not the key constants of the profile beside it; {_AGAIN}"
+    )
+
+
 def _recipe_weights(bundle: Bundle) -> str | None:
     asked, stored = bundle.recipe.weights, bundle.manifest.weights.format
     if asked == stored:
@@ -208,6 +217,7 @@ CHECKS: Final[dict[str, Callable[[Bundle], str | None]]] = {
     "configuration": _config_hash,
     "model of the plan": _plan_model,
     "model of the profile": _profile_model,
+    "constants of the profile": _profile_params,
     "trained parameters": _trained,
     "tokenizer": _tokenizer,
     "tokens": _tokens,

@@ -131,7 +131,12 @@ def load_tokenizer(found: Checkpoint, **options: Any) -> PreTrainedTokenizerBase
             found.folder, **found.place, **options
         )
         # settings of a wrong type are only met when they are used
-        tokenizer.decode(tokenizer("A word.", return_tensors="pt").input_ids[0])
+        ids = tokenizer("A word.", return_tensors="pt").input_ids[0]
+        if not len(ids):
+            raise UnsupportedModelError(
+                f"{found.name}: its tokenizer makes no token of a text; give a complete model"
+            )
+        tokenizer.decode(ids)
         return tokenizer
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kvcompress.atomic import write_file
 from kvcompress.demo.plans import RIVALS, NamedPlan, demo_plans, demo_recipe, rivals
 from kvcompress.errors import KVCompressError
 from kvcompress.evaluate.report import QualityReport
@@ -127,7 +128,7 @@ def run(
         example=example,
         reports=tuple(reports),
     )
-    (out / "report.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_file(out / "report.json", result.model_dump_json(indent=1) + "\n")
     return result
 
 

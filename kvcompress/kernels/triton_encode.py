@@ -10,6 +10,7 @@ from kvcompress.kernels.triton_tiles import (
     INT4,
     INT8,
     e4m3_bits,
+    finite,
     integer_codes,
     scale_of,
 )
@@ -65,10 +66,12 @@ def encode_rows(
                 tl.max(tl.where(in_low, low_x, float("-inf")), 1),
                 tl.max(tl.where(in_high, high_x, float("-inf")), 1),
             )
-            least, scale = _range(least, most, m_t, 15.0)
+            sound = _sound(low_x, in_low) & _sound(high_x, in_high)
+            least, scale = _range(least, most, m_t, sound, 15.0)
             tl.store(SCALE + slot * GROUPS + group, scale, mask=m_t)
             tl.store(MIN + slot * GROUPS + group, least, mask=m_t)
             least, scale = least.to(tl.float32)[:, None], scale.to(tl.float32)[:, None]
+            in_low, in_high = in_low & sound[:, None], in_high & sound[:, None]
             low_code = tl.where(in_low, integer_codes(low_x, least, scale, 15.0), low_code)
             high_code = tl.where(in_high, integer_codes(high_x, least, scale, 15.0), high_code)
         byte = (low_code | (high_code << 4)).to(tl.uint8)
@@ -80,24 +83,45 @@ def encode_rows(
         if KIND == INT8:
             least = tl.min(tl.where(m, x, float("inf")), 1)
             most = tl.max(tl.where(m, x, float("-inf")), 1)
-            least, scale = _range(least, most, m_t, 255.0)
+            sound = _sound(x, m)
+            least, scale = _range(least, most, m_t, sound, 255.0)
             tl.store(SCALE + slot, scale, mask=m_t)
             tl.store(MIN + slot, least, mask=m_t)
             least, scale = least.to(tl.float32)[:, None], scale.to(tl.float32)[:, None]
-            tl.store(p_data, integer_codes(x, least, scale, 255.0).to(tl.uint8), mask=m)
+            code = tl.where(sound[:, None], integer_codes(x, least, scale, 255.0), 0)
+            tl.store(p_data, code.to(tl.uint8), mask=m)
         elif KIND == FP8:
-            scale = scale_of(tl.max(tl.where(m, tl.abs(x), 0.0), 1), 448.0)
+            sound = _sound(x, m)
+            scale = scale_of(tl.max(tl.where(m, tl.abs(x), 0.0), 1), sound, 448.0)
             tl.store(SCALE + slot, scale, mask=m_t)
             scaled = tl.div_rn(x, scale.to(tl.float32)[:, None] + tl.zeros_like(x))
-            scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
+            scaled = tl.where(sound[:, None], tl.minimum(tl.maximum(scaled, -448.0), 448.0), 0.0)
             tl.store(p_data, e4m3_bits(scaled).to(tl.uint8), mask=m)
         else:
+            if DATA.dtype.element_ty == tl.float16:
+                x = _within(x, 65504.0)
+            elif DATA.dtype.element_ty == tl.bfloat16:
+                x = _within(x, 3.3895313892515355e38)
             tl.store(p_data, x.to(DATA.dtype.element_ty), mask=m)
 
 
 @triton.jit
-def _range(least, most, m_t, LEVELS: tl.constexpr):
+def _sound(x, m):
+    """Whether all of a vector's numbers are finite."""
+    return tl.min((finite(x) | (m == 0)).to(tl.int32), 1) > 0
+
+
+@triton.jit
+def _within(x, MOST: tl.constexpr):
+    """`x` with its finite numbers clamped."""
+    return tl.where(finite(x), tl.minimum(tl.maximum(x, -MOST), MOST), x)
+
+
+@triton.jit
+def _range(least, most, m_t, sound, LEVELS: tl.constexpr):
     """float16 minimum and scale; the codes absorb the rounding of the minimum."""
-    least = tl.where(m_t, least, 0.0).to(tl.float16)
-    span = tl.where(m_t, most, 0.0) - least.to(tl.float32)
-    return least, scale_of(span, LEVELS)
+    least = tl.minimum(tl.maximum(tl.where(m_t & sound, least, 0.0), -65504.0), 65504.0)
+    least = least.to(tl.float16)
+    span = tl.where(m_t & sound, most, 0.0) - least.to(tl.float32)
+    scale = scale_of(span, sound, LEVELS)
+    return tl.where(sound, least.to(tl.float32), float("nan")).to(tl.float16), scale

@@ -166,10 +166,17 @@ def round_even(x):
 
 
 @triton.jit
-def scale_of(span, LEVELS: tl.constexpr):
-    """float16 scale of values that span `span`: never zero, never infinite."""
+def scale_of(span, sound, LEVELS: tl.constexpr):
+    """float16 scale of values that span `span`: never zero or infinite, NaN where not `sound`."""
     scale = tl.div_rn(span, tl.zeros_like(span) + LEVELS)
-    return tl.minimum(tl.maximum(scale, 6.103515625e-05), 65504.0).to(tl.float16)
+    scale = tl.minimum(tl.maximum(scale, 6.103515625e-05), 65504.0)
+    return tl.where(sound, scale, float("nan")).to(tl.float16)
+
+
+@triton.jit
+def finite(x):
+    """Whether numbers are neither NaN nor infinite."""
+    return (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
 
 
 @triton.jit

@@ -203,7 +203,7 @@ class Worker:
         name = self._place_name(task)
         path = self.setup.out / "plans" / f"{name}.json"
         if path.is_file():
-            return Placed.model_validate_json(path.read_text(encoding="utf-8"))
+            return Placed.load(path)
         bench = Bench(
             self.shape, self.profiles.solve, self.profiles.solve_bits_only, self._row_bytes
         )

@@ -16,6 +16,7 @@ from kvcompress.errors import ProfileError
 from kvcompress.profile.measure import PromptResult
 from kvcompress.profile.store import PROFILE_FILE, Profile
 from kvcompress.quant.keystats import KeyStats
+from kvcompress.strict import JSON_LIMIT_BYTES, NotStrictError, load_json, read_bytes
 
 SETTINGS_FILE: Final = "settings.json"
 PROMPTS: Final = "prompts"
@@ -63,9 +64,11 @@ class Workplace:
         if not path.is_file():
             return None
         try:
-            made: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            made = load_json(read_bytes(path, JSON_LIMIT_BYTES))
+        except NotStrictError as error:
             raise ProfileError(f"{path}: cannot read it ({error}); remove the directory") from None
+        if not isinstance(made, dict):
+            raise ProfileError(f"{path}: not a JSON object; remove the directory")
         return made
 
     def finished(self) -> Profile | None:

@@ -53,6 +53,7 @@ from kvcompress.profile.store import (
     Profile,
     Provenance,
     Table,
+    file_sha256,
 )
 from kvcompress.profile.tokens import opening_ids, punct_ids, repeat_ids, special_ids
 from kvcompress.profile.weights import ROUNDED, WEIGHT_PROMPTS, measure_weights
@@ -147,6 +148,8 @@ def run(
     profile = profile.model_copy(update=found)
     params.save(place.directory / f".{PARAMS_FILE}")
     (place.directory / f".{PARAMS_FILE}").replace(place.directory / PARAMS_FILE)
+    noted = {"params_sha256": file_sha256(place.directory / PARAMS_FILE)}
+    profile = profile.model_copy(update=noted)
     profile.save(place.directory)
     place.clear()
     steps.finish()

@@ -7,6 +7,7 @@ plan.json               the plan of the recipe's own policy
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -21,6 +22,7 @@ from kvcompress.plan import (
     NonNegativeInt,
     PositiveInt,
     StrictModel,
+    Text,
     TokenIds,
     WeightScheme,
     explain,
@@ -108,6 +110,8 @@ class Profile(StrictModel):
         surrogate_r2: ``[layer][KV head]`` R² of the trained surrogate on prompts that it was not
             trained on; None for other scorers.
         repeat_heads: ``[layer][KV head]`` KVzip's score of each head, see `repeat.head_scores`.
+        params_sha256: of the file with the key constants that were measured with; None in profiles
+            made before it was noted.
     """
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
@@ -135,6 +139,7 @@ class Profile(StrictModel):
     loss_note: str = ""
     surrogate_r2: tuple[tuple[float, ...], ...] | None = None
     repeat_heads: tuple[tuple[float, ...], ...] = ()
+    params_sha256: Text | None = None
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:
@@ -198,9 +203,19 @@ class Profile(StrictModel):
         """The key constants beside profile.json.
 
         Raises:
-            ProfileError: if they are missing, damaged or of another model.
+            ProfileError: if they are missing, damaged, of another model or of another profile.
         """
-        return load_params(directory, self.shape)
+        params = load_params(directory, self.shape)
+        path = Path(directory) / PARAMS_FILE
+        if self.params_sha256 not in (None, file_sha256(path)):
+            raise ProfileError(f"{path}: not the key constants of this profile; profile again")
+        return params
+
+
+def file_sha256(path: Path) -> str:
+    """Of the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_params(directory: Path | str, shape: ModelShape) -> KVParams:

@@ -7,6 +7,12 @@ A vector of `head_dim` numbers becomes
   model  the vector itself
 with `scale` and `minimum` in float16, one pair for the vector or for each of `groups` equal parts.
 
+Integer codes reach from −65504, the least of float16, to 65504 · 255 (int8) or 65504 · 15 (int4)
+above their minimum, fp8 codes to ±65504 · 448: within it a number is off by half a step of its
+code, and what is beyond reads as that end. A part with infinity or NaN in it reads as NaN
+throughout, so that attention that sees it gives NaN, as it does without codes. ``model`` keeps
+both, and rounds no finite number to infinity.
+
 Per-channel groups over tokens (KIVI, arXiv 2402.02750) need no second look here: they lose accuracy
 when single slots are overwritten, because an old range must hold a new token.
 """
@@ -22,6 +28,7 @@ from torch import Tensor
 from kvcompress.plan import KVDtype
 
 FP8_MAX: Final = 448.0  # e4m3; torch before 2.12 casts anything above it to NaN
+HALF_MAX: Final = torch.finfo(torch.float16).max
 _LEVELS: Final = {"int8": 255, "int4": 15}
 VALUE_GROUP: Final = 64
 
@@ -83,15 +90,19 @@ def encode(x: Tensor, dtype: KVDtype, groups: int = 1) -> Codes:
         raise ValueError(f"{dtype} in {groups} groups cannot hold vectors of {head_dim} channels")
     parts = x.float().unflatten(-1, (groups, head_dim // groups))
     if dtype == "fp8":
-        scale = _half(parts.abs().amax(-1) / FP8_MAX)
-        scaled = parts / scale.float().unsqueeze(-1)
+        most = parts.abs().amax(-1)
+        scale = _half(most / FP8_MAX).masked_fill_(~most.isfinite(), torch.nan)
+        scaled = (parts / scale.float().unsqueeze(-1)).nan_to_num_(0.0)
         data = scaled.clamp(-FP8_MAX, FP8_MAX).flatten(-2).to(torch.float8_e4m3fn)
         return Codes(data, scale, None)
     levels = _LEVELS[dtype]
-    low = parts.amin(-1).to(torch.float16)  # rounded first: the codes then absorb its rounding
-    scale = _half((parts.amax(-1) - low.float()) / levels)
+    least, most = parts.amin(-1), parts.amax(-1)
+    broken = ~(least.isfinite() & most.isfinite())
+    # rounded first: the codes then absorb its rounding
+    low = least.clamp(-HALF_MAX, HALF_MAX).to(torch.float16).masked_fill_(broken, torch.nan)
+    scale = _half((most - low.float()) / levels)
     steps = (parts - low.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
-    codes = steps.round_().clamp_(0, levels).to(torch.uint8).flatten(-2)
+    codes = steps.nan_to_num_(0.0).round_().clamp_(0, levels).to(torch.uint8).flatten(-2)
     return Codes(pack_nibbles(codes) if dtype == "int4" else codes, scale, low)
 
 
@@ -115,6 +126,14 @@ def roundtrip(x: Tensor, dtype: KVDtype, groups: int = 1) -> Tensor:
     return decode(encode(x, dtype, groups), dtype, x.shape[-1])
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in a dtype of a model; what is finite stays so."""
+    if x.dtype == dtype or dtype == torch.float32:
+        return x.to(dtype)
+    most = torch.finfo(dtype).max
+    return torch.where(x.isfinite(), x.clamp(-most, most), x).to(dtype)
+
+
 def pack_nibbles(codes: Tensor) -> Tensor:
     """``[..., D]`` codes 0..15 to ``[..., D/2]`` bytes; RoPE partners share a byte."""
     half = codes.shape[-1] // 2
@@ -128,5 +147,4 @@ def unpack_nibbles(data: Tensor) -> Tensor:
 
 def _half(scale: Tensor) -> Tensor:
     """`scale` as float16, never zero: a constant vector has range 0 and codes 0."""
-    tiny = torch.finfo(torch.float16).tiny
-    return scale.clamp(min=tiny, max=torch.finfo(torch.float16).max).to(torch.float16)
+    return scale.clamp(min=torch.finfo(torch.float16).tiny, max=HALF_MAX).to(torch.float16)

@@ -11,7 +11,7 @@ relies on those before it. `TENSORS` look at what the tensors hold, and rely on 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -57,7 +57,7 @@ def fits(value: Any, hint: Any) -> bool:
         return type(value) is int and -_WORD <= value < _WORD
     if hint is range:
         return type(value) is range and fits([value.start, value.stop], list[int])
-    return type(value) is hint or hint not in (bool, str, float)
+    return type(value) is hint or hint not in (bool, str, float, NoneType)
 
 
 # ---- the host's numbers

@@ -169,6 +169,9 @@ class FusedStep:
 
     def _step(self, state: LayerState, view: _View, token: Token, out: Tensor) -> layout.StepStruct:
         query, key, value = (_rows(t) for t in (token.query, token.key, token.value))
+        if not view.fits(query, key, value):
+            shapes = [tuple(t.shape) for t in (query, key, value)]
+            raise ValueError(f"query, key and value {shapes} of a token, in {query.dtype}")
         step = view.step
         view.alive = [query, key, value, out, token.flags]
         step.query, step.key, step.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
@@ -221,7 +224,8 @@ class _View:
         self.alive: list[Any] = []
         center, scale = state.settings.key_constants(state.start.device)
         self._constants = (center.contiguous(), scale.contiguous())
-        self._groups = (layout.GroupStruct * len(state.groups))(*map(_group, state.groups))
+        structs = [_group(state, group) for group in state.groups]
+        self._groups = (layout.GroupStruct * len(structs))(*structs)
         segments = [
             (capacity, number, row, member)
             for number, group in enumerate(state.groups)
@@ -245,29 +249,40 @@ class _View:
     def _layer(self, state: LayerState, queries: int) -> layout.LayerStruct:
         settings, exact_k = state.settings, state.exact_k
         batch, heads, exact, dim = exact_k.shape
-        flags = state.exact_class
+        value_dim, flags = state.exact_v.shape[-1], state.exact_class
+        model = str(exact_k.dtype)[6:]
+        center, scale = (layout.address(t, "float32", heads, dim) for t in self._constants)
+        self._fits = (
+            (exact_k.dtype, (batch, heads * queries, 1, dim)),
+            (exact_k.dtype, (batch, heads, 1, dim)),
+            (exact_k.dtype, (batch, heads, 1, value_dim)),
+        )
         return layout.LayerStruct(
             batch=batch,
             heads=heads,
             queries=queries,
             dim=dim,
-            value_dim=state.exact_v.shape[-1],
+            value_dim=value_dim,
             sinks=settings.sink_tokens,
             exact=exact,
-            dtype=_DTYPES[exact_k.dtype],
-            exact_k=exact_k.data_ptr(),
-            exact_v=state.exact_v.data_ptr(),
-            exact_position=state.exact_position.data_ptr(),
-            exact_class=None if flags is None else flags.data_ptr(),
-            start=state.start.data_ptr(),
-            center=self._constants[0].data_ptr(),
-            scale=self._constants[1].data_ptr(),
+            dtype=layout.DTYPES[model],
+            exact_k=layout.address(exact_k, model, batch, heads, exact, dim),
+            exact_v=layout.address(state.exact_v, model, batch, heads, exact, value_dim),
+            exact_position=layout.address(state.exact_position, "int32", batch, exact),
+            exact_class=None if flags is None else layout.address(flags, "uint8", batch, exact),
+            start=layout.address(state.start, "int32", batch),
+            center=center,
+            scale=scale,
             window=settings.window or 0,
             block=settings.block or 0,
             groups=pointer(self._groups[0]),
             segments=pointer(self._segments[0]),
             segment_count=len(self._segments),
         )
+
+    def fits(self, *vectors: Tensor) -> bool:
+        """Whether query, key and value of a token are of this layer's dtype and shape."""
+        return tuple((t.dtype, t.shape) for t in vectors) == self._fits
 
     def note_victims(self, state: LayerState) -> None:
         """Let the stores note what is about to be overwritten."""
@@ -281,22 +296,34 @@ class _View:
                 group.store.note(torch.tensor(slots, device=state.start.device))
 
 
-def _group(group: Group) -> layout.GroupStruct:
+def _group(state: LayerState, group: Group) -> layout.GroupStruct:
     store, rules = group.store, group.rules
-    members = len(group.heads)
-    for t in (store.keys.data, store.position, group.windows, rules.classes):
-        assert t.is_contiguous()
-    score, recent = store.score, group.recent_score
+    batch, members, slots = state.batch, len(group.heads), store.position.shape[0]
+    model = str(state.exact_k.dtype)[6:]
+    recent = group.recent_score
+    if sorted(len(line) for line in store.capacities) != [members] * batch:
+        raise ValueError(f"capacities of {batch} rows and {members} heads: {store.capacities}")
+    if not all(0 <= head < state.exact_k.shape[1] for head in group.heads):
+        raise ValueError(f"heads {group.heads} of {state.exact_k.shape[1]}")
+    pairs = zip(store.starts, store.capacities, strict=True)
+    layout.check_segments([own for pair in pairs for own in zip(*pair, strict=True)], slots)
+    by_row = rules.classes.ndim == 2
+    own = (batch, members) if by_row else (members,)
+    scored = store.kind.scored
+    if (store.score is not None) != scored or (recent is not None) != scored:
+        raise ValueError(f"scores of a group with {store.kind}")
     return layout.GroupStruct(
-        keys=layout.codes_struct(store.keys, store.kind.k_dtype, store.head_dim),
-        values=layout.codes_struct(store.values, store.kind.v_dtype, store.value_dim),
-        position=store.position.data_ptr(),
-        score=None if score is None else score.data_ptr(),
-        recent_score=None if recent is None else recent.data_ptr(),
-        windows=group.windows.data_ptr(),
-        classes=rules.classes.data_ptr(),
-        by_score=rules.by_score.data_ptr(),
-        keeps_rest=rules.keeps_rest.data_ptr(),
-        rules_stride=0 if rules.classes.ndim == 1 else members,
+        keys=layout.codes_struct(store.keys, store.kind.k_dtype, store.head_dim, model),
+        values=layout.codes_struct(store.values, store.kind.v_dtype, store.value_dim, model),
+        position=layout.address(store.position, "int32", slots),
+        score=None if store.score is None else layout.address(store.score, "float32", slots),
+        recent_score=None
+        if recent is None
+        else layout.address(recent, "float32", batch, members, state.settings.recent_tokens),
+        windows=layout.address(group.windows, "int32", batch, members),
+        classes=layout.address(rules.classes, "int64", *own),
+        by_score=layout.address(rules.by_score, "bool", *own),
+        keeps_rest=layout.address(rules.keeps_rest, "bool", *own),
+        rules_stride=members if by_row else 0,
         members=members,
     )

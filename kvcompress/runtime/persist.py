@@ -243,7 +243,8 @@ def _check_identity(
     for key, (want, text) in wanted.items():
         have = found.get(key)
         if have != want:
+            shown = ascii(str(have))[1:-1][:12]
             raise CacheFileError(
-                f"{path}: made with {text} ({key} {str(have)[:12]}, here {want[:12]}), or run the "
-                "prompt again"
+                f"{path}: made with {text} ({key} {shown}, here {want[:12]}), or run the prompt "
+                "again"
             )

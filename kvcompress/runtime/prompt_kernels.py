@@ -101,18 +101,23 @@ def _encode_in_c(
     store: SegmentStore,
 ) -> None:
     key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
-    kept, slots = kept.contiguous(), slots.contiguous()
     center, scale = (t.contiguous() for t in constants)
-    row, head, token = kept
+    batch, heads, tokens, dim = key.shape
+    count, model, kind = len(slots), str(key.dtype)[6:], store.kind
+    keys = layout.codes_struct(store.keys, kind.k_dtype, store.head_dim, model)
+    values = layout.codes_struct(store.values, kind.v_dtype, store.value_dim, model)
+    if (dim, value.shape) != (keys.dim, (batch, heads, tokens, values.dim)):
+        raise ValueError(f"keys {tuple(key.shape)}, values {tuple(value.shape)}")
+    bounds = torch.tensor([[batch], [heads], [tokens], [keys.slots]])
+    places = torch.cat([kept, slots[None]])
+    if keys.slots != values.slots or not bool(((places >= 0) & (places < bounds)).all()):
+        raise ValueError("kept tokens, or their slots, lie outside of what they are named in")
+    first = layout.address(places, "int64", 4, count)
     prompt = layout.PromptStruct(
         *(key.data_ptr(), value.data_ptr(), *key.stride()[:3], *value.stride()[:3]),
-        *(row.data_ptr(), head.data_ptr(), token.data_ptr(), slots.data_ptr(), len(slots)),
-        *(center.data_ptr(), scale.data_ptr()),
-        *(layout.DTYPES[str(key.dtype)[6:]], torch.get_num_threads()),
+        *(first + 8 * count * line for line in range(4)),
+        count,
+        *(layout.address(t, "float32", heads, dim) for t in (center, scale)),
+        *(layout.DTYPES[model], torch.get_num_threads(), batch, heads, tokens),
     )
-    kind = store.kind
-    kernels.compact(
-        layout.codes_struct(store.keys, kind.k_dtype, store.head_dim),
-        layout.codes_struct(store.values, kind.v_dtype, store.value_dim),
-        prompt,
-    )
+    kernels.compact(keys, values, prompt)

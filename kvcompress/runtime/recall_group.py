@@ -15,6 +15,7 @@ from kvcompress.quant.codec import (
     decode,
     encode,
     has_minimum,
+    rounded,
     row_elements,
     row_torch_dtype,
     value_groups,
@@ -56,7 +57,7 @@ class Coded(NamedTuple):
 
     def put(self, index: tuple[Tensor | slice | int, ...], source: Coded) -> None:
         for target, new in zip(self.tensors(), source.tensors(), strict=True):
-            target[index] = new.to(target.dtype)
+            target[index] = new if new.dtype == target.dtype else rounded(new, target.dtype)
 
 
 def joined(parts: list[Coded]) -> Coded:

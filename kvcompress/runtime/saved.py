@@ -188,6 +188,8 @@ def _lay_out(layer: CompressedLayer, saved: Any, batch: int, dtype: torch.dtype,
     _set_fields(layer, saved)
     if saved["state"] is None:
         return
+    if len(saved["state"]["row_seen"]) != batch:  # before there is anything of so many rows
+        raise ValueError(f"{name}: not so: each list of its rows has one entry for a row")
     state = _empty_state(layer, batch, dtype, _META, ())
     for field, value in saved["state"].items():
         if not isinstance(getattr(state, field), Tensor | None) and field != "groups":

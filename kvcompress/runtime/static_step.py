@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.evict.keepset import class_score, priority
-from kvcompress.quant.codec import Codes, encode, value_groups
+from kvcompress.quant.codec import Codes, encode, rounded, value_groups
 from kvcompress.runtime.static_attend import Token, attend_token
 from kvcompress.runtime.static_state import Block, StaticGroup, StaticState
 from kvcompress.runtime.store import EMPTY
@@ -220,7 +220,7 @@ def _encoded(state: StaticState, group: StaticGroup, leaver: Leaver) -> tuple[Co
             Codes(both.data[0], _of(both.scale, 0), _of(low, 0)),
             Codes(both.data[1], _of(both.scale, 1), _of(low, 1)),
         )
-    keys = Codes(key.to(leaver.key.dtype), None, None)
+    keys = Codes(rounded(key, leaver.key.dtype), None, None)
     return keys if k_dtype == "model" else encode(key, k_dtype), encode(value, v_dtype, parts)
 
 

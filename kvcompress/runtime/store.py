@@ -20,6 +20,7 @@ from kvcompress.quant.codec import (
     decode,
     encode,
     has_minimum,
+    rounded,
     row_elements,
     row_torch_dtype,
     value_groups,
@@ -297,8 +298,13 @@ class SegmentStore:
 
     @staticmethod
     def _put(target: Codes, source: Codes, slots: Tensor) -> None:
-        target.data[slots] = source.data.to(target.data.dtype)
+        target.data[slots] = _as_stored(source.data, target.data.dtype)
         if target.scale is not None and source.scale is not None:
             target.scale[slots] = source.scale
         if target.minimum is not None and source.minimum is not None:
             target.minimum[slots] = source.minimum
+
+
+def _as_stored(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Vectors that are stored uncoded come in float32."""
+    return data if data.dtype == dtype else rounded(data, dtype)

@@ -122,6 +122,8 @@ ROWS: list[Row] = [
      edit(manifest.PLAN, "model", "config_hash", to="0" * 64), "was made for another model than"),
     (CHECKS, "model of the profile", "bf16",
      edit(manifest.PROFILE, "shape", "head_dim", to=32), "another head_dim than the plan's"),
+    (CHECKS, "constants of the profile", "bf16",
+     edit(manifest.PROFILE, "params_sha256", to="3" * 64), "not the key constants of the profile"),
     (CHECKS, "trained parameters", "bf16",
      params("surrogate", lambda v: v[:, :-1]), "was trained for hidden states of another size"),
     (CHECKS, "tokenizer", "bf16", foreign_tokenizer, "its tokenizer is not the one"),
@@ -245,6 +247,18 @@ def test_every_named_check_has_its_bundle() -> None:
     for registry in registries:
         tried = {check for owner, check, *_ in ROWS if owner is registry}
         assert tried == set(registry) - BY_TRANSFORMERS
+
+
+def test_a_tokenizer_without_tokens_is_refused(benches: Callable[[str], Bench]) -> None:
+    def empty(bench: Bench) -> None:
+        tree = json.loads(bench.whole["tokenizer.json"])
+        bench.put(
+            "tokenizer.json", json.dumps({**tree, "model": {**tree["model"], "vocab": {}}}).encode()
+        )
+        bench.seal({*bench.changed})
+
+    checked, _ = both(benches("bf16"), empty, lambda: None)
+    assert "its tokenizer makes no token of a text" in checked
 
 
 @pytest.mark.parametrize("method", [{}, [], 1, None, "x", True])

@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from kvcompress.bundle import manifest
+import kvcompress
+from kvcompress.bundle import manifest, read
 from kvcompress.bundle.read import _release, open_bundle
+from kvcompress.bundle.verify import verify
 from kvcompress.cli.app import main
-from kvcompress.errors import KVCompressError
+from kvcompress.errors import BundleError, KVCompressError
+from kvcompress.fingerprint import tokenizer_hash
+from kvcompress.quant import keystats
 from tests.bundle.helpers import Exported, edit_json, relist
 
 WEIGHTS = "model.safetensors"
@@ -137,6 +142,77 @@ def wrong_params(bundle: Path) -> None:
     relist(bundle)
 
 
+def change_weights(bundle: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Other tensors, in a bundle whose index and hashes are those of the new file."""
+    tensors = load_file(bundle / WEIGHTS)
+    change(tensors)
+    save_file(tensors, bundle / WEIGHTS, {"format": "pt"})
+    edit_json(bundle / manifest.INDEX, weight_map=dict.fromkeys(tensors, WEIGHTS))
+    relist(bundle)
+
+
+def other_constants(bundle: Path) -> None:
+    """Key constants of another profile, sealed again."""
+    edit_json(bundle / manifest.FOLDER / "profile.json", params_sha256="0" * 64)
+    relist(bundle)
+
+
+def other_index(bundle: Path) -> None:
+    index = json.loads((bundle / manifest.INDEX).read_text())["weight_map"]
+    edit_json(bundle / manifest.INDEX, weight_map={**index, "extra": WEIGHTS})
+    relist(bundle)
+
+
+def weights_of_integers(bundle: Path) -> None:
+    change_weights(bundle, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].int()}))
+
+
+def other_heads(bundle: Path) -> None:
+    """A plan with the right hash, for a model of half the head size."""
+    plan = json.loads((bundle / manifest.PLAN).read_text())
+    edit_json(bundle / manifest.PLAN, model={**plan["model"], "head_dim": 16})
+    tensors = load_file(bundle / manifest.PARAMS)
+    halves = {name: t[:, :16].contiguous() for name, t in tensors.items()}
+    save_file(halves, bundle / manifest.PARAMS)
+    relist(bundle)
+
+
+def far_repeat_ids(bundle: Path) -> None:
+    edit_json(bundle / manifest.PLAN, repeat_ids=[5, 10**6])
+    relist(bundle)
+
+
+def half_constants(bundle: Path) -> None:
+    tensors = load_file(bundle / manifest.PARAMS)
+    save_file({name: t.half() for name, t in tensors.items()}, bundle / manifest.PARAMS)
+    relist(bundle)
+
+
+def nan_constants(bundle: Path) -> None:
+    tensors = load_file(bundle / manifest.PARAMS)
+    tensors["layers.1.k_scale"][0, 3] = float("nan")
+    save_file(tensors, bundle / manifest.PARAMS)
+    relist(bundle)
+
+
+def other_surrogate(bundle: Path) -> None:
+    tensors = load_file(bundle / manifest.PARAMS)
+    trained = {f"layers.{i}.scorer.surrogate": torch.ones(2, 5) for i in range(2)}
+    save_file({**tensors, **trained}, bundle / manifest.PARAMS)
+    relist(bundle)
+
+
+def far_tokens(bundle: Path) -> None:
+    """A tokenizer, hashes and all, whose last token the model does not embed."""
+    path = bundle / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"]["Zebra"] = 100_000
+    path.write_text(json.dumps(data))
+    made = tokenizer_hash(AutoTokenizer.from_pretrained(bundle))
+    edit_json(bundle / manifest.PLAN, tokenizer_hash=made)
+    relist(bundle, tokenizer_hash=made)
+
+
 def foreign_profile(bundle: Path) -> None:
     edit_json(bundle / manifest.PROFILE, calibration_texts=["a private letter"])
     relist(bundle)
@@ -159,6 +235,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     truncate: r"model\.safetensors: truncated, it has \d+ bytes and the manifest says \d+; copy",
     tamper: r"model\.safetensors: changed after the export, its sha256 is",
     tamper_plan: r"plan\.json: changed after the export",
+    other_constants: r"kv_params\.safetensors: not the key constants of the profile beside it",
     drop: r"kv_params\.safetensors: missing; copy or export",
     add_inside: r"hook\.py: not listed in kvcompress/manifest\.json; remove it",
     add_weights: r"model-2\.safetensors: not listed in",
@@ -176,6 +253,12 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     other_weights: r"config\.json: its quantization_config is not that of bf16 weights",
     no_pointer: r"config\.json: its kvcompress entry is not",
     wrong_params: r"k_center has shape \(2, 16\), the model has \(2, 32\)",
+    other_index: r"does not list the tensors that are in the files",
+    weights_of_integers: r"lm_head.weight is I32, which bf16 weights do not have",
+    other_heads: r"plan\.json: its model has another head_dim than config\.json",
+    far_repeat_ids: r"repeat_ids names token 1000000, the model has \d+; profile and export",
+    other_surrogate: r"surrogate was trained for hidden states of another size than 128",
+    far_tokens: r"its tokenizer has token 100000, its model embeds",
     foreign_profile: r"profile\.json: calibration_texts: unknown key",
     broken_params: r"no key constants can be read",
     missing_package: r"needs kvcompress-no-such-package>=1\.0; pip install",
@@ -218,6 +301,59 @@ def test_every_command_refuses_in_one_line(
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("error: ") and str(bundle) in err
+
+
+def nothing(*arguments: object) -> None:
+    """In place of a check."""
+
+
+# what each check of a reader alone refuses; without it the bundle is opened
+ALONE: dict[tuple[object, str], Callable[[Path], None]] = {
+    (read, "_check_files"): tamper_plan,
+    (read, "_check_needs"): old_package,
+    (read, "_check_weights"): weights_of_integers,
+    (read, "_check_model"): far_repeat_ids,
+    (read, "_check_trained"): other_surrogate,
+    (read, "_check_tokenizer"): far_tokens,
+    (keystats, "_check_header"): half_constants,
+    (keystats, "_check_values"): nan_constants,
+}
+
+
+@pytest.mark.parametrize("check", ALONE, ids=lambda check: check[1])
+def test_every_check_is_needed(
+    check: tuple[object, str], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ALONE[check](bundle)
+    with pytest.raises(BundleError, match="bundle"):
+        open_bundle(bundle)
+    monkeypatch.setattr(*check, nothing)
+    assert open_bundle(bundle).path == bundle
+
+
+NAN, NONE = float("nan"), "model.layers.1.mlp.up_proj.weight"
+WEIGHT_DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "missing": (lambda t: t.pop(NONE), f"{NONE} is not among its weights"),
+    "no layers": (
+        lambda t: [t.pop(name) for name in list(t) if ".layers." in name],
+        "is not among its weights",
+    ),
+    "one more": (lambda t: t.update(extra=torch.zeros(1)), "extra is not a tensor of the model"),
+    "shape": (lambda t: t.update({NONE: torch.zeros(3, 3)}), "cannot load the weights"),
+    "nan": (lambda t: t[NONE].fill_(NAN), f"{NONE} holds NaN or infinite values"),
+    "huge": (lambda t: t[NONE].fill_(1e30), f"{NONE} holds .* no weight is beyond 65504"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHT_DAMAGES)
+def test_load_and_verify_refuse_the_same_weights(name: str, bundle: Path) -> None:
+    change, message = WEIGHT_DAMAGES[name]
+    change_weights(bundle, change)
+    with pytest.raises(BundleError, match=message) as loading:
+        kvcompress.load(bundle)
+    with pytest.raises(BundleError, match=message) as verifying:
+        verify(bundle)
+    assert str(loading.value) == str(verifying.value) and "\n" not in str(loading.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere", ""])

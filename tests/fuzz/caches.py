@@ -13,10 +13,11 @@ from typing import Any, Final
 import torch
 
 from kvcompress.errors import KVCompressError
-from kvcompress.plan import Budget, FastGenChoice, HeadPlan, Plan, PooledBudget
+from kvcompress.plan import Budget, FastGenChoice, HeadPlan, PerRequest, PooledBudget
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.cachefile import CacheFileError
-from kvcompress.runtime.hf import attach, new_cache
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.attached import new_cache
 from kvcompress.runtime.hf.names import as_argument
 from tests.fuzz.mutate import (
     TEXTS,
@@ -24,7 +25,6 @@ from tests.fuzz.mutate import (
     mutate_bytes,
     mutate_safetensors,
     mutate_tree,
-    places,
 )
 from tests.fuzz.run import refusal
 from tests.runtime.models import VOCAB, build
@@ -32,20 +32,29 @@ from tests.runtime.test_persist import MIXED, params_for, plan_for, talk
 
 _ZEROS: Final = b"0" * 64
 _SEAL: Final = b'"sha256":"'
+_CLASSES: Final = {"special": True, "punct": True}
 _SCORED: Final = [
-    HeadPlan(special=True, punct=True, frequent=Budget(tokens=9), local=Budget(ratio=0.3), k_dtype="int4"),
-    HeadPlan(special=True, punct=True, frequent=Budget(ratio=0.4), local=Budget(tokens=6), v_dtype="int4"),
-]  # fmt: skip
+    HeadPlan(**_CLASSES, frequent=Budget(tokens=9), local=Budget(ratio=0.3), k_dtype="int4"),
+    HeadPlan(**_CLASSES, frequent=Budget(ratio=0.4), local=Budget(tokens=6), v_dtype="int4"),
+]
 
 
 class Seed:
     """A model with a plan, and the file of a cache that it filled."""
 
-    def __init__(self, family: str, heads: list[HeadPlan], folder: Path, **settings: Any) -> None:
+    def __init__(
+        self,
+        family: str,
+        heads: list[HeadPlan],
+        folder: Path,
+        per_request: PerRequest | None = None,
+        **settings: Any,
+    ) -> None:
         self.model = build(family)
-        self.plan: Plan = plan_for(self.model, heads, **settings)
+        plan = plan_for(self.model, heads, **settings)
+        self.plan = plan.model_copy(update={"per_request": per_request})
         attach(self.model, self.plan, params_for(self.plan))
-        spans = [[(3, 9), (30, 35)], [(20, 24)]] if "per_request" not in settings else ()
+        spans = [[(3, 9), (30, 35)], [(20, 24)]] if per_request is None else ()
         cache = new_cache(self.model, protect=spans)
         talk(self.model, cache, [7, 0], 40, 1, 1, 1, 12, 1, 1)
         path = folder / "seed.kvc"
@@ -193,12 +202,9 @@ def go_on(model: Any, cache: CompressedCache) -> None:
         mask = torch.ones(batch, seen + length, dtype=torch.long)
         first = cache.compressed_layers[0].state
         assert first is not None
-        for row, start in enumerate(first.start.tolist()):
-            mask[row, : max(0, start)] = 0
-        positions = mask.cumsum(1)[:, seen:] - 1
+        for row, real in enumerate(first.row_seen):
+            mask[row, : seen - real] = 0
+        positions = (mask.cumsum(1)[:, seen:] - 1).clamp(min=0)
         model(input_ids=ids, attention_mask=mask, position_ids=positions, **as_argument(cache))
     cache.reorder_cache(torch.arange(batch - 1, -1, -1))
     model(input_ids=torch.full((batch, 1), 5), **as_argument(cache))
-
-
-__all__ = ["Seed", "go_on", "mutant", "places", "prepare", "seal", "sealed", "seeds"]

@@ -176,7 +176,7 @@ class Safetensors:
 def mutate_safetensors(rng: Random, file: Safetensors) -> Safetensors:
     """A mutant of the header's entries, or of the bytes of a tensor; metadata stay."""
     file = Safetensors(copy.deepcopy(file.metadata), copy.deepcopy(file.entries), file.data)
-    if not file.entries:
+    if not all(map(_whole, file.entries.values())) or not file.entries:
         return file
     name = rng.choice(list(file.entries))
     change = rng.choice(
@@ -185,6 +185,19 @@ def mutate_safetensors(rng: Random, file: Safetensors) -> Safetensors:
     )
     change(rng, file, name)
     return file
+
+
+def _whole(entry: Any) -> bool:
+    """Whether an entry still is one, after a change that did not ask."""
+    try:
+        start, stop = entry["data_offsets"]
+        numbers = [start, stop, *entry["shape"]]
+        return (
+            all(type(n) is int and 0 <= n < 1 << 30 for n in numbers)
+            and entry["dtype"] in DTYPE_BYTES
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _tree(rng: Random, file: Safetensors, name: str) -> None:

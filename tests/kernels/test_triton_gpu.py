@@ -23,6 +23,7 @@ from tests.kernels.cases import (
     split,
     to,
 )
+from tests.kernels.ends import CODES, broken, ends, same_bits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -194,3 +195,23 @@ def test_column_sums(dtype, tolerance):
     expected = colsum.prefill_colsum(*arguments)
     got = prefill_colsum(*(to(a, "cuda") for a in arguments))
     torch.testing.assert_close(got.cpu(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("code", CODES)
+def test_ends_of_every_dtype(code, dtype):
+    from kvcompress.kernels.compact_quantize.triton import compact_quantize
+
+    rows = torch.cat([ends(dtype, 128), broken(dtype, 128)]).cuda()
+    key, value = rows[None, None], rows.flip(0)[None, None].contiguous()
+    count = len(rows)
+    kept = torch.stack([torch.zeros(count), torch.zeros(count), torch.arange(count)]).long().cuda()
+    constants = torch.full((1, 128), 0.25).cuda(), torch.full((1, 128), 0.5).cuda()
+    results = []
+    for kernel in (compact_quantize, compact.compact_quantize):
+        keys = to(empty_codes(code, count, 128, 1, dtype), "cuda")
+        values = to(empty_codes(code, count, 128, value_groups(code, 128), dtype), "cuda")
+        kernel(key, value, kept, kept[2], *constants, keys, values, code, code)
+        results.append((keys, values))
+    for ours, theirs in zip(*results, strict=True):
+        same_bits(ours, theirs)

@@ -1,6 +1,8 @@
 """The whole profiler on a tiny model: numbers, going on after a stop, and what it refuses."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +41,21 @@ def test_a_profile_directory_is_complete(finished, llama):
     assert [tuple(s.shape) for s in params.k_scale] == [(2, 16)] * 2
     assert profile.weight_bytes["bf16"] == 2 * sum(p.numel() for p in llama.parameters())
     assert profile.weight_bytes["nf4"] < profile.weight_bytes["int8"] < profile.weight_bytes["bf16"]
+
+
+def test_constants_of_another_profile_are_refused(finished, tmp_path):
+    out, _ = finished
+    copy = tmp_path / "p"
+    shutil.copytree(out, copy)
+    profile = Profile.load(copy)
+    constants = profile.load_params(copy)
+    replace(constants, k_scale=tuple(s * 2 for s in constants.k_scale)).save(
+        copy / "kv_params.safetensors"
+    )
+    with pytest.raises(ProfileError, match="not the key constants of this profile"):
+        profile.load_params(copy)
+    old = profile.model_copy(update={"params_sha256": None})  # made before it was noted
+    assert torch.equal(old.load_params(copy).k_scale[0], 2 * constants.k_scale[0])
 
 
 def test_numbers_are_sane(finished):

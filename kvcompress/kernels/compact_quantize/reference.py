@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvcompress.plan import KVDtype
-from kvcompress.quant.codec import Codes, encode, value_groups
+from kvcompress.quant.codec import Codes, encode, rounded, value_groups
 
 
 def compact_quantize(
@@ -32,7 +32,7 @@ def compact_quantize(
     row, head, token = kept
     k = (key[row, head, token].float() - center[head]) / key_scale[head]
     v = value[row, head, token]
-    k = k.to(key.dtype) if k_dtype == "model" else k
+    k = rounded(k, key.dtype) if k_dtype == "model" else k
     groups = value_groups(v_dtype, v.shape[-1])
     for target, source in ((keys, encode(k, k_dtype)), (values, encode(v, v_dtype, groups))):
         target.data[slots] = source.data

@@ -1,11 +1,22 @@
-"""The structures of src/kvc.h, src/decode.h and src/compact.c, field by field."""
+"""The structures of src/kvc.h, src/decode.h and src/compact.c, field by field.
+
+C trusts what it is told. So every address in them comes from `address`, which makes sure of what
+lies there, and every place in an array was checked against the array's length: here, when a
+structure is made, and not again for each token.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from typing import TYPE_CHECKING, Final
 
+from kvcompress.plan import KVDtype
+from kvcompress.quant.codec import has_minimum, row_elements
+
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvcompress.quant.codec import Codes
 
 DTYPES: Final = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "fp8": 5}
@@ -27,6 +38,7 @@ class CodesStruct(Structure):
         ("dim", c_int32),
         ("groups", c_int32),
         ("row_bytes", c_int32),
+        ("slots", c_int64),
     )
 
 
@@ -139,21 +151,69 @@ class PromptStruct(Structure):
         ("scale", c_void_p),
         ("dtype", c_int32),
         ("threads", c_int32),
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("tokens", c_int64),
     )
 
 
 STRUCTS: Final = (CodesStruct, GroupStruct, SegmentStruct, LayerStruct, StepStruct)
 
 
-def codes_struct(codes: Codes, dtype: str, dim: int) -> CodesStruct:
-    """Where flat codes of `dim` channels lie; `dtype` as a plan names it."""
-    number = DTYPES[str(codes.data.dtype)[6:] if dtype == "model" else dtype]
+def address(tensor: Tensor, dtype: str, *shape: int) -> int:
+    """Where the elements of a tensor lie.
+
+    Raises:
+        ValueError: where it is not a dense array on the CPU of this dtype and shape.
+    """
+    found = (tensor.device.type, str(tensor.dtype)[6:], tuple(tensor.shape))
+    if found != ("cpu", dtype, shape) or not tensor.is_contiguous():
+        raise ValueError(f"C was to be given cpu {dtype} {shape}, this is {found}")
+    return tensor.data_ptr()
+
+
+def codes_struct(codes: Codes, dtype: KVDtype, dim: int, model_dtype: str) -> CodesStruct:
+    """Where flat codes of `dim` channels lie.
+
+    Raises:
+        ValueError: where data, scales and minima are not those of one number of slots.
+    """
+    slots, row = codes.data.shape[0], row_elements(dtype, dim)
+    held = {"model": model_dtype, "fp8": "float8_e4m3fn"}.get(dtype, "uint8")
+    groups = 1 if codes.scale is None else codes.scale.shape[-1]
+    coded = dtype != "model"
+    if (codes.scale is not None) != coded or (codes.minimum is not None) != has_minimum(dtype):
+        raise ValueError(f"codes of {dtype} with scale {codes.scale}, minimum {codes.minimum}")
+    if dim > MAX_DIM or dim % groups:
+        raise ValueError(f"vectors of {dim} channels in {groups} groups")
     return CodesStruct(
-        data=codes.data.data_ptr(),
-        scale=None if codes.scale is None else codes.scale.data_ptr(),
-        minimum=None if codes.minimum is None else codes.minimum.data_ptr(),
-        dtype=number,
+        data=address(codes.data, held, slots, row),
+        scale=_meta(codes.scale, slots, groups),
+        minimum=_meta(codes.minimum, slots, groups),
+        dtype=DTYPES[dtype if coded else model_dtype],
         dim=dim,
-        groups=1 if codes.scale is None else codes.scale.shape[-1],
-        row_bytes=codes.data.shape[-1] * codes.data.element_size(),
+        groups=groups,
+        row_bytes=row * codes.data.element_size(),
+        slots=slots,
     )
+
+
+def _meta(tensor: Tensor | None, slots: int, groups: int) -> int | None:
+    return None if tensor is None else address(tensor, "float16", slots, groups)
+
+
+def check_segments(segments: Sequence[tuple[int, int]], slots: int) -> None:
+    """
+    Args:
+        segments: (start, capacity) of all segments of a group that has so many slots.
+
+    Raises:
+        ValueError: where one leaves the arrays or shares a slot with another.
+    """
+    stop = 0
+    for start, capacity in sorted(segments):
+        if start < stop or capacity < 0:
+            raise ValueError(f"segments of {capacity} slots at {start}, behind {stop}")
+        stop = start + capacity
+    if stop > slots:
+        raise ValueError(f"segments up to slot {stop} of {slots}")

@@ -148,6 +148,23 @@ def _found() -> Library | Absent:
         return Absent(
             "the C kernels were not built: install kvcompress where a C compiler is at hand"
         )
+    return _opened(path)
+
+
+def use(path: Path) -> None:
+    """Use kernels that were built elsewhere; before any other, for tests.
+
+    Raises:
+        RuntimeError: where they cannot be loaded.
+    """
+    global _found
+    found = _opened(path)
+    if isinstance(found, Absent):
+        raise RuntimeError(found.reason)
+    _found = cache(lambda: found)
+
+
+def _opened(path: Path) -> Library | Absent:
     try:
         library = CDLL(str(path))
         _declare(library)

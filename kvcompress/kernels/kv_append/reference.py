@@ -9,7 +9,7 @@ from kvcompress.evict.keepset import class_score
 from kvcompress.kernels.decode_split.flat import sees
 from kvcompress.kernels.score_select.reference import ranks, vote_weight
 from kvcompress.plan import KVDtype
-from kvcompress.quant.codec import Codes, encode, value_groups
+from kvcompress.quant.codec import Codes, encode, rounded, value_groups
 
 
 def kv_append(
@@ -109,9 +109,8 @@ def kv_append(
                     if score is not None and int(bits[head]) & 16:
                         score[to] = own_score[0]
                     k = exact_k[row, head, exact_slot].float()
-                    k = ((k - center[head]) / key_scale[head]).to(
-                        exact_k.dtype if k_dtype == "model" else torch.float32
-                    )
+                    k = (k - center[head]) / key_scale[head]
+                    k = rounded(k, exact_k.dtype) if k_dtype == "model" else k
                     v = exact_v[row, head, exact_slot]
                     _write(keys, to, encode(k, k_dtype))
                     _write(values, to, encode(v, v_dtype, value_groups(v_dtype, v.shape[-1])))

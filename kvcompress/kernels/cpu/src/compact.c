@@ -11,6 +11,7 @@ typedef struct {
     int64_t count;
     const float *center, *scale; /* [heads, dim] key constants */
     int32_t dtype, threads;
+    int64_t batch, heads, tokens;
 } kvc_prompt;
 
 typedef struct {
@@ -26,6 +27,8 @@ static void one_block(void *context, int64_t item) {
     const int32_t dim = j->keys->dim;
     float x[KVC_MAX_DIM];
     for (int64_t t = first; t < stop; t++) {
+        KVC_CHECK(p->row[t] >= 0 && p->row[t] < p->batch && p->head[t] >= 0 && p->head[t] < p->heads);
+        KVC_CHECK(p->token[t] >= 0 && p->token[t] < p->tokens);
         const int64_t key = p->row[t] * p->key_row + p->head[t] * p->key_head + p->token[t] * p->key_token;
         const int64_t value =
             p->row[t] * p->value_row + p->head[t] * p->value_head + p->token[t] * p->value_token;

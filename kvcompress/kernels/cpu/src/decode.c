@@ -96,15 +96,16 @@ static void prepare(const job *j, const kvc_segment *s, partial *p) {
         q->sum[r] = sum;
         if (!j->isa->integer_dots) continue;
         int64_t held = 0;
+        const int usable = most < INFINITY && sum == sum; /* else logits are NaN or infinite by `sum` */
         const float factor = most > 0 ? 32639.0f / most : 0;
         q->unit[r] = most / 32639.0f;
         for (int i = 0; i < dim; i++) {
             /* any rounding will do: what it leaves out is added back in sum */
-            const int32_t v = (int32_t)(code[i] * factor + (code[i] < 0 ? -0.5f : 0.5f));
+            const int32_t v = usable ? (int32_t)(code[i] * factor + (code[i] < 0 ? -0.5f : 0.5f)) : 0;
             const int32_t h = (v + 128) >> 8;
             int8_t *high = p->high + (int64_t)4 * r * q->padded + kvc_place(i);
             int8_t *low = p->low + (int64_t)4 * r * q->padded + kvc_place(i);
-            for (int t = 0; t < 16; t += 4) high[t] = (int8_t)h, low[t] = (int8_t)(v - (h << 8));
+            for (int t = 0; t < 16; t += 4) high[t] = (int8_t)h, low[t] = (int8_t)(v - h * 256);
             held += v;
         }
         q->rest[r] = kvc_middle(&y->groups[s->group].keys) * (float)((double)sum - (double)q->unit[r] * (double)held);
@@ -163,6 +164,17 @@ static void weigh_part(const kvc_isa *isa, const kvc_codes *values, int64_t slot
                sight->scale ? KVC_CHUNK : p->stride, rows, sum, sum_stride, tile);
 }
 
+static void check_segment(const kvc_layer *y, const kvc_segment *s) {
+    const kvc_group *g = y->groups + s->group;
+    KVC_CHECK(s->group >= 0 && s->row >= 0 && s->row < y->batch && s->head >= 0 && s->head < y->heads);
+    KVC_CHECK(s->member >= 0 && s->member < g->members);
+    KVC_CHECK(s->start >= 0 && s->capacity >= 0 && s->start + s->capacity <= g->keys.slots);
+    KVC_CHECK(g->keys.slots == g->values.slots && g->keys.dim == y->dim && g->values.dim == y->value_dim);
+    KVC_CHECK(y->queries <= KVC_MAX_ROWS && y->dim <= KVC_MAX_DIM && y->value_dim <= KVC_MAX_DIM);
+    KVC_CHECK(y->sinks >= 0 && y->sinks < y->exact);
+    (void)g;
+}
+
 /* One chunk of a segment's codes: its softmax for itself. */
 static void attend_chunk(const job *j, const kvc_segment *s, partial *p, int64_t chunk, workspace *w) {
     const kvc_layer *y = j->layer;
@@ -210,8 +222,9 @@ static void attend_exact(const job *j, const kvc_segment *s, const partial *p, w
     const int32_t first = first_seen(y, s->row, step->position);
     const int32_t *position = y->exact_position + (int64_t)s->row * y->exact;
     kvc_codes exact = {(char *)y->exact_k + head * y->exact * dim * size, NULL, NULL, y->dtype, dim, 1,
-                       dim * size};
+                       dim * size, y->exact};
     kvc_codes own = exact;
+    own.slots = 1;
     own.data = (char *)step->key + (s->row * step->key_row + s->head * step->key_head) * size;
     kvc_query q = p->query;
     q.value = p->exact_query;
@@ -248,8 +261,9 @@ static void merge(const job *j, const kvc_segment *s, partial *p, int r, workspa
         j->isa->add_scaled(out, p->sum + (c * g + r) * j->sum_stride, dim, factor[c]);
     }
     kvc_codes exact = {(char *)y->exact_v + head * y->exact * dim * size, NULL, NULL, y->dtype, dim, 1,
-                       dim * size};
+                       dim * size, y->exact};
     kvc_codes own = exact;
+    own.slots = 1;
     own.data = (char *)step->value + (s->row * step->value_row + s->head * step->value_head) * size;
     j->isa->weigh(&exact, 0, y->exact, 0, dim, x, y->exact + 1, 1, out, dim, w->tile);
     j->isa->weigh(&own, 0, 1, 0, dim, x + y->exact, 1, 1, out, dim, w->tile);
@@ -357,6 +371,7 @@ static void put(const job *j, int64_t number) {
     char *key = (char *)y->exact_k + at * y->dim * size, *value = (char *)y->exact_v + at * y->value_dim * size;
     const int64_t slot = step->victim[number];
     if (slot >= 0) {
+        KVC_CHECK(slot >= s->start && slot < s->start + s->capacity);
         float x[KVC_MAX_DIM];
         const float *center = y->center + (int64_t)s->head * y->dim, *scale = y->scale + (int64_t)s->head * y->dim;
         kvc_from_model(key, y->dtype, y->dim, x);
@@ -476,7 +491,10 @@ KVC_EXPORT int32_t kvc_decode(const kvc_layer *y, const kvc_step *step) {
     const int64_t count = y->segment_count;
     job j = {y, step, kvc_current(), NULL, up(2 * (int64_t)y->value_dim, 64) + 64, NULL, NULL, 0};
     int64_t slots = 0, bytes = up((int64_t)y->batch * 4, 64) + up((count + 1) * 8, 64);
-    for (int64_t i = 0; i < count; i++) slots += y->segments[i].capacity;
+    for (int64_t i = 0; i < count; i++) {
+        check_segment(y, y->segments + i);
+        slots += y->segments[i].capacity;
+    }
     const int shared = step->threads > 1 && kvc_has_threads() && count < FEW * step->threads &&
                        slots > SMALL && (step->what & KVC_ATTEND);
     if (shared) {

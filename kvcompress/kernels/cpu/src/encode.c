@@ -1,4 +1,5 @@
 /* Codes of single vectors, bit for bit as quant/codec.py makes them. */
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -86,8 +87,26 @@ static uint16_t scale_of(float x) {
     return kvc_to_half(x < 0x1p-14f ? 0x1p-14f : x > 65504.0f ? 65504.0f : x);
 }
 
+enum { NOT_A_NUMBER = 0x7e00 }; /* in float16 */
+
+/* Whether all numbers are finite: infinity and NaN times zero are NaN. */
+static int sound(const float *x, int32_t n) {
+    float zeros[8] = {0}, rest = 0;
+    int32_t i = 0;
+    for (; i + 8 <= n; i += 8) /* sums that wait for themselves alone */
+        for (int k = 0; k < 8; k++) zeros[k] += x[i + k] * 0.0f;
+    for (; i < n; i++) rest += x[i] * 0.0f;
+    for (int k = 0; k < 8; k++) rest += zeros[k];
+    return rest == 0;
+}
+
 static void encode_fp8(const float *x, uint8_t *row, uint16_t *scale, int32_t dim) {
     float most = 0;
+    if (!sound(x, dim)) {
+        *scale = NOT_A_NUMBER;
+        memset(row, 0, (size_t)dim);
+        return;
+    }
     for (int32_t i = 0; i < dim; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
     *scale = scale_of(most / 448.0f);
     const float unit = kvc_from_half(*scale);
@@ -97,10 +116,22 @@ static void encode_fp8(const float *x, uint8_t *row, uint16_t *scale, int32_t di
     }
 }
 
+/* Numbers of the model's dtype; none that is finite becomes infinite. */
+static void encode_plain(const float *x, int32_t dtype, int32_t dim, uint8_t *row) {
+    const float most = dtype == KVC_F16 ? 65504.0f : dtype == KVC_BF16 ? 0x1.fep127f : FLT_MAX;
+    float within[KVC_MAX_DIM];
+    for (int32_t i = 0; i < dim; i++) {
+        const float size = fabsf(x[i]);
+        within[i] = size > most && size <= FLT_MAX ? copysignf(most, x[i]) : x[i];
+    }
+    kvc_to_model(within, dtype, dim, row);
+}
+
 void kvc_encode(const kvc_codes *c, int64_t slot, const float *x, int32_t model_dtype) {
+    KVC_CHECK(slot >= 0 && slot < c->slots && c->dim <= KVC_MAX_DIM);
     uint8_t *row = (uint8_t *)c->data + slot * c->row_bytes;
     if (c->dtype < KVC_INT8) {
-        kvc_to_model(x, model_dtype, c->dim, row);
+        encode_plain(x, model_dtype, c->dim, row);
         return;
     }
     uint16_t *scale = c->scale + slot * c->groups;
@@ -129,12 +160,14 @@ void kvc_encode(const kvc_codes *c, int64_t slot, const float *x, int32_t model_
             low = own[i] < low ? own[i] : low;
             high = own[i] > high ? own[i] : high;
         }
-        const uint16_t minimum = kvc_to_half(low);
+        const int whole = sound(own, width);
+        const uint16_t minimum = kvc_to_half(low < -65504.0f ? -65504.0f : low > 65504.0f ? 65504.0f : low);
         low = kvc_from_half(minimum);
-        scale[g] = scale_of((high - low) / levels);
-        c->minimum[slot * c->groups + g] = minimum;
+        scale[g] = whole ? scale_of((high - low) / levels) : NOT_A_NUMBER;
+        c->minimum[slot * c->groups + g] = whole ? minimum : NOT_A_NUMBER;
         const float unit = kvc_from_half(scale[g]);
-        for (i = 0; i < width; i++) {
+        if (!whole) memset(codes, 0, (size_t)width);
+        for (i = 0; whole && i < width; i++) {
             const float code = nearest((own[i] - low) / unit);
             codes[i] = (uint8_t)(int32_t)(code < 0 ? 0 : code > levels ? levels : code);
         }

@@ -99,9 +99,10 @@ static inline vf from_half(const uint16_t *p) {
 
 static inline vf from_bytes(const uint8_t *p) { return __builtin_convertvector(ints_of_bytes(p), vf); }
 
-/* e^x with a relative error below 2e-7; 0 for −inf. x ≤ 0 is all that softmax asks for. */
+/* e^x with a relative error below 2e-7; 0 for −inf, NaN for NaN. x ≤ 0 is all that softmax asks for. */
 static inline vf exponential(vf x) {
-    vi tiny = x < all(-87.0f);
+    const vi tiny = x < all(-87.0f);
+    const vf nothing = x - x; /* or NaN, which the next line drops */
     x = larger(x, all(-87.0f));
     vf n = x * all(1.44269504f) + all(12582912.0f); /* rounds to an integer in the low bits */
     vi power = as_int(n) - all_i(0x4b400000);
@@ -116,7 +117,7 @@ static inline vf exponential(vf x) {
     p = p * f + all(5.00000012e-1f);
     p = p * f * f + f + all(1.0f);
     vf y = as_float(as_int(p) + (power << 23));
-    return choose(tiny, all(0.0f), y);
+    return choose(tiny, all(0.0f), y + nothing);
 }
 
 /* ---- vectors of any kind as floats */

@@ -35,12 +35,24 @@ enum {
 #define KVC_TARGET_END
 #endif
 
+/* Built with KVC_CHECKED, the kernels ask whether what they are told lies inside of its arrays, as
+ * layout.py has made sure; for tests. */
+#ifdef KVC_CHECKED
+#include <stdio.h>
+#include <stdlib.h>
+#define KVC_CHECK(holds) \
+    ((holds) ? (void)0 : (fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #holds), abort()))
+#else
+#define KVC_CHECK(holds) ((void)0)
+#endif
+
 /* Vectors of one kind, a row of `row_bytes` for each slot; see quant/codec.py. */
 typedef struct {
     void *data;
     uint16_t *scale;   /* [slots, groups] float16; NULL for uncoded vectors */
     uint16_t *minimum; /* [slots, groups] float16; NULL without */
     int32_t dtype, dim, groups, row_bytes;
+    int64_t slots;
 } kvc_codes;
 
 /* The number that codes lie around: a rounded factor is off by its rounding error times what codes

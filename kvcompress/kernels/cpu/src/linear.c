@@ -27,10 +27,17 @@ static void one_block(void *context, int64_t item) {
 
 /* x ≈ unit · (256 high + low − 32768) + shift, which keeps 16 bits of the range of a row. */
 static void split(const float *x, int64_t n, uint8_t *high, uint8_t *low, float *unit, float *shift) {
-    float least = x[0], most = x[0];
-    for (int64_t i = 1; i < n; i++) {
+    float least = x[0], most = x[0], odd = 0; /* infinity and NaN times zero are NaN */
+    for (int64_t i = 0; i < n; i++) {
         least = x[i] < least ? x[i] : least;
         most = x[i] > most ? x[i] : most;
+        odd += x[i] * 0.0f;
+    }
+    if (odd != 0) {
+        memset(high, 0, (size_t)n);
+        memset(low, 0, (size_t)n);
+        *unit = *shift = NAN;
+        return;
     }
     *unit = (most - least) / 65535.0f;
     const float factor = most > least ? 65535.0f / (most - least) : 0;
