@@ -35,6 +35,7 @@ from kvcompress.runtime import cachefile, saved
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.cachefile import CacheFileError, Declared, damaged
 from kvcompress.runtime.check import broken
+from kvcompress.runtime.hf.attached import base_of
 from kvcompress.runtime.hf.names import as_argument
 from kvcompress.runtime.protocol import leaving_plain_tensors
 from kvcompress.runtime.weights import weights_digest
@@ -90,6 +91,7 @@ def load_cache(
     path = Path(path)
     if isinstance(device, torch.device | str):
         device = [torch.device(device)] * plan.model.layers
+    model = None if model is None else base_of(model)
     config = None if model is None else model.config
     dtype = dtype if model is None else model.dtype
     planned: list[CompressedCache] = []

@@ -1,0 +1,178 @@
+"""A saved cache goes on with the weights that filled it, wherever they lie."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+
+from kvcompress.plan import Budget, HeadPlan
+from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.cachefile import CacheFileError
+from kvcompress.runtime.hf.attach import attach
+from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.weights import weights_digest
+from tests.runtime.models import build
+from tests.runtime.test_persist import plan_for, talk
+
+OTHER = "made with other weights than the model has now, adapters included; load those"
+# peft itself asks transformers for an attribute by its old name
+quiet_peft = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+
+def with_plan(model):
+    plan = plan_for(model, [HeadPlan(frequent=Budget(tokens=9))])
+    attach(model, plan)
+    return model
+
+
+def saved(model, path):
+    cache = new_cache(model)
+    talk(model, cache, [0], 30, 1)
+    cache.save(path)
+    return cache
+
+
+def lora(model, seed: int = 1, name: str = "default", strength: int = 8):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=strength, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
+    found = peft.get_peft_model(model, config, adapter_name=name).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in found.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return found
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "cache.kvc"
+
+
+def names(model) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("name", names(build("llama")))
+@torch.no_grad()
+def test_any_parameter_counts_and_any_number_of_it(name, path):
+    model = with_plan(build("llama"))
+    saved(model, path)
+    parameter = model.get_parameter(name)
+    for place in {0, parameter.numel() // 3, parameter.numel() - 1}:
+        flat = parameter.view(-1)
+        before = flat[place].clone()
+        flat[place] += 1e-3
+        with pytest.raises(CacheFileError, match=OTHER):
+            CompressedCache.load(path, model)
+        flat[place] = before
+    CompressedCache.load(path, model)
+
+
+@torch.no_grad()
+def test_what_moves_within_a_parameter_counts():
+    model = build("llama")
+    before = weights_digest(model)
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    weight[[0, 1]] = weight[[1, 0]]
+    assert weights_digest(model) != before
+    weight[[0, 1]] = weight[[1, 0]]
+    assert weights_digest(model) == before
+
+
+def test_a_copy_another_dtype_and_another_layout(path):
+    model = build("llama")
+    digest = weights_digest(model)
+    assert weights_digest(copy.deepcopy(model)) == digest
+    assert weights_digest(build("llama")) == digest
+    turned = copy.deepcopy(model)
+    for parameter in turned.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.T.contiguous().T
+    assert weights_digest(turned) == digest
+    assert weights_digest(copy.deepcopy(model).bfloat16()) != digest
+
+
+def test_layers_served_in_c_are_the_same_weights():
+    from kvcompress.runtime.linear16 import serve_16_bit
+
+    model = build("llama").bfloat16()
+    digest = weights_digest(model)
+    assert weights_digest(serve_16_bit(model)) == digest
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights_are_the_same_however_they_lie(bits, demo_model_dir):
+    """bitsandbytes lays codes of 4 bits out anew for a CPU's first forward; C serves int8."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from kvcompress.runtime.linear8 import serve_bitsandbytes
+
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(
+        demo_model_dir, quantization_config=config, dtype=torch.bfloat16
+    ).eval()
+    digest = weights_digest(model)
+    with torch.no_grad():
+        model(torch.ones(1, 3, dtype=torch.long))
+    assert weights_digest(model) == digest
+    if bits == 8:
+        assert weights_digest(serve_bitsandbytes(model)) == digest
+    held = [*model.parameters(), *model.buffers()]
+    weight = next(t for t in held if t.dtype in (torch.uint8, torch.int8))
+    with torch.no_grad():
+        weight.view(-1)[5] ^= 1
+    assert weights_digest(model) != digest
+
+
+@quiet_peft
+def test_adapters_in_use_count_and_others_do_not(path):
+    model = with_plan(build("llama"))
+    bare = weights_digest(model)
+    saved(model, path)
+    wrapped = lora(model)
+    with pytest.raises(CacheFileError, match=OTHER):
+        CompressedCache.load(path, wrapped)
+    with wrapped.disable_adapter():
+        CompressedCache.load(path, wrapped)
+        assert weights_digest(model) == bare
+    saved(wrapped, path)
+    CompressedCache.load(path, wrapped)
+    with wrapped.disable_adapter(), pytest.raises(CacheFileError, match=OTHER):
+        CompressedCache.load(path, wrapped)
+    wrapped.merge_adapter()
+    with pytest.raises(CacheFileError, match=OTHER):
+        CompressedCache.load(path, wrapped)
+
+
+@quiet_peft
+def test_an_adapter_is_its_numbers_and_its_strength_and_not_its_name():
+    digests = {
+        name: weights_digest(lora(build("llama"), *given).base_model.model)
+        for name, given in {
+            "one": (1,),
+            "other name": (1, "other"),
+            "other numbers": (2,),
+            "other strength": (1, "default", 16),
+        }.items()
+    }
+    assert digests["one"] == digests["other name"]
+    assert len(set(digests.values())) == 3
+
+
+def test_a_cache_whose_model_is_gone_is_not_saved(path):
+    model = with_plan(build("llama"))
+    cache = new_cache(model)
+    talk(model, cache, [0], 30)
+    copied = copy.deepcopy(cache)
+    copied.save(path)
+    del model
+    gc.collect()
+    with pytest.raises(CacheFileError, match="the model that filled the cache is gone"):
+        cache.save(path)
