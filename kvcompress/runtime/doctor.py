@@ -17,7 +17,7 @@ from kvcompress.kernels.available import triton_status
 from kvcompress.kernels.cpu.library import library, why_not
 from kvcompress.plan import HOLDS_KV, Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.fused import refusal
+from kvcompress.runtime.fused import EXCEPTIONS, refusal
 from kvcompress.runtime.state import LayerSettings
 
 _OPTIONAL: Final = {
@@ -106,7 +106,10 @@ def _layers(plan: Plan, params: KVParams | None) -> list[Finding]:
         why = f"the scorer {plan.scorer!r} needs what was trained for it: give the bundle"
         return [Finding("layers", "unknown", why)]
     layers = (i for i in range(plan.model.layers) if plan.model.kind(i) in HOLDS_KV)
-    return [_layer(LayerSettings(plan, params, layer)) for layer in layers]
+    found = [_layer(LayerSettings(plan, params, layer)) for layer in layers]
+    if any(finding.why is None for finding in found):
+        found.append(Finding("these layers, too", "tensor operations for", "; ".join(EXCEPTIONS)))
+    return found
 
 
 def _layer(settings: LayerSettings) -> Finding:

@@ -7,6 +7,7 @@ and an installation without compiled kernels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int32, c_int64, cast, pointer
 from dataclasses import dataclass
 from typing import Any, Final
@@ -89,11 +90,30 @@ class Token:
         )
 
 
+# what of a cache or a step the kernels do not serve, where `refusal` has nothing against the plan
+EXCEPTIONS: Final[dict[str, Callable[[LayerState, Tensor], bool]]] = {
+    "a cache with protected spans": lambda state, query: any(state.spans),
+    "a layer on another device than the CPU": lambda state, query: query.device.type != "cpu",
+    "queries and keys of other or different dtypes": lambda state, query: (
+        query.dtype not in _DTYPES or query.dtype != state.exact_k.dtype
+    ),
+    f"more than {layout.MAX_ROWS} query heads for a KV head": lambda state, query: (
+        query.shape[1] > layout.MAX_ROWS * state.exact_k.shape[1]
+    ),
+}
+
+
+def exception(state: LayerState, query: Tensor) -> str | None:
+    """Why the kernels do not serve this state and query ``[B, Hq, 1, D]``; None where they do."""
+    for reason, applies in EXCEPTIONS.items():
+        if applies(state, query):
+            return reason
+    return None
+
+
 def serves(state: LayerState, query: Tensor) -> bool:
     """Whether the kernels serve this state now, where `refusal` has nothing against its plan."""
-    rows = query.shape[1] // state.exact_k.shape[1]
-    plain = query.dtype == state.exact_k.dtype and query.dtype in _DTYPES and not any(state.spans)
-    return plain and query.device.type == "cpu" and rows <= layout.MAX_ROWS
+    return exception(state, query) is None
 
 
 def refusal(settings: LayerSettings) -> str | None:

@@ -73,6 +73,9 @@ def test_layers_of_a_plan(tmp_path, capsys, change, why):
         "found": "compiled kernels" if why is None else "tensor operations",
         "why": why,
     }
+    if why is None:  # and what is left to tensor operations all the same
+        assert rows["these layers, too"]["why"].startswith("a cache with protected spans; a layer")
+    assert ("these layers, too" in rows) == (why is None)
 
 
 def test_trained_scorers_need_the_bundle(tmp_path):

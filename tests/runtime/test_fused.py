@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
+from kvcompress.kernels.cpu import layout
 from kvcompress.kernels.cpu.library import ISAS, library
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.fused import refusal
+from kvcompress.runtime.fused import EXCEPTIONS, exception, refusal
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.protocol import Arrival
 from kvcompress.runtime.state import LayerSettings
@@ -295,6 +297,32 @@ def test_what_is_refused_says_why():
     assert refusal(turns) == "turn quotas"
     vote = LayerSettings(plan.model_copy(update={"scorer": "vote"}), None, 0)
     assert refusal(vote) == "the scorer 'vote'"
+
+
+HALF, ROWS = torch.float64, layout.MAX_ROWS + 1
+NOT_SERVED = {
+    "a cache with protected spans": lambda state, query: (
+        replace(state, spans=[(range(3, 9),)]), query),
+    "a layer on another device than the CPU": lambda state, query: (state, query.to("meta")),
+    "queries and keys of other or different dtypes": lambda state, query: (state, query.to(HALF)),
+    f"more than {layout.MAX_ROWS} query heads for a KV head": lambda state, query: (
+        state, query.repeat(1, ROWS, 1, 1)),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reason", EXCEPTIONS)
+def test_what_the_kernels_leave_to_tensor_operations_is_named(reason):
+    """The gate that every token passes and `doctor` name the same reasons."""
+    plan = plan_of(some_heads("int8", "int8"), 32)
+    layer = CompressedLayer(LayerSettings(plan, params_of(plan), 0))
+    x = torch.randn(1, 5, 60, 32)
+    layer.announce(Arrival())
+    layer.update(x, x)
+    layer.forward(x, x, x, None, 1.0, None, None)
+    token = torch.randn(1, 5, 1, 32)
+    assert exception(layer.state, token) is None
+    assert exception(*NOT_SERVED[reason](layer.state, token)) == reason
 
 
 @torch.no_grad()
