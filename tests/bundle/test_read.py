@@ -181,19 +181,6 @@ def far_repeat_ids(bundle: Path) -> None:
     relist(bundle)
 
 
-def half_constants(bundle: Path) -> None:
-    tensors = load_file(bundle / manifest.PARAMS)
-    save_file({name: t.half() for name, t in tensors.items()}, bundle / manifest.PARAMS)
-    relist(bundle)
-
-
-def nan_constants(bundle: Path) -> None:
-    tensors = load_file(bundle / manifest.PARAMS)
-    tensors["layers.1.k_scale"][0, 3] = float("nan")
-    save_file(tensors, bundle / manifest.PARAMS)
-    relist(bundle)
-
-
 def other_surrogate(bundle: Path) -> None:
     tensors = load_file(bundle / manifest.PARAMS)
     trained = {f"layers.{i}.scorer.surrogate": torch.ones(2, 5) for i in range(2)}
