@@ -18,6 +18,8 @@ def relist(bundle: Path, **changes: object) -> None:
     data = json.loads(path.read_text())
     names = [name for name in files.tree(bundle) if name != manifest.MANIFEST]
     data["files"] = [entry.model_dump() for entry in files.digests(bundle, names)]
+    stored_bytes = sum(file.stat().st_size for file in bundle.glob("*.safetensors"))
+    data["weights"]["size_bytes"] = stored_bytes
     path.write_text(json.dumps({**data, **changes}))
 
 
