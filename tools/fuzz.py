@@ -48,7 +48,9 @@ def main() -> int:
     began = time.monotonic()
 
     def tell(found: run.Found) -> None:
-        print(f"{found.tried} of {given.count}, {time.monotonic() - began:.0f} s", file=sys.stderr)
+        took = time.monotonic() - began
+        so_far = f"{found.tried} of {given.count}, {len(found.faults)} faults, {took:.0f} s"
+        print(so_far, file=sys.stderr, flush=True)
 
     found = run.run(target, given.count, given.seed, given.first, environment, tell)
     built = ", sanitized" if given.sanitize else ""
