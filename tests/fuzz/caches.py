@@ -185,7 +185,10 @@ def prepare(folder: Path) -> Callable[[Random, Path], str]:
             cache = CompressedCache.load(path, seed.model)
         except KVCompressError as error:
             return refusal(error, CacheFileError)
-        go_on(seed.model, cache)
+        try:
+            go_on(seed.model, cache)
+        except KVCompressError as error:  # such as rows that cannot move while a draft waits
+            return refusal(error, KVCompressError, "loaded, then told")
         return "loaded"
 
     return trial

@@ -138,7 +138,7 @@ def trial_of(target: str, folder: Path) -> Trial:
     return trial
 
 
-def refusal(error: KVCompressError, kind: type[KVCompressError]) -> str:
+def refusal(error: KVCompressError, kind: type[KVCompressError], ending: str = "refused") -> str:
     """How a mutant ends that was refused.
 
     Raises:
@@ -147,7 +147,7 @@ def refusal(error: KVCompressError, kind: type[KVCompressError]) -> str:
     text = str(error)
     assert isinstance(error, kind), f"a {type(error).__name__}: {text[:2000]}"
     assert "\n" not in text and len(text) < 1000, f"not one short line: {text[:2000]!r}"
-    return "refused"
+    return ending
 
 
 def attempt(trial: Trial, rng: Random, folder: Path) -> tuple[str, str]:
