@@ -190,15 +190,6 @@ def _tokenizer(bundle: Bundle) -> str | None:
     return f"{bundle.path}: its tokenizer is not the one in the manifest; {_AGAIN}"
 
 
-def _tokens(bundle: Bundle) -> str | None:
-    size, ids = _vocabulary(bundle), bundle.tokenizer.get_vocab()
-    pad = bundle.tokenizer.pad_token
-    last = max((ids[token] for token in ids if token != pad), default=0)
-    if size is None or last < size:
-        return None
-    return f"{bundle.path}: its tokenizer has token {last}, its model embeds {size}; {_AGAIN}"
-
-
 def _plan_tokenizer(bundle: Bundle) -> str | None:
     if bundle.plan.tokenizer_hash in (None, bundle.manifest.tokenizer_hash):
         return None
@@ -220,7 +211,6 @@ CHECKS: Final[dict[str, Callable[[Bundle], str | None]]] = {
     "constants of the profile": _profile_params,
     "trained parameters": _trained,
     "tokenizer": _tokenizer,
-    "tokens": _tokens,
     "tokenizer of the plan": _plan_tokenizer,
     "tokenizer of the profile": _profile_tokenizer,
     "repeated tokens": _repeat_ids,

@@ -122,9 +122,6 @@ def load_weights(
     Raises:
         BundleError: where a tensor is missing, unknown, of another shape or dtype, or not finite.
     """
-    from kvcompress.quant.weights.base import quiet_bitsandbytes
-
-    quiet_bitsandbytes()
     with _as_bundle_error():
         return load_model(
             bundle.checkpoint,

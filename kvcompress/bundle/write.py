@@ -35,7 +35,6 @@ from kvcompress.quant.weights import FORMATS
 from kvcompress.quant.weights.base import (
     WeightFormat,
     output_heads,
-    quiet_bitsandbytes,
     weights_bytes,
 )
 from kvcompress.recipe import BytesPolicy, Recipe, WeightScheme
@@ -270,7 +269,6 @@ def _write_weights(job: _Job, staged: Path, device_map: Any) -> tuple[Tensor, li
     """Save the weights, then return `check_logits` and `probe` of the model they came from."""
     from kvcompress.runtime.probe import as_rows, probe
 
-    quiet_bitsandbytes()
     skip = (*output_heads(job.source.skeleton), *job.kept)
     model = job.source.load(device_map=device_map, **job.format.load_kwargs(skip))
     # Before any forward: bitsandbytes repacks 4-bit weights for the CPU in the first one.

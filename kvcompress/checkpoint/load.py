@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.checkpoint import settings, tensors
-from kvcompress.checkpoint.packed import check_packed
+from kvcompress.checkpoint.packed import check_packed, import_bitsandbytes
 from kvcompress.checkpoint.trial import try_out
 from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.strict import shown
@@ -186,6 +186,8 @@ def load_model(
     with torch.device("meta"):
         tensors.check_size(found.name, [folder / file for file in names], build(found, config))
     method, config = _unpacked(config)
+    if method == "bitsandbytes" or "quantization_config" in options:
+        import_bitsandbytes()
     what = f"weights, which {method} packed," if method else "weights"
     if found.gguf:
         options = {**_gguf_options(found, options), **options}

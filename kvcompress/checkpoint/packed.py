@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import math
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.checkpoint.tensors import is_finite
@@ -12,6 +15,39 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _BLOCKS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_NOISE: Final = ("inputs will be cast from", "Failed to load CPU gemm_4bit_forward")
+_NOISY_LOGGERS: Final = ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops")
+
+
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes, where it is installed, so that it runs no code from the Hub and does not
+    log a line for every matrix product.
+
+    On a processor with AVX512-BF16 its import fetches a compiled kernel from the Hub and runs it,
+    where the package `kernels` is installed (bitsandbytes 0.50). That package is hidden meanwhile;
+    bitsandbytes then takes the kernels that it brings along.
+    """
+    for name in _NOISY_LOGGERS:
+        logger = logging.getLogger(name)
+        if _is_news not in logger.filters:
+            logger.addFilter(_is_news)
+    if "bitsandbytes" in sys.modules:
+        return
+    hidden = {name: sys.modules[name] for name in sys.modules if name.split(".")[0] == "kernels"}
+    for name in hidden:
+        del sys.modules[name]
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # how Python spells "cannot be found"
+    try:
+        importlib.import_module("bitsandbytes")
+    except ImportError:  # whoever needs it says so
+        pass
+    finally:
+        del sys.modules["kernels"]
+        sys.modules.update(hidden)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(text in str(record.msg) for text in _NOISE)
 
 
 def check_packed(name: str, model: nn.Module) -> None:

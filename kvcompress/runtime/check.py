@@ -20,11 +20,11 @@ from torch import Tensor
 from kvcompress.evict.chain import fastgen_chain
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
 from kvcompress.quant.codec import Codes
+from kvcompress.runtime.spans import MOST_TOKENS
 from kvcompress.runtime.state import Group, LayerState
 from kvcompress.runtime.store import EMPTY, SegmentStore, place_segments
 
 NEVER: Final = 1 << 60  # a first vote that no position reaches
-MOST_TOKENS: Final = 1 << 31  # positions are int32
 _WORD: Final = 1 << 63
 
 Rule = Callable[[LayerState, int], bool]
@@ -211,6 +211,7 @@ def _positions_of(store: SegmentStore, low: Tensor, high: Tensor) -> bool:
 
 
 def _scores(state: LayerState, seen: int) -> bool:
+    """+inf is the score of a protected token."""
     held = [s for g in state.groups for s in (g.store.score, g.recent_score) if s is not None]
     return all(bool((score > -torch.inf).all()) for score in held)
 

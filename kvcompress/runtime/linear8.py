@@ -38,7 +38,7 @@ class Int8Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("scale", scale.float().contiguous())
-        self.register_buffer("row_sum", weight.sum(1, dtype=torch.int32))
+        self.register_buffer("row_sum", weight.sum(1, dtype=torch.int32), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:

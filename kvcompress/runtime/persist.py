@@ -53,14 +53,15 @@ def save_cache(cache: CompressedCache, path: Path | str) -> None:
     """
     tensors: dict[str, Tensor] = {}
     metadata = _identity(cache)
+    host = saved.take_cache(cache, tensors)
     for layer in cache.compressed_layers:
-        reason = None if layer.state is None or layer.has_held else broken(layer.state, layer.seen)
+        reason = None if layer.state is None else broken(layer.state, layer.seen)
         if reason is not None:
             raise CacheFileError(
                 f"layer {layer.settings.layer} cannot be saved, not so: {reason}; where the model "
                 "computed NaN or infinity, its answers are of no use either"
             )
-    metadata["host"] = json.dumps(saved.take_cache(cache, tensors), separators=(",", ":"))
+    metadata["host"] = json.dumps(host, separators=(",", ":"))
     metadata["weights"] = _weights(cache)
     cachefile.write(Path(path), metadata, tensors)
 

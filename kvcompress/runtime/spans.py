@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -13,29 +13,31 @@ from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
 from kvcompress.plan import Plan
 
 Span = tuple[int, int] | range
+MOST_TOKENS: Final = 1 << 31  # positions are int32
 
 
 def row_spans(
     protect: Sequence[Span] | Sequence[Sequence[Span]],
 ) -> tuple[range, ...] | list[tuple[range, ...]]:
-    """One tuple of disjoint ranges for every row, or a list of them."""
-    items: list[Any] = list(protect)
-    nested = items and all(
-        not isinstance(i, range) and not (len(i) == 2 and all(isinstance(n, int) for n in i))
-        for i in items
-    )
-    if nested:
+    """One tuple of disjoint ranges for every row, or a list of them.
+
+    Raises:
+        KVCompressError: for a span that is no range of tokens, or two that overlap.
+    """
+    items = list(protect)
+    if items and all(map(_is_row, items)):
         return [_of_row(row) for row in items]
     return _of_row(items)
 
 
-def _of_row(items: Sequence[Span]) -> tuple[range, ...]:
-    spans = sorted(
-        (i if isinstance(i, range) else range(*i) for i in items), key=lambda span: span.start
-    )
-    for span in spans:
-        if span.start < 0 or span.stop <= span.start or span.step != 1:
-            raise KVCompressError(f"protect: ({span.start}, {span.stop}) is not a range of tokens")
+def _is_row(item: Any) -> bool:
+    if isinstance(item, range) or not isinstance(item, Sequence):
+        return False
+    return not (len(item) == 2 and all(isinstance(bound, int) for bound in item))
+
+
+def _of_row(items: Sequence[Any]) -> tuple[range, ...]:
+    spans = sorted(map(_span, items), key=lambda span: span.start)
     for before, after in zip(spans, spans[1:], strict=False):
         if after.start < before.stop:
             raise KVCompressError(
@@ -43,6 +45,18 @@ def _of_row(items: Sequence[Span]) -> tuple[range, ...]:
                 "overlap; join them"
             )
     return tuple(spans)
+
+
+def _span(given: Any) -> range:
+    try:
+        span = given if isinstance(given, range) else range(*given)
+    except TypeError:
+        span = range(0)
+    if not 0 <= span.start < span.stop < MOST_TOKENS or span.step != 1:
+        raise KVCompressError(
+            f"protect: {given} is not a range of tokens (first, end), with 0 <= first < end < 2^31"
+        )
+    return span
 
 
 class ClassIds:

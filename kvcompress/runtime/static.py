@@ -26,7 +26,7 @@ from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.cache import CompressedCache
 from kvcompress.runtime.layer import CompressedLayer
 from kvcompress.runtime.protocol import Arrival
-from kvcompress.runtime.spans import Span
+from kvcompress.runtime.spans import MOST_TOKENS, Span
 from kvcompress.runtime.state import LayerSettings
 from kvcompress.runtime.static_moves import freeze, thaw
 from kvcompress.runtime.static_state import Sizes, StaticState, static_cache_bytes
@@ -288,8 +288,8 @@ class StaticCompressedCache(CompressedCache):
         if kernels not in get_args(Kernels):
             raise ValueError(f"kernels={kernels!r}: give one of {', '.join(get_args(Kernels))}")
         sizes = Sizes(batch, max_tokens, max_tokens if prompt_tokens is None else prompt_tokens)
-        if not (batch >= 1 and 1 <= sizes.prompt_tokens <= max_tokens):
-            raise ValueError(f"{sizes}: give batch ≥ 1 and 1 ≤ prompt_tokens ≤ max_tokens")
+        if not (batch >= 1 and 1 <= sizes.prompt_tokens <= max_tokens < MOST_TOKENS):
+            raise ValueError(f"{sizes}: give batch ≥ 1 and 1 ≤ prompt_tokens ≤ max_tokens < 2^31")
         _refuse_plan(plan)
         super().__init__(plan, params, protect=protect)
         self.sizes = sizes

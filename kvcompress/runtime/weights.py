@@ -1,21 +1,29 @@
 """Which weights a model has, in one digest: a saved cache goes on with those that filled it.
 
-Every parameter counts with its name, dtype, shape, a sum over all of its bytes, which any single
-change moves, and a sample of them. Of adapters (LoRA and its kin) those in use count, with their
-strength; one that is switched off is as if it were not there, and one that is merged is a change of
-the weights. It takes as long as reading the weights once, and is the same on every device.
+Every parameter counts with its name, dtype, shape and bytes. Of adapters (LoRA and its kin) those
+in use count, with their strength; one that is switched off is as if it were not there, and one that
+is merged is a change of the weights. It is the same on every device.
+
+The bytes are summed where they lie: rows of 32 KiB, every 8 bytes as a number times an odd random
+number of its place, modulo 2^64. A change of one number changes its row's sum; any other change,
+such as two numbers that swap places, leaves it as it was with a chance below 2^-30. sha256 over the
+sums of all rows keeps the rows in order. It guards against a mistake: whoever looks for two models
+of one digest finds them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from copy import copy
+from functools import cache
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-_SAMPLE: Final = 256  # numbers of 8 bytes
+_ROW: Final = 4096  # numbers of 8 bytes
+_AT_ONCE: Final = 64 * _ROW
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -36,11 +44,29 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and the weights that layers of our own keep as buffers."""
-    yield from model.named_parameters()
-    for name, buffer in model.named_buffers():
-        if name.rpartition(".")[2] in ("weight", "bias"):
+    """Parameters, what else belongs to a layer's weights, and the scales that bitsandbytes keeps
+    beside int8 codes, all by the names and in the numbers that `Int8Linear` has for them."""
+    for prefix, module in model.named_modules():
+        at = f"{prefix}." if prefix else ""
+        for name, tensor in _own_tensors(module):
+            yield at + name, tensor.float() if name == "bias" else tensor
+        scale = _int8_scale(module)
+        if scale is not None:
+            yield at + "scale", scale.float() / 127
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
             yield name, buffer
+
+
+def _int8_scale(module: nn.Module) -> Tensor | None:
+    """Largest magnitude of each row; the first forward moves it from the weight to the state."""
+    scale = getattr(getattr(module, "weight", None), "SCB", None)
+    found: Tensor | None = getattr(getattr(module, "state", None), "SCB", None)
+    return found if scale is None else scale
 
 
 # ---- adapters, as PEFT lays them out
@@ -83,23 +109,57 @@ def _in_use(layer: Any) -> list[str]:
 # ---- a tensor
 @torch.no_grad()
 def _described(tensor: Tensor) -> str:
-    """dtype, shape, sum and sample of a tensor's bytes; of codes of 4 bits, which processors order
-    as they like, the sum of the codes; of a tensor that is elsewhere, dtype and shape."""
+    """dtype, shape and digest of a tensor's bytes; of one that is elsewhere, dtype and shape."""
     own = getattr(tensor, "to_local", None)
     found = tensor.detach() if own is None else own().detach()
     state = getattr(tensor, "quant_state", None)
     if state is not None:
-        codes = found.view(torch.uint8)
-        total = (codes & 15).sum(dtype=torch.int64) + (codes >> 4).sum(dtype=torch.int64)
-        return f"4 bits {tuple(state.shape)} {int(total)}"
+        codes, scales = _four_bits(found, state)
+        return f"4 bits {tuple(state.shape)} {_digest(codes)} {_digest(scales)}"
     told = f"{str(found.dtype)[6:]} {tuple(found.shape)}"
     if found.device.type == "meta" or not found.numel():
         return told
-    flat = found.contiguous().reshape(-1).view(torch.uint8)
+    return f"{told} {_digest(found)}"
+
+
+def _four_bits(packed: Tensor, state: Any) -> tuple[Tensor, Tensor]:
+    """Codes and bfloat16 scales of bitsandbytes, in the order in which a file has them: where the
+    processor has AVX512-BF16, the first forward lays both out anew and rounds the scales."""
+    from bitsandbytes import functional
+
+    if getattr(state, "packing_format_for_cpu", False):
+        scales = state.absmax.T.contiguous()
+        codes, _ = functional._convert_weight_packed_for_cpu_inverse(packed, copy(state))
+        return codes, scales
+    scales = state.absmax
+    if state.nested:
+        scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+    return packed, scales.float().to(torch.bfloat16)
+
+
+def _digest(tensor: Tensor) -> str:
+    """Of a tensor's bytes in order, see above."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     whole = flat[: flat.numel() // 8 * 8]
     if whole.data_ptr() % 8:
         whole = whole.clone()
-    numbers = whole.view(torch.int64)
-    step = max(1, numbers.numel() // _SAMPLE)
-    sample = numbers[::step].cpu().numpy().tobytes() + flat[whole.numel() :].cpu().numpy().tobytes()
-    return f"{told} {int(numbers.sum())} {hashlib.sha256(sample).hexdigest()}"
+    odd = _odd_numbers(flat.device)
+    sums = [_row_sums(part, odd).cpu() for part in whole.view(torch.int64).split(_AT_ONCE)]
+    digest = hashlib.sha256(flat[whole.numel() :].cpu().numpy().tobytes())
+    for part in sums:
+        digest.update(part.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _row_sums(numbers: Tensor, odd: Tensor) -> Tensor:
+    rows, rest = numbers.numel() // _ROW, numbers.numel() % _ROW
+    numbers = numbers ^ (numbers >> 32)  # one to one; else a change of high bits has few to show in
+    sums = (numbers[: rows * _ROW].view(rows, _ROW) * odd).sum(1)
+    return torch.cat([sums, (numbers[rows * _ROW :] * odd[:rest]).sum()[None]])
+
+
+@cache
+def _odd_numbers(device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randint(-(1 << 62), 1 << 62, (_ROW,), generator=generator)
+    return (2 * numbers + 1).to(device)

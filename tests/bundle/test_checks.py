@@ -87,13 +87,6 @@ def other_recipe(bench: Bench) -> None:
     bench.seal({*bench.changed})
 
 
-def token_beyond(bench: Bench) -> None:
-    tree = json.loads(bench.whole["tokenizer.json"])
-    tree["added_tokens"].append({**tree["added_tokens"][0], "id": 9999, "content": "<far>"})
-    bench.put("tokenizer.json", json.dumps(tree).encode())
-    bench.seal({*bench.changed})
-
-
 BY_TRANSFORMERS = {"mismatched_keys", "error_msgs"}
 LM_HEAD, NORM = "lm_head.weight", "model.norm.weight"
 # names a format and leaves every layer out, so that nothing else meets it
@@ -127,7 +120,6 @@ ROWS: list[Row] = [
     (CHECKS, "trained parameters", "bf16",
      params("surrogate", lambda v: v[:, :-1]), "was trained for hidden states of another size"),
     (CHECKS, "tokenizer", "bf16", foreign_tokenizer, "its tokenizer is not the one"),
-    (CHECKS, "tokens", "bf16", token_beyond, "its tokenizer has token 259"),
     (CHECKS, "tokenizer of the plan", "bf16",
      edit(manifest.PLAN, "tokenizer_hash", to="2" * 64), "was made with another tokenizer, so"),
     (CHECKS, "tokenizer of the profile", "bf16",

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 import kvcompress
 from kvcompress.bundle import manifest, read
@@ -19,7 +18,6 @@ from kvcompress.bundle.read import _release, open_bundle
 from kvcompress.bundle.verify import verify
 from kvcompress.cli.app import main
 from kvcompress.errors import BundleError, KVCompressError
-from kvcompress.fingerprint import tokenizer_hash
 from tests.bundle.helpers import Exported, edit_json, relist
 
 WEIGHTS = "model.safetensors"
@@ -188,17 +186,6 @@ def other_surrogate(bundle: Path) -> None:
     relist(bundle)
 
 
-def far_tokens(bundle: Path) -> None:
-    """A tokenizer, hashes and all, whose last token the model does not embed."""
-    path = bundle / "tokenizer.json"
-    data = json.loads(path.read_text())
-    data["model"]["vocab"]["Zebra"] = 100_000
-    path.write_text(json.dumps(data))
-    made = tokenizer_hash(AutoTokenizer.from_pretrained(bundle))
-    edit_json(bundle / manifest.PLAN, tokenizer_hash=made)
-    relist(bundle, tokenizer_hash=made)
-
-
 def foreign_profile(bundle: Path) -> None:
     edit_json(bundle / manifest.PROFILE, calibration_texts=["a private letter"])
     relist(bundle)
@@ -244,7 +231,6 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     other_heads: r"plan\.json: its model has another head_dim than config\.json",
     far_repeat_ids: r"repeat_ids names token 1000000, the model has \d+; profile and export",
     other_surrogate: r"surrogate was trained for hidden states of another size than 128",
-    far_tokens: r"its tokenizer has token 100000, its model embeds",
     foreign_profile: r"profile\.json: calibration_texts: unknown key",
     broken_params: r"no key constants can be read",
     missing_package: r"needs kvcompress-no-such-package>=1\.0; pip install",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from torch import nn
@@ -14,7 +12,6 @@ from kvcompress.quant.weights.base import (
     linear_layers,
     misfits,
     output_heads,
-    quiet_bitsandbytes,
     weights_bytes,
 )
 
@@ -112,15 +109,3 @@ def test_nf4_runs_every_size_that_it_takes(in_features: int) -> None:
     with torch.inference_mode():
         error = (packed(x) - dense(x)).float().norm() / dense(x).float().norm()
     assert 0.01 < error < 0.3  # 4 bits, and no structure to help them
-
-
-def test_bitsandbytes_is_quiet_about_casts_and_loud_about_the_rest(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    quiet_bitsandbytes()
-    quiet_bitsandbytes()
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    logger.warning("MatMul8bitLt: inputs will be cast from %s to float16", torch.bfloat16)
-    logger.warning("something else")
-    assert [record.getMessage() for record in caplog.records] == ["something else"]
-    assert len(logger.filters) == 1

@@ -134,7 +134,22 @@ def test_every_row_may_protect_its_own_tokens():
     ("protect", "reason"),
     [
         ([(5, 5)], r"\(5, 5\) is not a range"),
-        ([(-1, 4)], "is not a range"),
+        *(
+            (spans, "is not a range of tokens")
+            for spans in (
+                [(-1, 4)],
+                [(5, 10**12)],
+                [(5, 1 << 31)],
+                [5],
+                [(1, 2, 3)],
+                [(0.5, 3)],
+                ["ab"],
+                [None],
+                [range(0, 9, 2)],
+                [(9, 3)],
+                [[(3, 9)], [(5, 10**12)]],
+            )
+        ),
         ([(0, 6), (4, 9)], r"\(0, 6\) and \(4, 9\) overlap"),
         ([[(0, 6)], [(4, 9)]], "rows, the batch has 1"),
     ],
@@ -143,6 +158,13 @@ def test_bad_spans_are_refused(protect, reason):
     model = llama()
     with pytest.raises(KVCompressError, match=reason):
         feed(model, new_cache(model, protect=protect), prompts(1, 12)["input_ids"])
+
+
+def test_a_span_may_end_at_the_last_position_that_there_can_be():
+    model, ids = llama(HeadPlan(**EXACT)), prompts(1, 40)["input_ids"]
+    cache = new_cache(model, protect=[(5, (1 << 31) - 1)])
+    feed(model, cache, ids)
+    assert kept_numbers(cache, 0)[0] == {0, 1, *range(5, 40)}
 
 
 def test_a_gap_before_the_end_of_a_span_is_refused():

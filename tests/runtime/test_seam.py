@@ -27,7 +27,7 @@ from kvcompress.runtime.hf import announce, generate, names
 from kvcompress.runtime.hf.attach import attach, detach
 from kvcompress.runtime.hf.attached import new_cache
 from kvcompress.runtime.hf.names import CACHE, CACHE_NAMES, as_argument, cache_of
-from tests.runtime.models import build, prompts
+from tests.runtime.models import VOCAB, build, prompts
 
 FULL = HeadPlan(full=True, k_dtype="model", v_dtype="model")
 EVICTING = HeadPlan(
@@ -449,6 +449,22 @@ def test_a_batch_that_changes_size_is_refused(inputs):
                 with pytest.raises(KVCompressError, match=text):
                     model(**more, **as_argument(cache))
         assert cache.nbytes() == held
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("token", [-100, -1, VOCAB, 10**9])
+def test_a_token_that_the_model_does_not_embed_is_refused(inputs, token, length):
+    model = served()
+    cache = new_cache(model)
+    ids = torch.full((2, length), 5)
+    ids[1, -1] = token
+    with torch.no_grad():
+        model(**inputs, **as_argument(cache))
+        held, seen = cache.nbytes(), cache.get_seq_length()
+        with pytest.raises(KVCompressError, match=f"token {token} is none of the {VOCAB}"):
+            model(input_ids=ids, **as_argument(cache))
+        assert (cache.nbytes(), cache.get_seq_length()) == (held, seen)
+        model(input_ids=ids.clamp(0, 5), **as_argument(cache))  # and goes on
 
 
 # ---- a prompt on a cache that holds something

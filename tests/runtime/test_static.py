@@ -189,9 +189,10 @@ def test_a_shorter_prompt_after_reset_finds_nothing_of_the_first():
     assert_equal(decode(model, model, cache, inputs, 20), expected)
 
 
-def test_protected_spans_stay():
+@pytest.mark.parametrize("last", [(0, 4), (4, (1 << 31) - 1)])
+def test_protected_spans_stay(last):
     model, inputs = build("llama"), prompts(3, 40, PADS)
-    spans = [[(3, 6), (10, 14)], [(0, 4)], []]
+    spans = [[(3, 6), (10, 14)], [last], []]
     plan = plan_for(model, HEADS["frequent"], HEADS["capped"], HEADS["sink"])
     attach(model, plan)
     expected = decode(model, model, CompressedCache(plan, protect=spans), inputs, 30)
@@ -448,6 +449,8 @@ def test_sizes_that_make_no_sense_are_refused():
     plan = plan_for(build("llama"), HEADS["full"])
     with pytest.raises(ValueError, match="prompt_tokens=12"):
         StaticCompressedCache(plan, batch=1, max_tokens=9, prompt_tokens=12)
+    with pytest.raises(ValueError, match="2147483648"):
+        StaticCompressedCache(plan, batch=1, max_tokens=1 << 31, prompt_tokens=12)
 
 
 def test_a_compiled_prompt_is_refused():

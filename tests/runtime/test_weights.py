@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 
@@ -74,15 +75,27 @@ def test_any_parameter_counts_and_any_number_of_it(name, path):
     CompressedCache.load(path, model)
 
 
+@pytest.mark.parametrize("far", [1, 2, 31, 63])
 @torch.no_grad()
-def test_what_moves_within_a_parameter_counts():
+def test_what_moves_within_a_parameter_counts(far):
     model = build("llama")
     before = weights_digest(model)
-    weight = model.model.layers[0].self_attn.k_proj.weight
-    weight[[0, 1]] = weight[[1, 0]]
+    weight = model.model.layers[0].self_attn.o_proj.weight
+    weight[[0, far]] = weight[[far, 0]]
     assert weights_digest(model) != before
-    weight[[0, 1]] = weight[[1, 0]]
+    weight[[0, far]] = weight[[far, 0]]
     assert weights_digest(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wherever_the_only_other_number_stands_the_digest_is_another(dtype):
+    """One value in a matrix of zeros, moved about: what sums and samples see worst."""
+    found = set()
+    for place in range(0, 40_000, 7):
+        layer = torch.nn.Linear(200, 200, bias=False).requires_grad_(False).to(dtype)
+        layer.weight.zero_().view(-1)[place] = 1.0
+        found.add(weights_digest(layer))
+    assert len(found) == len(range(0, 40_000, 7))
 
 
 def test_a_copy_another_dtype_and_another_layout(path):
@@ -98,25 +111,31 @@ def test_a_copy_another_dtype_and_another_layout(path):
     assert weights_digest(copy.deepcopy(model).bfloat16()) != digest
 
 
-def test_layers_served_in_c_are_the_same_weights():
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # the latter has biases
+def test_layers_served_in_c_are_the_same_weights(family):
     from kvcompress.runtime.linear16 import serve_16_bit
 
-    model = build("llama").bfloat16()
+    model = build(family).bfloat16()
     digest = weights_digest(model)
     assert weights_digest(serve_16_bit(model)) == digest
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_weights_are_the_same_however_they_lie(bits, demo_model_dir):
+@pytest.mark.parametrize("family", ["demo", "qwen2"])
+def test_quantized_weights_are_the_same_however_they_lie(bits, family, demo_model_dir, tmp_path):
     """bitsandbytes lays codes of 4 bits out anew for a CPU's first forward; C serves int8."""
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from kvcompress.runtime.linear8 import serve_bitsandbytes
 
+    folder = demo_model_dir
+    if family != "demo":
+        build(family).bfloat16().save_pretrained(tmp_path)
+        folder = tmp_path
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     model = AutoModelForCausalLM.from_pretrained(
-        demo_model_dir, quantization_config=config, dtype=torch.bfloat16
+        folder, quantization_config=config, dtype=torch.bfloat16
     ).eval()
     digest = weights_digest(model)
     with torch.no_grad():
@@ -126,9 +145,55 @@ def test_quantized_weights_are_the_same_however_they_lie(bits, demo_model_dir):
         assert weights_digest(serve_bitsandbytes(model)) == digest
     held = [*model.parameters(), *model.buffers()]
     weight = next(t for t in held if t.dtype in (torch.uint8, torch.int8))
+    assert weights_digest(model) == digest
+    for change in (swapped(weight.view(-1)), swapped(scales(model, bits))):
+        with change:
+            assert weights_digest(model) != digest
+    assert weights_digest(model) == digest
+
+
+def scales(model, bits: int):
+    """Of one layer, as they lie."""
+    if bits == 8:
+        return next(b for n, b in model.named_buffers() if n.endswith(".scale"))
+    return weight_of_4_bits(model).quant_state.absmax.view(-1)
+
+
+@contextlib.contextmanager
+def swapped(flat):
+    """Two of the numbers, in each other's place for a while."""
+    other = int((flat != flat[0]).nonzero()[0])
     with torch.no_grad():
-        weight.view(-1)[5] ^= 1
-    assert weights_digest(model) != digest
+        pair = flat[[0, other]].clone()
+        flat[[0, other]] = pair.flip(0)
+        yield
+        flat[[0, other]] = pair
+
+
+def test_codes_that_a_processor_lays_out_anew_are_the_same_weights(demo_model_dir):
+    """What bitsandbytes does in the first forward where there is AVX512-BF16."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    for nested in (True, False):
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            demo_model_dir, quantization_config=config, dtype=torch.bfloat16
+        )
+        before = weights_digest(model)
+        for weight in model.parameters():
+            if hasattr(weight, "quant_state"):
+                weight.data, _ = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+        assert weights_digest(model) == before
+        with swapped(weight_of_4_bits(model).view(-1)):
+            assert weights_digest(model) != before
+
+
+def weight_of_4_bits(model):
+    return next(p for p in model.parameters() if hasattr(p, "quant_state"))
 
 
 @quiet_peft

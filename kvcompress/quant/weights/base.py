@@ -13,8 +13,6 @@ from kvcompress.recipe import WeightScheme
 BITSANDBYTES: Final = ("bitsandbytes>=0.46.1", "accelerate>=1.1")
 FLOATS: Final = frozenset(("BF16", "F16", "F32"))
 PACKED: Final = FLOATS | {"I8", "U8"}
-_NOISE: Final = ("inputs will be cast from", "Failed to load CPU gemm_4bit_forward")
-_NOISY_LOGGERS: Final = ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops")
 
 
 @dataclass(frozen=True)
@@ -85,17 +83,3 @@ def weights_bytes(model: nn.Module, weight_format: WeightFormat, kept: Sequence[
     )
     total = sum(parameter.numel() for parameter in model.parameters())
     return round(rounded * weight_format.linear_bits / 8) + 2 * (total - rounded)
-
-
-def quiet_bitsandbytes() -> None:
-    """Drop the lines that bitsandbytes logs for every matrix product; once is enough."""
-    import logging
-
-    for name in _NOISY_LOGGERS:
-        logger = logging.getLogger(name)
-        if _is_news not in logger.filters:
-            logger.addFilter(_is_news)
-
-
-def _is_news(record: Any) -> bool:
-    return not any(text in str(record.msg) for text in _NOISE)

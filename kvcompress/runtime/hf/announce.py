@@ -32,9 +32,11 @@ def announce(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     generate.check_forward(model, cache)
     if not isinstance(cache, CompressedCache):
         return (), given
+    ids = given.get("input_ids")
+    if ids is not None and not torch.compiler.is_compiling():
+        _check_ids(model, ids)
     given["kvc_cache"] = cache
     cache.filled_by = weakref.ref(model)
-    ids = given.get("input_ids")
     shown = ids if ids is not None else given.get("inputs_embeds")
     keep = given.get("logits_to_keep")
     cache.note_forward(
@@ -49,6 +51,25 @@ def announce(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         for layer in cache.compressed_layers:
             layer.settings.rotation = own.rotations[layer.settings.layer]
     return (), given
+
+
+def _check_ids(model: Any, ids: Tensor) -> None:
+    """Refuse tokens that the model has no embedding for, as another model's tokenizer makes them:
+    the lookup would end in an IndexError, or take a GPU down. Single tokens on a GPU are not
+    looked at, as each would have to wait for it.
+
+    Raises:
+        KVCompressError: naming the first of them.
+    """
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is None or not ids.numel() or (ids.shape[-1] == 1 and ids.is_cuda):
+        return
+    for id_ in (int(ids.min()), int(ids.max())):
+        if not 0 <= id_ < known:
+            raise KVCompressError(
+                f"token {id_} is none of the {known} that the model embeds: the text was tokenized "
+                "for another model"
+            )
 
 
 def _wants_a_cache(model: Any, given: dict[str, Any]) -> bool:

@@ -1,0 +1,49 @@
+"""bitsandbytes is imported so that it neither floods the log nor runs code from the Hub."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+import torch
+
+from kvcompress.checkpoint.packed import import_bitsandbytes
+
+WANTS_KERNELS = """
+try:
+    from kernels import get_kernel
+    found = get_kernel("kernels-community/anything")
+except Exception:
+    found = None
+"""
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_importing_it_runs_no_kernel_from_the_hub(before, tmp_path, monkeypatch):
+    (tmp_path / "bitsandbytes.py").write_text(WANTS_KERNELS)
+    (tmp_path / "kernels.py").write_text("def get_kernel(name): return name")
+    monkeypatch.syspath_prepend(tmp_path)
+    held = [n for n in sys.modules if n.split(".")[0] in ("bitsandbytes", "kernels")]
+    for name in held:
+        monkeypatch.delitem(sys.modules, name)
+    if before:
+        import kernels  # type: ignore[import-not-found]
+    import_bitsandbytes()
+    assert sys.modules["bitsandbytes"].found is None
+    assert ("kernels" in sys.modules) is before
+    import kernels
+
+    assert kernels.get_kernel(1) == 1  # the user's own package goes on
+    for name in ("bitsandbytes", "kernels"):
+        del sys.modules[name]
+
+
+def test_it_is_quiet_about_casts_and_loud_about_the_rest(caplog):
+    import_bitsandbytes()
+    import_bitsandbytes()
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    logger.warning("MatMul8bitLt: inputs will be cast from %s to float16", torch.bfloat16)
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
+    assert len(logger.filters) == 1
