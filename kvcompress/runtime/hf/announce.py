@@ -34,7 +34,7 @@ def announce(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return (), given
     ids = given.get("input_ids")
     if ids is not None and not torch.compiler.is_compiling():
-        _check_ids(model, ids)
+        _check_ids(model, cache, ids)
     given["kvc_cache"] = cache
     cache.filled_by = weakref.ref(model)
     shown = ids if ids is not None else given.get("inputs_embeds")
@@ -53,16 +53,17 @@ def announce(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return (), given
 
 
-def _check_ids(model: Any, ids: Tensor) -> None:
+def _check_ids(model: Any, cache: CompressedCache, ids: Tensor) -> None:
     """Refuse tokens that the model has no embedding for, as another model's tokenizer makes them:
-    the lookup would end in an IndexError, or take a GPU down. Single tokens on a GPU are not
-    looked at, as each would have to wait for it.
+    the lookup would end in an IndexError, or take a GPU down. A decoded token is not looked at: it
+    comes from the model, and a GPU would have to be waited for.
 
     Raises:
         KVCompressError: naming the first of them.
     """
     known = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if known is None or not ids.numel() or (ids.shape[-1] == 1 and ids.is_cuda):
+    decoded = ids.shape[-1] == 1 and cache.compressed_layers[0].seen > 0
+    if known is None or decoded or not ids.numel():
         return
     for id_ in (int(ids.min()), int(ids.max())):
         if not 0 <= id_ < known:
