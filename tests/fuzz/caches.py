@@ -64,11 +64,12 @@ class Seed:
 
 
 def seeds(folder: Path) -> list[Seed]:
-    """Groups of every storage, protected spans and turns; sliding and full layers; latents; states
-    of linear attention; and the rules that grant budgets at a prompt's end."""
+    """Groups of every storage, protected spans and turns; sliding, chunked and full layers; latents;
+    states of linear attention; and the rules that grant budgets at a prompt's end."""
     return [
         Seed("llama", MIXED, folder, turn_tokens=2),
         Seed("gemma2", MIXED, folder),
+        Seed("llama4", MIXED, folder),
         Seed("deepseek_v3", MIXED, folder),
         Seed("qwen3_next", MIXED, folder),
         Seed("llama", _SCORED, folder, per_request=FastGenChoice(kind="fastgen", recovery=0.7)),
