@@ -64,8 +64,8 @@ class Seed:
 
 
 def seeds(folder: Path) -> list[Seed]:
-    """Groups of every storage, protected spans and turns; sliding, chunked and full layers; latents;
-    states of linear attention; and the rules that grant budgets at a prompt's end."""
+    """Groups of every storage, protected spans and turns; sliding, chunked and full layers;
+    latents; states of linear attention; and the rules that grant budgets at a prompt's end."""
     return [
         Seed("llama", MIXED, folder, turn_tokens=2),
         Seed("gemma2", MIXED, folder),
