@@ -39,7 +39,7 @@ from kvcompress.profile.source import load_source
 from kvcompress.profile.store import PARAMS_FILE
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import BytesPolicy, Calibration, Keep, Recipe
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.model.families import shape_of
 
 RESULTS: Final = ROOT / "benchmarks" / "results" / "estimated_sums.json"
 MODEL: Final = ROOT / "kvcompress" / "demo" / "model"

@@ -39,7 +39,7 @@ from kvcompress.profile.run import run
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import Profile
 from kvcompress.recipe import Calibration, FastGenPolicy, Keep, Recipe
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.names import as_argument
 
 RESULTS = ROOT / "benchmarks" / "results" / "fastgen.json"
 TARGETS = (0.8, 0.9, 0.95)  # kept mass; ‖A − Â‖₁ ≤ 1 − T is the mass (1 + T) / 2

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import transformers
 
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.names import as_argument
 
 SIZES = {
     "8b": dict(hidden=4096, inner=14336, layers=32, heads=32, kv_heads=8, dim=128, vocab=128256),
@@ -314,7 +314,7 @@ def weight_bytes(model: Any) -> int:
 def our_plan(model: Any, share: float) -> Any:
     """int8; everything, or this share of the context: half heavy hitters, half newest."""
     from kvcompress.plan import Budget, HeadPlan, uniform
-    from kvcompress.runtime.families import shape_of
+    from kvcompress.runtime.model.families import shape_of
 
     parts = Budget(ratio=share / 2)
     head = HeadPlan(full=True) if share == 1 else HeadPlan(frequent=parts, local=parts)
@@ -459,7 +459,7 @@ def measure_ours(
     run: Run, model: Any, share: float, context: int, batch: int, compiled: bool, graph: bool = True
 ) -> dict[str, Any]:
     import kvcompress
-    from kvcompress.runtime.graphs import DecodeGraph
+    from kvcompress.runtime.static.cuda_graph import DecodeGraph
 
     kvcompress.attach(model, our_plan(model, share))
     try:
@@ -552,8 +552,8 @@ def model_rows(run: Run, name: str, model: Any, context: int, batch: int, compil
 
 def step_rows(run: Run, model: Any, name: str, context: int, batch: int) -> None:
     """One layer's decode step without the rest of the model."""
-    from kvcompress.runtime.static_step import decode_step
-    from kvcompress.runtime.static_triton import triton_step
+    from kvcompress.runtime.static.step import decode_step
+    from kvcompress.runtime.static.triton_step import triton_step
 
     def measure(share: float) -> dict[str, Any]:
         cache = our_cache(run, model, share, context, batch)
@@ -586,7 +586,7 @@ def step_rows(run: Run, model: Any, name: str, context: int, batch: int) -> None
 
 def fixed_memory(run: Run, model: Any, name: str, context: int, budget: int) -> None:
     """Tokens per second of the largest batch whose cache takes at most `budget` bytes."""
-    from kvcompress.runtime.static import static_cache_bytes
+    from kvcompress.runtime.static.cache import static_cache_bytes
 
     config = model.config
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2

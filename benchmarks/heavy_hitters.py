@@ -36,7 +36,7 @@ from kvcompress.profile.calibration import load_prompts
 from kvcompress.profile.measure import Setup, measure_prompt
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Calibration, Keep
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.model.families import shape_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "heavy_hitters.json"
 RATIOS = (4, 8, 16)

@@ -33,12 +33,12 @@ from kvcompress.bench.plans import Setup, plan_of
 from kvcompress.bench.run import conditions, today
 from kvcompress.evaluate.serving import model_shape
 from kvcompress.kernels.cpu.library import Library, library
-from kvcompress.runtime.cache import CompressedCache
+from kvcompress.kernels.linear.bits16 import Linear16
+from kvcompress.kernels.linear.int8 import Int8Linear
+from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.names import as_argument
-from kvcompress.runtime.layer import CompressedLayer
-from kvcompress.runtime.linear8 import Int8Linear
-from kvcompress.runtime.linear16 import Linear16
+from kvcompress.runtime.layer.layer import CompressedLayer
+from kvcompress.runtime.names import as_argument
 
 CONTEXT: Final = 48  # tokens: the fewest that fill the exact slots and leave codes
 WEIGHTS: Final = ("float32", COMPILED, INT8)

@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompress.runtime.hf.names import cache_of
+from kvcompress.runtime.names import cache_of
 
 if TYPE_CHECKING:
     from kvcompress.plan import Plan
@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from kvcompress.accounting import prefill_bytes
     from kvcompress.evaluate.serving import cache_bytes
-    from kvcompress.runtime.families import shape_of
     from kvcompress.runtime.hf.attach import attach
+    from kvcompress.runtime.model.families import shape_of
 
     torch.manual_seed(0)
     heads = args.kv_heads
@@ -152,7 +152,7 @@ def plan_of(variant: str, config: Any) -> Plan | None:
     import torch
 
     from kvcompress.plan import HeadPlan, uniform
-    from kvcompress.runtime.families import shape_of
+    from kvcompress.runtime.model.families import shape_of
 
     told = VARIANTS[variant]
     if told is None:

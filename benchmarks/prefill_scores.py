@@ -27,15 +27,15 @@ import torch
 import torch.nn.functional as F
 
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
-from kvcompress.runtime import layer as layer_module
-from kvcompress.runtime.attend import Chunk, attend
-from kvcompress.runtime.evidence import new_scores
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument
-from kvcompress.runtime.state import LayerSettings, LayerState
-from kvcompress.runtime.voters import LateVoters, attend_prompt
+from kvcompress.runtime.layer import layer as layer_module
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
+from kvcompress.runtime.prompt.attention_inputs import new_scores
+from kvcompress.runtime.prompt.score_queries import LateVoters, attend_prompt
+from kvcompress.runtime.store.attend import Chunk, attend
+from kvcompress.runtime.store.state import LayerSettings, LayerState
 
 PLAIN, OLD = "plain", "float32 chunks"
 VOTERS: Final[dict[str, tuple[int | None, int | None]]] = {

@@ -39,8 +39,8 @@ from kvcompress.evaluate.workloads_report import interval, paired
 from kvcompress.evaluate.workloads_run import run_workload
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan, Recall, uniform
 from kvcompress.profile.source import load_source
-from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "kvcompress" / "demo" / "model"

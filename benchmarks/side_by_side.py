@@ -25,7 +25,7 @@ from kvcompress.evaluate.session import Session
 from kvcompress.evaluate.suite import Suite, make_suite
 from kvcompress.plan import Plan
 from kvcompress.profile.source import load_source
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.names import as_argument
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "kvcompress" / "demo" / "model"

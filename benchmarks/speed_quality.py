@@ -30,7 +30,7 @@ from kvcompress.profile.run import run as take_profile
 from kvcompress.profile.solve import solve
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import BytesPolicy
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.model.families import shape_of
 
 FULL = "full cache"
 PROMPTS = 8  # of calibration

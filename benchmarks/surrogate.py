@@ -34,9 +34,9 @@ from kvcompress.profile.run import run
 from kvcompress.profile.source import load_source
 from kvcompress.profile.store import Profile
 from kvcompress.recipe import Calibration, Keep, Recipe, UniformPolicy
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.names import as_argument
 
 MODEL = Path(__file__).parents[1] / "kvcompress" / "demo" / "model"
 CONTEXT, RATIOS, QUESTIONS = 960, (0.25, 0.125, 0.0625), 48

@@ -26,8 +26,8 @@ from kvcompress.plan import Budget, HeadPlan, Plan, uniform
 from kvcompress.profile.calibration import load_prompts
 from kvcompress.profile.source import load_source
 from kvcompress.recipe import Calibration
-from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
 
 MODEL = Path(__file__).parents[1] / "kvcompress" / "demo" / "model"
 PROMPT, NEXT, SIZES = 896, 64, (32, 128, 448)

@@ -14,32 +14,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvcompress.bundle.load import load as load
     from kvcompress.errors import KVCompressError as KVCompressError
     from kvcompress.plan import Plan as Plan
     from kvcompress.profile.store import Profile as Profile
     from kvcompress.recipe import Recipe as Recipe
-    from kvcompress.runtime.cache import CompressedCache as CompressedCache
-    from kvcompress.runtime.chat import system_span as system_span
+    from kvcompress.runtime.cache.cache import CompressedCache as CompressedCache
+    from kvcompress.runtime.cache.new import new_cache as new_cache
     from kvcompress.runtime.hf.attach import attach as attach
     from kvcompress.runtime.hf.attach import detach as detach
-    from kvcompress.runtime.hf.attached import new_cache as new_cache
-    from kvcompress.runtime.load import load as load
-    from kvcompress.runtime.static import StaticCompressedCache as StaticCompressedCache
+    from kvcompress.runtime.model.chat import system_span as system_span
+    from kvcompress.runtime.static.cache import StaticCompressedCache as StaticCompressedCache
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "CompressedCache": "kvcompress.runtime.cache",
+    "CompressedCache": "kvcompress.runtime.cache.cache",
     "KVCompressError": "kvcompress.errors",
     "Plan": "kvcompress.plan",
     "Profile": "kvcompress.profile.store",
     "Recipe": "kvcompress.recipe",
-    "StaticCompressedCache": "kvcompress.runtime.static",
+    "StaticCompressedCache": "kvcompress.runtime.static.cache",
     "attach": "kvcompress.runtime.hf.attach",
     "detach": "kvcompress.runtime.hf.attach",
-    "load": "kvcompress.runtime.load",
-    "new_cache": "kvcompress.runtime.hf.attached",
-    "system_span": "kvcompress.runtime.chat",
+    "load": "kvcompress.bundle.load",
+    "new_cache": "kvcompress.runtime.cache.new",
+    "system_span": "kvcompress.runtime.model.chat",
 }
 
 __all__ = [

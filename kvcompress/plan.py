@@ -24,7 +24,6 @@ from pydantic import (
 )
 
 from kvcompress.errors import PlanError
-from kvcompress.evict.registry import SUMS, known_scorer
 from kvcompress.head_plan import (
     Budget,
     ByteCount,
@@ -34,6 +33,7 @@ from kvcompress.head_plan import (
     PositiveInt,
     StrictModel,
 )
+from kvcompress.registry import SUMS, known_scorer
 from kvcompress.rules import (
     DigestName,
     FastGenChoice,

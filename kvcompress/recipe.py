@@ -16,7 +16,6 @@ from pydantic import (
 )
 
 from kvcompress.errors import RecipeError
-from kvcompress.evict.registry import SUMS
 from kvcompress.head_plan import TOKENS_LIMIT
 from kvcompress.plan import (
     Budget,
@@ -35,6 +34,7 @@ from kvcompress.plan import (
     explain,
     without_unset_stride,
 )
+from kvcompress.registry import SUMS
 from kvcompress.strict import YAML_LIMIT_BYTES, NotStrictError, load_yaml, read_text
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]

@@ -12,12 +12,12 @@ import torch
 
 import kvcompress
 from kvcompress.errors import RecipeError
-from kvcompress.evict.registry import SCORERS
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import Plan
 from kvcompress.recipe import Recipe, UniformPolicy
-from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.registry import SCORERS
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
 from tests.evict import test_scorers
 
 ROOT = Path(__file__).parents[1]

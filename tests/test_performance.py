@@ -271,7 +271,7 @@ def test_the_planned_shape_is_that_of_the_profile(benchmark):
     model = benchmark("speed.model")
     with model.torch.device("meta"):
         large = model.LlamaForCausalLM(model.config("full"))
-    shape = importlib.import_module("kvcompress.runtime.families").shape_of(large.config)
+    shape = importlib.import_module("kvcompress.runtime.model.families").shape_of(large.config)
     carried = planned.carried_over(plan, shape)
     labels = [h.label + h.storage for row in carried.heads for h in row]
     plain = {"special": False, "punct": False}

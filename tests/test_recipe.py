@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from kvcompress.errors import RecipeError
-from kvcompress.evict.registry import SUMS
 from kvcompress.recipe import BytesPolicy, FastGenPolicy, Recipe, UniformPolicy, parse_bytes
+from kvcompress.registry import SUMS
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 REQUIRED = {

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from kvcompress.accounting import kv_bytes
-from kvcompress.evict.registry import SCORERS
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import FastGenChoice, ModelShape, Plan, PooledBudget, Threshold, uniform
 from kvcompress.recipe import Recipe, UniformPolicy
+from kvcompress.registry import SCORERS
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {path.stem: Recipe.load(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))}

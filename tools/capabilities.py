@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kvcompress.runtime.probe import Capabilities, probe  # noqa: E402
+from kvcompress.runtime.check.probe import Capabilities, probe  # noqa: E402
 from tests.runtime.models import FAMILIES, REFUSED, build, refused  # noqa: E402
 
 

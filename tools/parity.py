@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.model.families import shape_of
 from tests.runtime.battery import BAR, DTYPE_BAR, TABLES, Outcome, measure
 from tests.runtime.models import CONFIGS, FAMILIES
 

@@ -29,8 +29,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvcompress.evaluate.tasks import count_notes, hop_notes, recall_notes
-from kvcompress.evaluate.words import COUNT_WORDS, KEY_WORDS, VALUE_WORDS
+from kvcompress.tasks.documents import count_notes, hop_notes, recall_notes
+from kvcompress.tasks.words import COUNT_WORDS, KEY_WORDS, VALUE_WORDS
 
 VOCAB_SIZE = 1536
 TRAINED_TOKENS = 1024

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvcompress
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.model.families import shape_of
 
 
 def storage(setting: Setting) -> Record:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kvcompress
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.model.families import shape_of
 
 EXACT: dict[str, Any] = {"k_dtype": "model", "v_dtype": "model"}
 SINKS, RECENT = 4, 16  # tokens that every head keeps uncoded

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 import kvcompress
-from kvcompress.evict.registry import SCORERS
 from kvcompress.plan import HeadPlan, uniform
-from kvcompress.runtime.families import shape_of
+from kvcompress.registry import SCORERS
+from kvcompress.runtime.model.families import shape_of
 
 
 def save_load(setting: Setting) -> Record:

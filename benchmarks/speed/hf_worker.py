@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from kvcompress.bench import caches
 from kvcompress.bench.timing import Window, stopwatch
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.names import as_argument
 from speed.model import NAMES, Models
 from speed.protocol import Record, Replies, serve
 

@@ -71,11 +71,13 @@ class Models:
             torch.manual_seed(0)
             return LlamaForCausalLM(config(self.scale)).eval()
         if weights == INT8:
-            from kvcompress.runtime.linear8 import quantize_linears  # not in rivals' environments
+            from kvcompress.kernels.linear.int8 import (
+                quantize_linears,  # not in rivals' environments
+            )
 
             return quantize_linears(copy.deepcopy(self("float32"))).eval()
         if weights == COMPILED:
-            from kvcompress.runtime.linear16 import serve_16_bit  # not in rivals' environments
+            from kvcompress.kernels.linear.bits16 import serve_16_bit  # not in rivals' environments
 
             return serve_16_bit(copy.deepcopy(self("bfloat16")))
         return copy.deepcopy(self("float32")).to(NAMES[weights])

@@ -16,12 +16,12 @@ from kvcompress.errors import KVCompressError
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
 from kvcompress.plan import HOLDS_KV, Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.attend import Chunk
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.commit import commit
-from kvcompress.runtime.evidence import new_scores
-from kvcompress.runtime.layer import CompressedLayer
-from kvcompress.runtime.state import needs_whole_prompt
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.layer.layer import CompressedLayer
+from kvcompress.runtime.prompt.attention_inputs import new_scores
+from kvcompress.runtime.prompt.store_prompt import commit
+from kvcompress.runtime.store.attend import Chunk
+from kvcompress.runtime.store.state import needs_whole_prompt
 
 
 def synthetic_refusal(plan: Plan) -> str | None:

@@ -18,7 +18,7 @@ from kvcompress.evaluate.quality import weights_bytes
 from kvcompress.evaluate.serving import cache_bytes, model_shape
 from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.names import as_argument
 
 Fill = Literal["synthetic", "prompt"]
 _FIRST_ID: Final = 3
@@ -135,7 +135,7 @@ def quantized_holder(config: Any, backend: str, bits: int | None) -> Holder:
 
 
 def compressed_holder(model: Any, plan: Plan, params: KVParams | None = None) -> Holder:
-    from kvcompress.runtime.hf.attached import new_cache
+    from kvcompress.runtime.cache.new import new_cache
 
     return Holder(
         plan,
@@ -289,7 +289,7 @@ def _fill(model: Any, holder: Holder, size: Size) -> Any:
 def _serve(model: Any, holder: Holder, threads: int) -> None:
     """Have the model serve caches of `holder`, with so many threads."""
     from kvcompress.runtime.hf.attach import attach, detach
-    from kvcompress.runtime.hf.attached import attached
+    from kvcompress.runtime.model.attached import attached
 
     use_threads(threads)
     now = attached(model)

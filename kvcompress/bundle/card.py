@@ -28,7 +28,7 @@ def model_card(
     Args:
         base_weights_bytes: of the base model's weights in bf16.
         measured: figures by name, printed as they are.
-        capabilities: rows of `kvcompress.runtime.probe.as_rows`.
+        capabilities: rows of `kvcompress.runtime.check.probe.as_rows`.
     """
     head = yaml.safe_dump(
         {

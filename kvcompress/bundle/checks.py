@@ -98,14 +98,14 @@ def _config_hash(bundle: Bundle) -> str | None:
 
 
 def _hash(bundle: Bundle) -> str:
-    from kvcompress.runtime.families import config_hash
+    from kvcompress.runtime.model.families import config_hash
 
     with reading(str(bundle.path), "config.json"):
         return config_hash(bundle.config)
 
 
 def _plan_model(bundle: Bundle) -> str | None:
-    from kvcompress.runtime.families import difference, shape_of
+    from kvcompress.runtime.model.families import difference, shape_of
 
     with reading(str(bundle.path), "config.json"):
         shape = shape_of(bundle.config)
@@ -119,7 +119,7 @@ def _plan_model(bundle: Bundle) -> str | None:
 
 
 def _profile_model(bundle: Bundle) -> str | None:
-    from kvcompress.runtime.families import difference
+    from kvcompress.runtime.model.families import difference
 
     # a plan that was given by hand may be for other settings of the same layers
     same = {"config_hash": bundle.plan.model.config_hash}

@@ -64,7 +64,7 @@ class BaseModelEntry(StrictModel):
 
     Attributes:
         id: its name on the Hub, or the name of the directory it was read from.
-        config_hash: see `kvcompress.runtime.families.config_hash`.
+        config_hash: see `kvcompress.runtime.model.families.config_hash`.
     """
 
     id: str

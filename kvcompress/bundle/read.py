@@ -59,6 +59,18 @@ def is_bundle(path: Path | str) -> bool:
     return (Path(path) / manifest.MANIFEST).exists()
 
 
+def plan_at(path: Path) -> tuple[Plan, KVParams | None]:
+    """The plan and key constants of a bundle, or the plan of a file, which has no constants.
+
+    Raises:
+        KVCompressError: where the path is neither.
+    """
+    if not is_bundle(path):
+        return Plan.load(path), None
+    bundle = open_bundle(path)
+    return bundle.plan, bundle.params
+
+
 def open_bundle(path: Path | str) -> Bundle:
     """Check a bundle and read its small parts; the weights are hashed but not loaded.
 

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from kvcompress.bundle.load import serve
 from kvcompress.bundle.read import Bundle, load_weights, open_bundle
 from kvcompress.errors import BundleError, KVCompressError
 from kvcompress.plan import HeadPlan, Plan, uniform
-from kvcompress.runtime.hf.names import as_argument, cache_of
-from kvcompress.runtime.load import serve
+from kvcompress.runtime.names import as_argument, cache_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +143,7 @@ def _attached(model: PreTrainedModel, plan: Plan, params: KVParams | None) -> It
 
 def _decode_compressed(bundle: Bundle, model: PreTrainedModel) -> Tensor:
     """`_decode` through the cache of the plan that is attached."""
-    from kvcompress.runtime.hf.attached import new_cache
+    from kvcompress.runtime.cache.new import new_cache
 
     logits = _decode(model, new_cache(model))
     _demand_finite(bundle, logits)
@@ -158,8 +158,8 @@ def _generate(bundle: Bundle, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    from kvcompress.runtime.cache import CompressedCache
-    from kvcompress.runtime.hf.attached import attached
+    from kvcompress.runtime.cache.cache import CompressedCache
+    from kvcompress.runtime.model.attached import attached
 
     ids, call = check_ids(model), cast(Any, model.generate)
     with torch.inference_mode():

@@ -206,7 +206,7 @@ def _check_counted(profile: Path, recipe: Recipe, weights: WeightScheme | None) 
 
 
 def _check_fit(profile: Path, found: Source, plan: Plan) -> None:
-    from kvcompress.runtime.families import config_hash
+    from kvcompress.runtime.model.families import config_hash
 
     if plan.model.config_hash != config_hash(found.config):
         raise BundleError(
@@ -267,7 +267,7 @@ def _one_line(target: Path) -> Iterator[None]:
 
 def _write_weights(job: _Job, staged: Path, device_map: Any) -> tuple[Tensor, list[dict[str, str]]]:
     """Save the weights, then return `check_logits` and `probe` of the model they came from."""
-    from kvcompress.runtime.probe import as_rows, probe
+    from kvcompress.runtime.check.probe import as_rows, probe
 
     skip = (*output_heads(job.source.skeleton), *job.kept)
     model = job.source.load(device_map=device_map, **job.format.load_kwargs(skip))

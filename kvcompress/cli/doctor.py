@@ -21,9 +21,10 @@ def command(
 
     Example: `kvcompress doctor bundle`
     """
-    from kvcompress.runtime.doctor import diagnose
+    from kvcompress.bundle.read import plan_at
+    from kvcompress.runtime.check.doctor import diagnose
 
-    found = diagnose(path)
+    found = diagnose() if path is None else diagnose(*plan_at(path))
     if json_:
         emit(found, json_)
         return

@@ -66,7 +66,7 @@ def command(
     Example: `kvcompress eval bundle --samples 48 --context 900`, or `kvcompress eval bundle
     --workloads hidden,second_turn`
     """
-    from kvcompress.evaluate.tasks import HELD_OUT
+    from kvcompress.tasks.documents import HELD_OUT
 
     if harness:
         refuse_unread(arguments, "with --harness", "tasks", "workloads", *_DRAWN)
@@ -175,11 +175,11 @@ def _words(listed: str) -> list[str]:
 
 def _load(model: str, plan: Path | None, device: str) -> tuple[Any, Any, list[Row]]:
     """The model, its tokenizer, and the plans to measure: a bundle brings its own."""
+    from kvcompress.bundle.load import load
     from kvcompress.bundle.read import is_bundle
     from kvcompress.evaluate.compare import Row, plan_row
     from kvcompress.profile.source import load_source
-    from kvcompress.runtime.hf.attached import attached
-    from kvcompress.runtime.load import load
+    from kvcompress.runtime.model.attached import attached
 
     rows = [] if plan is None else [plan_row(plan)]
     if not is_bundle(model):

@@ -32,8 +32,8 @@ def command(
 
     Example: `kvcompress generate bundle -p "Once upon a time" --max-new-tokens 50`
     """
+    from kvcompress.bundle.load import load
     from kvcompress.runtime.complete import complete
-    from kvcompress.runtime.load import load
 
     if temperature == 0:
         refuse_unread(context, "without --temperature above 0", "seed")

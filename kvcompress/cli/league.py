@@ -134,7 +134,7 @@ def command(
 
 def _notes(data: Path) -> str:
     """What somebody wrote beside a league.json for its page, in ``league.notes.md``."""
-    from kvcompress.evaluate.tasks import read_text
+    from kvcompress.tasks.documents import read_text
 
     path = data.with_suffix(".notes.md")
     return read_text(path) if path.is_file() else ""

@@ -31,7 +31,7 @@ def command(
         kvcompress probe kvcompress/demo/model
     """
     from kvcompress.profile.source import load_model, random_model
-    from kvcompress.runtime.probe import as_rows, probe
+    from kvcompress.runtime.check.probe import as_rows, probe
 
     if layers is not None and not random_weights:
         raise typer.BadParameter("--layers needs --random-weights: a real model has all of them")

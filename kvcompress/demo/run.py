@@ -12,9 +12,9 @@ from kvcompress.atomic import write_file
 from kvcompress.demo.plans import RIVALS, NamedPlan, demo_plans, demo_recipe, rivals
 from kvcompress.errors import KVCompressError
 from kvcompress.evaluate.report import QualityReport
-from kvcompress.evaluate.tasks import HELD_OUT
 from kvcompress.plan import StrictModel
-from kvcompress.runtime.hf.names import cache_of
+from kvcompress.runtime.names import cache_of
+from kvcompress.tasks.documents import HELD_OUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ def run(
     """
     from kvcompress.profile.run import run as take_profile
     from kvcompress.profile.source import load_source
-    from kvcompress.runtime.families import shape_of
+    from kvcompress.runtime.model.families import shape_of
 
     if not (model_dir / "config.json").is_file():
         raise KVCompressError(f"{model_dir}: no demo model there; install kvcompress again")
@@ -177,9 +177,9 @@ def _measure(
     bar: Bar,
 ) -> tuple[Example, list[QualityReport]]:
     """All of `plans`, then what `more` gives for the bytes that the last of them held."""
+    from kvcompress.bundle.load import load
     from kvcompress.evaluate.quality import measure
-    from kvcompress.runtime.hf.attached import attached
-    from kvcompress.runtime.load import load
+    from kvcompress.runtime.model.attached import attached
 
     note("loading the bundle and generating from it")
     with bar("loading the bundle", 1):

@@ -76,8 +76,8 @@ def evaluate_harness(
         KVCompressError: as `run_harness`, and where the bundle is damaged.
     """
     _need_harness()
-    from kvcompress.runtime.hf.attached import attached
-    from kvcompress.runtime.load import load
+    from kvcompress.bundle.load import load
+    from kvcompress.runtime.model.attached import attached
 
     model, tokenizer = load(bundle, device_map=device)
     served = attached(model)

@@ -15,9 +15,9 @@ from kvcompress.evaluate.report import Answered, QualityReport, Recall, TextQual
 from kvcompress.evaluate.serving import cache_bytes, model_shape, serving
 from kvcompress.evaluate.session import Dialogue, Session, converse
 from kvcompress.evaluate.suite import Suite
-from kvcompress.evaluate.tasks import Sample
 from kvcompress.evaluate.text import text_losses, window_logits
 from kvcompress.plan import Plan
+from kvcompress.tasks.documents import Sample
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase

@@ -6,8 +6,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
-from kvcompress.evaluate.tasks import Sample
 from kvcompress.plan import StrictModel
+from kvcompress.tasks.documents import Sample
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,8 +23,9 @@ def serving(
     Args:
         plan: None for transformers' DynamicCache.
     """
+    from kvcompress.runtime.cache.new import new_cache
     from kvcompress.runtime.hf.attach import attach, detach
-    from kvcompress.runtime.hf.attached import attached, new_cache
+    from kvcompress.runtime.model.attached import attached
 
     before = attached(model)
     detach(model)
@@ -61,6 +62,6 @@ def host_bytes(cache: Cache) -> int:
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
-    from kvcompress.runtime.families import shape_of
+    from kvcompress.runtime.model.families import shape_of
 
     return shape_of(model.config, model.dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvcompress.evaluate.tasks import HELD_OUT, Sample, make_samples, read_text
+from kvcompress.tasks.documents import HELD_OUT, Sample, make_samples, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor

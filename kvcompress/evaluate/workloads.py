@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvcompress.evaluate.answers import Grader
 from kvcompress.evaluate.suite import text_windows
-from kvcompress.evaluate.tasks import HELD_OUT, Note, lay_out, read_text, recall_notes
+from kvcompress.tasks.documents import HELD_OUT, Note, lay_out, read_text, recall_notes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from kvcompress.profile.run import run
 from kvcompress.profile.solve import reads_profile, solve
 from kvcompress.profile.store import PARAMS_FILE, Profile
 from kvcompress.recipe import Calibration, FastGenPolicy, Keep, Recipe
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.model.families import shape_of
 
 DEFAULT_CALIBRATION: Final = Calibration()
 _NEVER: Final = 1e30  # loss of a head that is not to be chosen

@@ -130,7 +130,7 @@ class Worker:
 
     @cached_property
     def shape(self) -> ModelShape:
-        from kvcompress.runtime.families import shape_of
+        from kvcompress.runtime.model.families import shape_of
 
         return shape_of(self.model.config, self.model.dtype)
 

@@ -14,10 +14,10 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
-from kvcompress.evaluate.tasks import Note, lay_out, recall_notes
 from kvcompress.profile.rows import held_out_rows
 from kvcompress.profile.tokens import opening_ids
 from kvcompress.recipe import Calibration
+from kvcompress.tasks.documents import Note, lay_out, recall_notes
 
 _WORDS_TO_RECALL = (2, 6, 16)
 _MOST_NOTES = 40

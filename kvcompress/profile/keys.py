@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcompress.plan import ModelShape
 from kvcompress.profile.collect import forward, watching_keys
 from kvcompress.quant.keystats import KeyStats
-from kvcompress.runtime.rotation import LayerRotation, find_rotations
+from kvcompress.runtime.model.rotation import LayerRotation, find_rotations
 
 __all__ = ["LayerRotation", "find_rotations", "key_moments"]
 

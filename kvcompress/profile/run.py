@@ -59,8 +59,8 @@ from kvcompress.profile.tokens import opening_ids, punct_ids, repeat_ids, specia
 from kvcompress.profile.weights import ROUNDED, WEIGHT_PROMPTS, measure_weights
 from kvcompress.quant.keystats import KeyStats, KVParams, derive
 from kvcompress.recipe import Recipe
-from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf.attach import check
+from kvcompress.runtime.model.families import shape_of
 
 HEAD_PROMPTS: Final = 4  # read twice for the scores of heads
 KEY_PROMPTS: Final = 8  # moments of 8 k tokens are exact enough: 4 k are, see `keystats`

@@ -30,7 +30,7 @@ from kvcompress.profile.hf import attention_through
 from kvcompress.profile.rows import held_out_rows
 from kvcompress.profile.store import PATH
 from kvcompress.recipe import Keep
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.names import as_argument
 
 _TRIAL_TOKENS: Final = 128
 

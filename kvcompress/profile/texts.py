@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from kvcompress.errors import CalibrationError, KVCompressError
 from kvcompress.recipe import Calibration
-from kvcompress.runtime.chat import conversation_text
+from kvcompress.runtime.model.chat import conversation_text
 
 FILES: Final = (".txt", ".jsonl", ".parquet")
 CHAT_COLUMNS: Final = ("messages", "conversations")  # taken where there is no column of text

@@ -9,10 +9,10 @@ from typing import Any
 
 from kvcompress.accounting import kv_bytes
 from kvcompress.plan import Plan
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument, cache_of
-from kvcompress.runtime.spans import Span
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
+from kvcompress.runtime.cache.spans import Span
+from kvcompress.runtime.names import as_argument, cache_of
 
 
 @dataclass(frozen=True)

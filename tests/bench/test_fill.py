@@ -13,9 +13,9 @@ from kvcompress.bench.plans import Setup, plan_of, ragged_ratios, setups
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.rules import Recall
-from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
 from tests.runtime.models import build
 
 CONTEXT, BATCH = 120, 2

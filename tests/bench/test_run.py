@@ -19,9 +19,9 @@ from kvcompress.errors import KVCompressError
 from kvcompress.evaluate.compare import Row as PlanRow
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.rules import Recall
-from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf.attached import attached
-from kvcompress.runtime.hf.names import CACHE
+from kvcompress.runtime.model.attached import attached
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import CACHE
 
 ROUNDS = Rounds(2, 1, buffer_bytes=2**20)
 

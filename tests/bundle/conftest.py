@@ -17,7 +17,7 @@ from kvcompress.profile.source import weights_hash
 from kvcompress.profile.store import Profile, Provenance
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Recipe
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.model.families import shape_of
 from tests.bundle.helpers import Exported
 
 if TYPE_CHECKING:

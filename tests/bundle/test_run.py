@@ -17,9 +17,9 @@ from kvcompress.bundle.verify import verify
 from kvcompress.cli.app import main
 from kvcompress.errors import BundleError, PlanError
 from kvcompress.plan import Plan
-from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.complete import complete
-from kvcompress.runtime.hf.names import cache_of
+from kvcompress.runtime.names import cache_of
 from tests.bundle.helpers import Exported
 
 SCHEMES = ("bf16", "int8", "nf4")

@@ -82,7 +82,7 @@ VALUES = {
 
 # what may take long, and so shows how far it is
 LONG = {
-    *("demo.run.run", "runtime.probe.probe", "profile.source.load_model", "runtime.load.load"),
+    *("demo.run.run", "runtime.check.probe.probe", "profile.source.load_model", "bundle.load.load"),
     *("profile.source.load_source", "profile.run.run_and_plan", "bundle.write.export"),
     *("bundle.verify.verify", "evaluate.suite.make_suite", "evaluate.compare.compare"),
     *("evaluate.workloads.make_workloads", "evaluate.workloads_table.compare_workloads"),
@@ -134,7 +134,7 @@ def observed(monkeypatch, tmp_path, capfd):
     watch("demo.run.run", last=True)
     watch("profile.source.load_model", "model")
     watch("profile.source.random_model", lambda *_: SimpleNamespace(to=lambda device: device))
-    watch("runtime.probe.probe", last=True)
+    watch("runtime.check.probe.probe", last=True)
     watch("profile.source.load_source", ("model", "tokenizer"))
     watch("profile.run.run_and_plan", last=True)
     watch("profile.store.Profile.load", profile_of)
@@ -151,7 +151,7 @@ def observed(monkeypatch, tmp_path, capfd):
     watch("evaluate.workloads.make_workloads", ["suite"])
     watch("evaluate.workloads_table.compare_workloads", last=True)
     watch("evaluate.harness.run_harness", last=True)
-    watch("runtime.load.load", ("model", "tokenizer"))
+    watch("bundle.load.load", ("model", "tokenizer"))
     watch("runtime.complete.complete", last=True)
     watch("league.pages.check_plots")
     watch("league.run.machine_words", lambda device: f"a machine with {device}")

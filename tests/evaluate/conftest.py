@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, LlamaConfig, PreTrainedTokenizerFast
 
-from kvcompress.runtime.hf.names import CACHE
+from kvcompress.runtime.names import CACHE
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import torch
 from kvcompress.evaluate.serving import cache_bytes, serving
 from kvcompress.evaluate.session import Dialogue, Session, converse
 from kvcompress.plan import Budget, HeadPlan, PooledBudget, uniform
-from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf.names import as_argument, cache_of
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument, cache_of
 
 QUARTER = HeadPlan(frequent=Budget(ratio=0.25), local=Budget(tokens=8))
 CLASSES = HeadPlan(special=True, punct=True, frequent=Budget(tokens=6), k_dtype="int8")

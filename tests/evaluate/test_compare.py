@@ -8,7 +8,7 @@ from kvcompress.evaluate.compare import Row, compare, plan_row
 from kvcompress.evaluate.suite import make_suite
 from kvcompress.plan import HeadPlan, uniform
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.model.families import shape_of
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from kvcompress.evaluate.harness import evaluate_harness, run_harness
 from kvcompress.evaluate.serving import serving
 from kvcompress.evaluate.session import Session
 from kvcompress.plan import Budget, HeadPlan, uniform
-from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
 
 TASK = """
 task: {name}

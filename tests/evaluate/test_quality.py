@@ -8,9 +8,9 @@ from kvcompress.errors import PlanError
 from kvcompress.evaluate.quality import evaluate, measure
 from kvcompress.evaluate.suite import make_suite
 from kvcompress.plan import Budget, HeadPlan, uniform
-from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.attached import attached
+from kvcompress.runtime.model.attached import attached
+from kvcompress.runtime.model.families import shape_of
 
 EVERYTHING = 10**6
 

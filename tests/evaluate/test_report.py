@@ -1,7 +1,7 @@
 import pytest
 
 from kvcompress.evaluate.report import Answered, bootstrap, recall
-from kvcompress.evaluate.tasks import Sample
+from kvcompress.tasks.documents import Sample
 
 RIGHT = Answered(True, 1, 1, 3)
 WRONG = Answered(False, 0, 1, 5)

@@ -2,14 +2,14 @@ import random
 
 import pytest
 
-from kvcompress.evaluate.tasks import (
+from kvcompress.tasks.documents import (
     MULTI_KEYS,
     TASKS,
     lay_out,
     make_samples,
     recall_notes,
 )
-from kvcompress.evaluate.words import COUNT_WORDS, KEY_WORDS, VALUE_WORDS
+from kvcompress.tasks.words import COUNT_WORDS, KEY_WORDS, VALUE_WORDS
 
 
 def words(text: str) -> int:

@@ -16,8 +16,8 @@ from kvcompress.evaluate.workloads_report import WorkloadOutcome, interval, pair
 from kvcompress.evaluate.workloads_run import reference_logits, run_workload
 from kvcompress.evaluate.workloads_table import beside, compare_workloads, workload_table
 from kvcompress.plan import Budget, HeadPlan, uniform
-from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf.attached import attached
+from kvcompress.runtime.model.attached import attached
+from kvcompress.runtime.model.families import shape_of
 
 EVERYTHING = 10**6
 SMALL = {"notes": 6, "instructions": 10, "max_words": 2, "long_words": (3, 4), "windows": 0}
@@ -178,7 +178,8 @@ def test_a_long_generation_goes_through_the_decode_path(
         Session, "feed", lambda self, tokens: lengths.append(tokens.shape[1]) or feed(self, tokens)
     )
     inserted = []
-    from kvcompress.runtime import fused, layer
+    from kvcompress.runtime.layer import layer
+    from kvcompress.runtime.step import cpu as fused
 
     for owner, name in ((layer, "insert"), (fused.FusedStep, "run")):  # without kernels, with them
         take = getattr(owner, name)
@@ -251,7 +252,7 @@ def test_the_batch_size_does_not_change_the_result(tiny_llama, tiny_tokenizer, d
 
 def test_a_prompt_ends_before_anything_is_asked(tiny_llama, tiny_tokenizer, tiny_suites):
     """A cache that wants to finish its prompt is told once per prefill, before rows are copied."""
-    from kvcompress.runtime.cache import CompressedCache
+    from kvcompress.runtime.cache.cache import CompressedCache
 
     told = []
 
@@ -266,7 +267,7 @@ def test_a_prompt_ends_before_anything_is_asked(tiny_llama, tiny_tokenizer, tiny
     suite = tiny_suites["instructions"]
     plan = whole(tiny_llama)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvcompress.runtime.hf.attached.CompressedCache", Cache)
+        patch.setattr("kvcompress.runtime.model.attached.CompressedCache", Cache)
         run_workload(tiny_llama, tiny_tokenizer, suite, plan)
     assert told == [(tiny_llama, max(len(each.prompt) for each in suite.documents))]
 

@@ -7,9 +7,9 @@ from kvcompress.errors import PlanError
 from kvcompress.evict.scorers import Rows, Tokens, newest, scorer
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.profile.repeat import score_context
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.attached import new_cache
+from kvcompress.runtime.model.families import shape_of
 from tests.runtime.battery import EXACT
 from tests.runtime.models import build, prompts
 from tests.runtime.test_cache import feed, kept_numbers

@@ -25,7 +25,7 @@ def with_budget(data):
 
 def test_nothing_is_imported_to_know_the_names():
     code = (
-        "import sys; from kvcompress.evict.registry import known_scorer; known_scorer('tova');"
+        "import sys; from kvcompress.registry import known_scorer; known_scorer('tova');"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,8 +9,8 @@ import torch
 
 import kvcompress
 from kvcompress.plan import Budget, HeadPlan, uniform
-from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
 
 TOKENS, SINKS, RECENT, BUDGET = 120, 4, 16, 30
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kvcompress.errors import PlanError
-from kvcompress.evict.registry import SUMS
 from kvcompress.evict.scorers import SCORERS, Scorer, scorer
 from kvcompress.evict.voters import far_weight, pair_weight, votes_for_its_stride
 from kvcompress.plan import Plan, uniform
 from kvcompress.recipe import Keep, Recipe
+from kvcompress.registry import SUMS
 from tests.evict.prompts import prompt, ranks_of
 
 LENGTH = 400
@@ -104,7 +104,7 @@ def tiny_plan(shape, **settings):
 
 @pytest.fixture
 def shape(tiny_llama):
-    from kvcompress.runtime.families import shape_of
+    from kvcompress.runtime.model.families import shape_of
 
     return shape_of(tiny_llama.config, tiny_llama.dtype)
 

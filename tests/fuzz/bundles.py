@@ -28,9 +28,9 @@ from kvcompress.profile.store import Profile, Provenance
 from kvcompress.quant.keystats import KVParams
 from kvcompress.quant.weights import FORMATS
 from kvcompress.recipe import Recipe
-from kvcompress.runtime.families import config_hash, shape_of
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.cache.new import new_cache
+from kvcompress.runtime.model.families import config_hash, shape_of
+from kvcompress.runtime.names import as_argument
 from tests.fuzz.mutate import Safetensors, mutate_bytes, mutate_safetensors, mutate_tree
 from tests.fuzz.run import refusal
 

@@ -14,11 +14,11 @@ import torch
 
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, FastGenChoice, HeadPlan, PerRequest, PooledBudget
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.cachefile import CacheFileError
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.names import as_argument
+from kvcompress.runtime.saved.cachefile import CacheFileError
 from tests.fuzz.mutate import (
     TEXTS,
     Safetensors,

@@ -10,10 +10,10 @@ import torch
 
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import HeadPlan
-from kvcompress.runtime.graphs import DecodeGraph
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.names import as_argument
-from kvcompress.runtime.static import StaticCompressedCache
+from kvcompress.runtime.names import as_argument
+from kvcompress.runtime.static.cache import StaticCompressedCache
+from kvcompress.runtime.static.cuda_graph import DecodeGraph
 from tests.runtime.models import prompts
 from tests.runtime.static_compare import assert_same_arrays
 from tests.runtime.test_static import HEADS, assert_equal, decode, one_layer, plan_for
@@ -129,7 +129,7 @@ def test_what_the_kernels_cannot_read_is_refused():
     model = one_layer("llama")
     plan = plan_for(model, HeadPlan(full=True, k_dtype="int4", v_dtype="int4"))
     attach(model, plan)
-    from kvcompress.runtime import static_triton
+    from kvcompress.runtime.static import triton as static_triton
 
     settings = StaticCompressedCache(plan, batch=1, max_tokens=9).static_layers[0].settings
     device = torch.device("cpu")

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from kvcompress.quant.codec import encode, value_groups
-from kvcompress.runtime import static
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.static import StaticCompressedCache
+from kvcompress.runtime.static import cache as static
+from kvcompress.runtime.static.cache import StaticCompressedCache
 from tests.kernels.ahead import compiling_for
 from tests.kernels.cases import random, run_split, split
 from tests.runtime.models import prompts

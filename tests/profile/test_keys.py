@@ -3,7 +3,7 @@
 import torch
 
 from kvcompress.profile.keys import find_rotations, key_moments
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.model.families import shape_of
 
 
 def test_moments_are_those_of_the_projection(llama, prompt):

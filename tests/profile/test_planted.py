@@ -15,8 +15,8 @@ from kvcompress.profile.recovery import l1_distance
 from kvcompress.profile.run import run
 from kvcompress.profile.solve import solve
 from kvcompress.recipe import Calibration, DuoPolicy, FastGenPolicy, Keep, Recipe
-from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
 from tests.profile import planted
 
 TOKENS, PROMPT = 512, 448

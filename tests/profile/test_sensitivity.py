@@ -9,7 +9,7 @@ from kvcompress.profile.rows import held_out_rows
 from kvcompress.profile.sensitivity import path_sensitivity, why_no_gradients
 from kvcompress.profile.store import PATH
 from kvcompress.recipe import Keep
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.model.families import shape_of
 from tests.profile.conftest import model_of
 
 KEEP = Keep(sink_tokens=2, recent_tokens=5)

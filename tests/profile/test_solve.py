@@ -18,7 +18,7 @@ from kvcompress.profile.options import policy_from_options
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import ExactSetting, Profile, Provenance
 from kvcompress.recipe import BytesPolicy, FastGenPolicy, Keep, Recipe, UniformPolicy
-from kvcompress.runtime.relative import check_relative
+from kvcompress.runtime.layer.relative import check_relative
 
 LAYERS, HEADS = 2, 2
 SHAPE = ModelShape(

@@ -13,7 +13,7 @@ from kvcompress.profile.solve import solve
 from kvcompress.profile.store import Profile
 from kvcompress.profile.surrogate import Errors, Moments, contexts_of, samples, train
 from kvcompress.recipe import Calibration, FastGenPolicy, Keep, Recipe, UniformPolicy
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.model.families import shape_of
 
 HEADS, HIDDEN = 2, 12
 UNIFORM = UniformPolicy(kind="uniform", head=HeadPlan(frequent=Budget(ratio=0.25)))

@@ -10,8 +10,8 @@ import torch
 
 from kvcompress.kernels.cpu.library import ISAS, library
 from kvcompress.quant.codec import HALF_MAX, decode, encode, rounded, value_groups
-from kvcompress.runtime.prompt_kernels import encode_kept
-from kvcompress.runtime.store import SegmentStore, StorageKind
+from kvcompress.runtime.prompt.prompt_kernels import encode_kept
+from kvcompress.runtime.store.segments import SegmentStore, StorageKind
 from tests.kernels.ends import CODES, broken, ends, same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

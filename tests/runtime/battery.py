@@ -17,10 +17,10 @@ from transformers import DynamicCache, PreTrainedModel
 import kvcompress
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
 from tests.runtime import oracle, ways
 from tests.runtime.models import build, prompts
 from tests.runtime.ways import DTYPES, LENGTH, PADS, WAYS, Results, Subject, forced

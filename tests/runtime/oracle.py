@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from kvcompress.evict.scorers import scorer as scorer_named
 from kvcompress.plan import HeadPlan, Plan
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.names import as_argument
 
 NAME = "kvcompress_oracle"
 Spans = Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, int]]]

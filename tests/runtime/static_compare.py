@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvcompress.runtime.static import StaticCompressedCache
+from kvcompress.runtime.static.cache import StaticCompressedCache
 
 
 def assert_same_arrays(

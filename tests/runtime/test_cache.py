@@ -12,11 +12,11 @@ import torch
 from kvcompress import accounting
 from kvcompress.errors import KVCompressError, PositionRangeWarning, UnsupportedModelError
 from kvcompress.plan import Budget, HeadPlan
-from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument, cache_of
-from kvcompress.runtime.state import LayerSettings, LayerState
+from kvcompress.runtime.names import as_argument, cache_of
+from kvcompress.runtime.store.state import LayerSettings, LayerState
 from tests.runtime.battery import EXACT, FULL, PUNCT, plan_for
 from tests.runtime.models import build, prompts, refused
 from tests.runtime.test_parity import KEEP_SETS, greedy

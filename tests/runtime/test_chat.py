@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvcompress.errors import KVCompressError
-from kvcompress.runtime.chat import system_span
+from kvcompress.runtime.model.chat import system_span
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from kvcompress.plan import Budget, FastGenChoice, HeadPlan, PooledBudget, Threshold
-from kvcompress.runtime import check
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.cachefile import CacheFileError
-from kvcompress.runtime.check import COUNTERS, TENSORS, broken, fits
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.state import LayerState
+from kvcompress.runtime.saved.cachefile import CacheFileError
+from kvcompress.runtime.store import rules as check
+from kvcompress.runtime.store.rules import COUNTERS, TENSORS, broken, fits
+from kvcompress.runtime.store.state import LayerState
 from tests.runtime.models import build
 from tests.runtime.test_persist import plan_for, talk
 

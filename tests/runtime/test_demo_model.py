@@ -10,7 +10,7 @@ from kvcompress import accounting
 from kvcompress.demo.run import MODEL
 from kvcompress.plan import HeadPlan
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.names import cache_of
+from kvcompress.runtime.names import cache_of
 from tests.runtime import oracle
 from tests.runtime.battery import FULL, plan_for
 from tests.runtime.test_parity import KEEP_SETS, compressed_logits, greedy

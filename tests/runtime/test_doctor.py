@@ -6,11 +6,12 @@ import json
 
 import pytest
 
+from kvcompress.bundle.read import plan_at
 from kvcompress.cli.app import main
 from kvcompress.kernels.available import triton_status
 from kvcompress.kernels.cpu import library as binding
 from kvcompress.plan import Budget, HeadPlan
-from kvcompress.runtime import doctor
+from kvcompress.runtime.check import doctor
 from tests.runtime.test_fused import plan_of
 
 
@@ -81,5 +82,5 @@ def test_layers_of_a_plan(tmp_path, capsys, change, why):
 def test_trained_scorers_need_the_bundle(tmp_path):
     plan = plan_of([HeadPlan(frequent=Budget(tokens=8))], 16, scorer="surrogate")
     (tmp_path / "plan.json").write_text(plan.model_dump_json())
-    found = by_part(doctor.diagnose(tmp_path / "plan.json"))
+    found = by_part(doctor.diagnose(*plan_at(tmp_path / "plan.json")))
     assert found["layers"][0] == "unknown" and "give the bundle" in found["layers"][1]

@@ -10,10 +10,10 @@ import torch
 
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.plan import uniform
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
 from tests.runtime import battery, oracle, ways
 from tests.runtime.battery import CASES, DRAFTED, FULL, Outcome, plan_for
 from tests.runtime.models import FAMILIES, REFUSED, build, prompts, refused

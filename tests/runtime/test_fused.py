@@ -13,10 +13,10 @@ from kvcompress.kernels.cpu import layout
 from kvcompress.kernels.cpu.library import ISAS, library
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.fused import EXCEPTIONS, exception, refusal
-from kvcompress.runtime.layer import CompressedLayer
-from kvcompress.runtime.protocol import Arrival
-from kvcompress.runtime.state import LayerSettings
+from kvcompress.runtime.layer.base import Arrival
+from kvcompress.runtime.layer.layer import CompressedLayer
+from kvcompress.runtime.step.cpu import EXCEPTIONS, exception, refusal
+from kvcompress.runtime.store.state import LayerSettings
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels were not built")
 

@@ -7,7 +7,7 @@ import torch
 
 from kvcompress import accounting
 from kvcompress.plan import Budget, HeadPlan
-from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.hf.attach import attach, detach
 from tests.runtime import oracle
 from tests.runtime.battery import FULL, plan_for

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from kvcompress.plan import Budget, HeadPlan
-from kvcompress.runtime.graphs import DecodeGraph
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.names import as_argument
-from kvcompress.runtime.static import StaticCompressedCache
+from kvcompress.runtime.names import as_argument
+from kvcompress.runtime.static.cache import StaticCompressedCache
+from kvcompress.runtime.static.cuda_graph import DecodeGraph
 from tests.interpreted.test_step import CASES
 from tests.runtime.models import build, prompts
 from tests.runtime.static_compare import assert_same_arrays

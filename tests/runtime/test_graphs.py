@@ -9,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcompress.errors import KVCompressError, PositionRangeWarning
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.graphs import DecodeGraph
+from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.names import as_argument
-from kvcompress.runtime.static import StaticCompressedCache
+from kvcompress.runtime.names import as_argument
+from kvcompress.runtime.static.cache import StaticCompressedCache
+from kvcompress.runtime.static.cuda_graph import DecodeGraph
 from tests.runtime.models import build, prompts
 from tests.runtime.test_static import HEADS, MAX_TOKENS, decode, one_layer, plan_for
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kvcompress.kernels.cpu.library import ISAS, library
-from kvcompress.runtime.linear16 import (
+from kvcompress.kernels.linear.bits16 import (
     MAX_ROWS,
     MAX_ROWS_AS_FLOATS,
     Linear16,

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from kvcompress.kernels.cpu.library import ISAS, library
-from kvcompress.runtime import linear8
-from kvcompress.runtime.linear8 import Int8Embedding, Int8Linear, codes_of, quantize_linears
+from kvcompress.kernels.linear import int8 as linear8
+from kvcompress.kernels.linear.int8 import Int8Embedding, Int8Linear, codes_of, quantize_linears
 from tests.runtime.models import build
 from tests.runtime.test_fused import runs
 

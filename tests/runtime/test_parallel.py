@@ -18,10 +18,10 @@ from kvcompress import accounting
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan, uniform
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.names import cache_of
-from kvcompress.runtime.parallel import mesh_of, shard_params, shard_plan
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.model.parallel import mesh_of, shard_params, shard_plan
+from kvcompress.runtime.names import cache_of
 from tests.runtime import tp_worker
 from tests.runtime.models import prompts
 

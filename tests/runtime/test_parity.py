@@ -9,12 +9,12 @@ import torch
 
 from kvcompress import accounting
 from kvcompress.errors import KVCompressError, PlanError, UnsupportedModelError
-from kvcompress.evict.registry import SUMS
 from kvcompress.plan import Budget, HeadPlan
-from kvcompress.runtime.cache import CompressedCache
+from kvcompress.registry import SUMS
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument, cache_of
+from kvcompress.runtime.names import as_argument, cache_of
 from tests.runtime import oracle
 from tests.runtime.battery import EXACT, FULL, plan_for
 from tests.runtime.models import SUPPORTED, build, falcon

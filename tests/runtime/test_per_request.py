@@ -8,7 +8,6 @@ import torch
 from kvcompress import accounting
 from kvcompress.errors import KVCompressError, PlanError
 from kvcompress.evict.per_request import pooled_budgets, threshold_counts
-from kvcompress.evict.registry import SCORERS
 from kvcompress.evict.scorers import Scorer
 from kvcompress.evict.scorers.base import PromptScorer
 from kvcompress.plan import (
@@ -20,12 +19,13 @@ from kvcompress.plan import (
     uniform,
 )
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.families import shape_of
+from kvcompress.registry import SCORERS
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
+from kvcompress.runtime.cache.second_reading import LEAD_TOKENS
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import cache_of
-from kvcompress.runtime.reader import LEAD_TOKENS
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import cache_of
 from tests.runtime.battery import EXACT
 from tests.runtime.models import build, prompts
 from tests.runtime.test_cache import feed, kept_numbers

@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.cachefile import CacheFileError
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument
-from kvcompress.runtime.persist import layer_devices, load_cache, save_cache
-from kvcompress.runtime.state import LayerSettings
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.model.parallel import layer_devices
+from kvcompress.runtime.names import as_argument
+from kvcompress.runtime.saved.cachefile import CacheFileError
+from kvcompress.runtime.saved.persist import load_cache, save_cache
+from kvcompress.runtime.store.state import LayerSettings
 from tests.runtime.models import VOCAB, build, prompts
 
 ROOT = Path(__file__).parents[2]
@@ -260,18 +261,18 @@ def test_a_file_is_the_compressed_bytes_and_a_small_header(mixed, saved):
 def test_a_cache_of_something_else_is_refused(mixed, saved):
     model, cache = mixed
     plan, params = cache.plan, cache.params
-    load_cache(saved, plan, params, dtype=torch.float32)
+    load_cache(CompressedCache, saved, plan, params, dtype=torch.float32)
     other = plan_for(build("llama_mha"), MIXED)
     with pytest.raises(CacheFileError, match="made with another model.*config_hash"):
-        load_cache(saved, other, params)
+        load_cache(CompressedCache, saved, other, params)
     other = plan.model_copy(update={"sink_tokens": 3})
     with pytest.raises(CacheFileError, match="made with another plan"):
-        load_cache(saved, other, params)
+        load_cache(CompressedCache, saved, other, params)
     for wrong in (None, params_for(plan, seed=6)):
         with pytest.raises(CacheFileError, match="made with other key constants"):
-            load_cache(saved, plan, wrong)
+            load_cache(CompressedCache, saved, plan, wrong)
     with pytest.raises(CacheFileError, match="another dtype.*dtype float32, here bfloat16"):
-        load_cache(saved, plan, params, dtype=torch.bfloat16)
+        load_cache(CompressedCache, saved, plan, params, dtype=torch.bfloat16)
     with pytest.raises(KVCompressError, match="no plan"):
         CompressedCache.load(saved, build("llama"))
 
@@ -308,7 +309,7 @@ def test_what_waits_must_be_settled_before_a_save(mixed, tmp_path):
     drafting.save(path)
     assert_same(CompressedCache.load(path, model), drafting)
     with pytest.raises(CacheFileError, match="an? Other cannot be saved"):
-        save_cache(type("Other", (CompressedCache,), {})(cache.plan), path)
+        type("Other", (CompressedCache,), {})(cache.plan).save(path)
 
 
 def test_a_cache_loaded_for_inference_goes_on_in_any_mode(mixed, saved):

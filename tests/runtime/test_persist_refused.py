@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.cachefile import CacheFileError
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.saved.cachefile import CacheFileError
 from tests.fuzz.caches import Seed, seal, sealed
 from tests.fuzz.mutate import Safetensors
 from tests.runtime.test_persist import MIXED

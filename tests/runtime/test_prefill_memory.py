@@ -9,14 +9,14 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvcompress.accounting import kv_bytes, prefill_bytes
 from kvcompress.plan import Budget, HeadPlan, uniform
-from kvcompress.runtime.attend import Chunk
-from kvcompress.runtime.evidence import new_scores
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument
-from kvcompress.runtime.layer import CompressedLayer
-from kvcompress.runtime.state import LayerSettings, LayerState
+from kvcompress.runtime.layer.layer import CompressedLayer
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
+from kvcompress.runtime.prompt.attention_inputs import new_scores
+from kvcompress.runtime.store.attend import Chunk
+from kvcompress.runtime.store.state import LayerSettings, LayerState
 from tests.runtime.live import LiveBytes
 
 TOKENS = 1536

@@ -12,11 +12,12 @@ from kvcompress.kernels.compact_quantize import reference as compact
 from kvcompress.kernels.cpu.library import library
 from kvcompress.kernels.prefill_colsum import reference as colsum
 from kvcompress.plan import Budget, HeadPlan
-from kvcompress.runtime import commit, prompt_kernels
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument
-from kvcompress.runtime.store import SegmentStore, StorageKind
+from kvcompress.runtime.names import as_argument
+from kvcompress.runtime.prompt import prompt_kernels
+from kvcompress.runtime.prompt import store_prompt as commit
+from kvcompress.runtime.store.segments import SegmentStore, StorageKind
 from tests.kernels.cases import awkward, random, same_codes
 from tests.runtime.battery import plan_for
 from tests.runtime.models import build, prompts

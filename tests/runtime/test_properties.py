@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from kvcompress import accounting
 from kvcompress.evict.keepset import class_mask
-from kvcompress.evict.registry import SUMS
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan
-from kvcompress.runtime.check import broken
-from kvcompress.runtime.layer import CompressedLayer
-from kvcompress.runtime.protocol import Arrival
-from kvcompress.runtime.state import LayerSettings
+from kvcompress.registry import SUMS
+from kvcompress.runtime.layer.base import Arrival
+from kvcompress.runtime.layer.layer import CompressedLayer
+from kvcompress.runtime.store.rules import broken
+from kvcompress.runtime.store.state import LayerSettings
 
 CASES = 2000
 STEADY = ("random", "key_norm")  # scores that do not depend on what was kept before

@@ -13,17 +13,17 @@ from kvcompress import accounting
 from kvcompress.errors import KVCompressError, PlanError
 from kvcompress.plan import Budget, HeadPlan, Plan, Recall
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime import recall as runtime_recall
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument
-from kvcompress.runtime.layer import CompressedLayer
-from kvcompress.runtime.recall import RecallLayer
-from kvcompress.runtime.recall_state import RecallState
-from kvcompress.runtime.state import LayerSettings
-from kvcompress.runtime.static import StaticCompressedCache
+from kvcompress.runtime.layer.layer import CompressedLayer
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
+from kvcompress.runtime.recall import layer as runtime_recall
+from kvcompress.runtime.recall.layer import RecallLayer
+from kvcompress.runtime.recall.state import RecallState
+from kvcompress.runtime.static.cache import StaticCompressedCache
+from kvcompress.runtime.store.state import LayerSettings
 from tests.runtime import oracle, recall_oracle
 from tests.runtime.battery import BAR, FULL, difference, plain_subject, plan_for
 from tests.runtime.models import PAD, build, prompts

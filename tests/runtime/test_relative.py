@@ -25,19 +25,19 @@ from kvcompress.errors import (
 )
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime import relative
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument, cache_of
-from kvcompress.runtime.relative import (
+from kvcompress.runtime.layer import relative
+from kvcompress.runtime.layer.relative import (
     check_relative,
     frame_positions,
     most_kept,
     parts,
     row_starts,
 )
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument, cache_of
 from tests.runtime.models import CONFIGS, PAD, VOCAB, build
 
 EXACT = {"k_dtype": "model", "v_dtype": "model"}

@@ -13,9 +13,9 @@ from transformers import (
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.quant.keystats import Rotation
-from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.relative import serving_rotations
-from kvcompress.runtime.rotation import angles, find_rotations, turn
+from kvcompress.runtime.layer.relative import serving_rotations
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.model.rotation import angles, find_rotations, turn
 from tests.profile.conftest import SIZES, model_of
 
 GQA = {**SIZES, "num_key_value_heads": 2}

@@ -21,12 +21,13 @@ from transformers import DynamicCache, GenerationConfig
 import kvcompress
 from kvcompress.errors import KVCompressError, UnsupportedModelError, UntestedReleaseWarning
 from kvcompress.plan import Budget, HeadPlan, uniform
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.families import shape_of
-from kvcompress.runtime.hf import announce, generate, names
+from kvcompress.runtime import names
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
+from kvcompress.runtime.hf import announce, generate
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import CACHE, CACHE_NAMES, as_argument, cache_of
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import CACHE, CACHE_NAMES, as_argument, cache_of
 from tests.runtime.models import VOCAB, build, prompts
 
 FULL = HeadPlan(full=True, k_dtype="model", v_dtype="model")

@@ -9,9 +9,9 @@ import torch
 
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument, cache_of
+from kvcompress.runtime.names import as_argument, cache_of
 from tests.runtime.battery import EXACT, FULL, plan_for
 from tests.runtime.models import VOCAB, build, prompts
 from tests.runtime.test_parity import KEEP_SETS

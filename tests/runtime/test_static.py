@@ -14,12 +14,12 @@ from transformers import CompileConfig, PreTrainedModel
 from kvcompress.accounting import cache_bytes
 from kvcompress.errors import KVCompressError, PositionRangeWarning
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.names import as_argument
-from kvcompress.runtime.static import StaticCompressedCache, static_cache_bytes
-from kvcompress.runtime.static_moves import thaw
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
+from kvcompress.runtime.static.cache import StaticCompressedCache, static_cache_bytes
+from kvcompress.runtime.static.moves import thaw
 from tests.runtime.models import build, prompts
 
 EXACT = {"k_dtype": "model", "v_dtype": "model"}

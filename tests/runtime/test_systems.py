@@ -17,10 +17,10 @@ from transformers.masking_utils import sdpa_mask
 
 from kvcompress.plan import Budget, FastGenChoice, Plan, Threshold, uniform
 from kvcompress.recipe import Recipe, UniformPolicy
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import as_argument
 from tests.runtime.models import build, prompts
 from tests.runtime.test_cache import feed, kept_numbers
 

@@ -7,10 +7,10 @@ import torch
 
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan, uniform
-from kvcompress.runtime.families import shape_of
+from kvcompress.runtime.cache.seen_text import UNDO_TOKENS, TokenDigest
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.names import cache_of
-from kvcompress.runtime.token_digest import UNDO_TOKENS, TokenDigest
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.names import cache_of
 from tests.runtime.models import VOCAB, build, prompts
 
 PADS = [7, 0]

@@ -11,13 +11,13 @@ from kvcompress.evict.voters import pair_weight
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.profile.collect import forward, watching_rows
 from kvcompress.recipe import Keep
-from kvcompress.runtime import voters
-from kvcompress.runtime.attend import attend
-from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import as_argument
-from kvcompress.runtime.voters import LateVoters, attend_prompt
+from kvcompress.runtime.names import as_argument
+from kvcompress.runtime.prompt import score_queries as voters
+from kvcompress.runtime.prompt.score_queries import LateVoters, attend_prompt
+from kvcompress.runtime.store.attend import attend
 from tests.runtime import oracle
 from tests.runtime.battery import EXACT, plan_for
 from tests.runtime.models import build, prompts
@@ -39,7 +39,7 @@ def seen(monkeypatch):
         found.append((state, chunk, {n: s.clone() for n, s in scores.items()}, out))
         return out
 
-    monkeypatch.setattr("kvcompress.runtime.layer.attend_prompt", spy)
+    monkeypatch.setattr("kvcompress.runtime.layer.layer.attend_prompt", spy)
     return found
 
 
@@ -73,7 +73,7 @@ def test_one_pass_equals_the_chunked_float32_path(family, rows, scorer, dtype, s
 
 
 def _empty(state, chunk):
-    from kvcompress.runtime.state import LayerState
+    from kvcompress.runtime.store.state import LayerState
 
     fresh = LayerState.empty(state.settings, chunk.key, chunk.value, [()] * state.batch)
     fresh.first_vote = state.first_vote

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from kvcompress.plan import Budget, HeadPlan
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.cachefile import CacheFileError
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.weights import weights_digest
+from kvcompress.runtime.model.weights import weights_digest
+from kvcompress.runtime.saved.cachefile import CacheFileError
 from tests.runtime.models import build
 from tests.runtime.test_persist import plan_for, talk
 
@@ -113,7 +113,7 @@ def test_a_copy_another_dtype_and_another_layout(path):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # the latter has biases
 def test_layers_served_in_c_are_the_same_weights(family):
-    from kvcompress.runtime.linear16 import serve_16_bit
+    from kvcompress.kernels.linear.bits16 import serve_16_bit
 
     model = build(family).bfloat16()
     digest = weights_digest(model)
@@ -127,7 +127,7 @@ def test_quantized_weights_are_the_same_however_they_lie(bits, family, demo_mode
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from kvcompress.runtime.linear8 import serve_bitsandbytes
+    from kvcompress.kernels.linear.int8 import serve_bitsandbytes
 
     folder = demo_model_dir
     if family != "demo":

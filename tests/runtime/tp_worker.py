@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.families import shape_of
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.hf.attached import device_mesh
-from kvcompress.runtime.hf.names import cache_of
-from kvcompress.runtime.parallel import mesh_of
+from kvcompress.runtime.model.attached import device_mesh
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.model.parallel import mesh_of
+from kvcompress.runtime.names import cache_of
 
 STEPS = 24
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from kvcompress.runtime.hf.names import as_argument, cache_of
+from kvcompress.runtime.names import as_argument, cache_of
 from tests.runtime.models import PAD, VOCAB, build, prompts
 
 LENGTH: Final = 44

@@ -1,14 +1,14 @@
 """Scorers: one number per token and head, larger is kept. One file per idea.
 
-`kvcompress.evict.registry` lists them; `tests/evict/test_scorers.py` runs over that list.
+`kvcompress.registry` lists them; `tests/evict/test_scorers.py` runs over that list.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
-from kvcompress.evict.registry import SCORERS, place_of
 from kvcompress.evict.scorers.base import Rows, Scorer, Tokens, newest
+from kvcompress.registry import SCORERS, place_of
 
 __all__ = ["SCORERS", "Rows", "Scorer", "Tokens", "newest", "scorer"]
 

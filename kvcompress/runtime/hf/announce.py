@@ -1,7 +1,7 @@
 """Every forward of the model is announced to its cache before its layers run.
 
 A layer that attends for a forward that was not announced raises, see
-`kvcompress.runtime.protocol.StoringLayer.update`: nothing that depends on the announcement can be
+`kvcompress.runtime.layer.base.StoringLayer.update`: nothing that depends on the announcement can be
 lost in silence when transformers changes.
 """
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import KVCompressError, PlanError
-from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf import generate
-from kvcompress.runtime.hf.attached import Attached, new_cache, record_of_hooked
-from kvcompress.runtime.hf.names import CACHE, by_keyword
+from kvcompress.runtime.model.attached import Attached, record_of_hooked
+from kvcompress.runtime.names import CACHE, by_keyword
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -10,10 +10,10 @@ from kvcompress.errors import PlanError, UnsupportedModelError
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.families import refuse_what_cannot_generate, shape_of
 from kvcompress.runtime.hf import attention, generate
 from kvcompress.runtime.hf.announce import announce, attention_modules, hand_over_input
-from kvcompress.runtime.hf.attached import (
+from kvcompress.runtime.layer.relative import serving_rotations
+from kvcompress.runtime.model.attached import (
     Attached,
     base_of,
     device_mesh,
@@ -21,9 +21,9 @@ from kvcompress.runtime.hf.attached import (
     set_record,
     take_record,
 )
-from kvcompress.runtime.hf.names import check_release
-from kvcompress.runtime.parallel import mesh_of, shard_params, shard_plan
-from kvcompress.runtime.relative import serving_rotations
+from kvcompress.runtime.model.families import refuse_what_cannot_generate, shape_of
+from kvcompress.runtime.model.parallel import mesh_of, shard_params, shard_plan
+from kvcompress.runtime.names import check_release
 
 Model = TypeVar("Model")
 
@@ -56,7 +56,8 @@ def attach(model: Model, plan: Plan, params: KVParams | None = None) -> Model:
     if record(inner) is not None:
         detach(inner)
     attention.register()
-    made = Attached(type(inner), plan, params, inner.config._attn_implementation or "sdpa")
+    before = inner.config._attn_implementation or "sdpa"
+    made = Attached(type(inner), plan, params, before, attention.register)
     made.own, made.rotations = own, rotations
     generate.override(inner)
     inner.set_attn_implementation(attention.IMPLEMENTATION)

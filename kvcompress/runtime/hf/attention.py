@@ -12,10 +12,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.eager import eager_attention
-from kvcompress.runtime.evidence import Evidence
-from kvcompress.runtime.layer import CompressedLayer
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.layer.layer import CompressedLayer
+from kvcompress.runtime.model.eager import eager_attention
+from kvcompress.runtime.prompt.attention_inputs import Evidence
 
 IMPLEMENTATION: Final = "kvcompress"
 

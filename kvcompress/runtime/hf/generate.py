@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
-from kvcompress.runtime.cache import CompressedCache
-from kvcompress.runtime.hf.attached import new_cache
-from kvcompress.runtime.hf.names import CACHE, release, with_one_cache
-from kvcompress.runtime.static import StaticCompressedCache
+from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.new import new_cache
+from kvcompress.runtime.names import CACHE, release, with_one_cache
+from kvcompress.runtime.static.cache import StaticCompressedCache
 
 # what would keep `generate` from the compressed cache, and the value that means "not asked for"
 _BYPASSES: Final = {"use_cache": (None, True), "cache_implementation": (None,)}

@@ -1,0 +1,48 @@
+"""From a bundle to a model that generates with the compressed cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvcompress.bundle.read import Bundle, load_weights, open_bundle
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load(
+    bundle: Path | str, device_map: Any = None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Check a bundle, load it and attach its plan; `model.generate` then works as usual.
+
+    On the CPU int8 and 16-bit weights are served by the compiled kernels where there are any, see
+    `kvcompress doctor`.
+
+    Args:
+        device_map: as in `from_pretrained`; None is the CPU.
+        dtype: of the weights that are not quantized; None is what the bundle says.
+
+    Raises:
+        BundleError: where the bundle is damaged, foreign or from a newer version.
+    """
+    from kvcompress.runtime.hf.attach import attach
+
+    checked = open_bundle(bundle)
+    model = load_weights(checked, device_map, dtype)
+    serve(model, checked)
+    return attach(model, checked.plan, checked.params), checked.tokenizer
+
+
+def serve(model: PreTrainedModel, bundle: Bundle) -> None:
+    """Let the compiled kernels serve the weights, where there are any."""
+    from kvcompress.kernels.cpu.library import library
+    from kvcompress.kernels.linear.bits16 import serve_16_bit
+    from kvcompress.kernels.linear.int8 import serve_bitsandbytes
+
+    if library() is None:
+        return
+    if bundle.manifest.weights.format == "int8":
+        serve_bitsandbytes(model)
+    serve_16_bit(model)

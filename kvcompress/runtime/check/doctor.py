@@ -1,0 +1,108 @@
+"""What this installation runs a compressed cache with, and why not with something faster."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+import torch
+
+from kvcompress import __version__
+from kvcompress.evict.scorers import scorer
+from kvcompress.kernels.available import triton_status
+from kvcompress.kernels.cpu.library import library, why_not
+from kvcompress.plan import HOLDS_KV, Plan
+from kvcompress.quant.keystats import KVParams
+from kvcompress.runtime.step.cpu import EXCEPTIONS, refusal
+from kvcompress.runtime.store.state import LayerSettings
+
+_OPTIONAL: Final = {
+    "lm_eval": "eval",
+    "matplotlib": "plots",
+    "bitsandbytes": None,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing and what was found; `why` where it is not the best there could be."""
+
+    part: str
+    found: str
+    why: str | None = None
+
+
+def diagnose(plan: Plan | None = None, params: KVParams | None = None) -> list[Finding]:
+    """What runs here.
+
+    Args:
+        plan, params: whose layers are looked at, too.
+    """
+    found = [
+        Finding("kvcompress", __version__),
+        Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        Finding("transformers", version("transformers")),
+        Finding("processor", platform.machine()),
+        _cpu_kernels(),
+        _cuda(),
+        _gpu_kernels(),
+        *(_package(name, extra) for name, extra in _OPTIONAL.items()),
+    ]
+    return found if plan is None else found + _layers(plan, params)
+
+
+def _cpu_kernels() -> Finding:
+    kernels = library()
+    if kernels is None:
+        return Finding("decoding on the CPU", "tensor operations", why_not())
+    if not kernels.threads:
+        return Finding(
+            "decoding on the CPU",
+            f"compiled kernels, {kernels.isa}, one thread",
+            "torch's OpenMP runtime has no GOMP_parallel to share its threads by",
+        )
+    slower = None if kernels.isa == "avx512-vnni" else "the processor has no AVX-512 with VNNI"
+    return Finding("decoding on the CPU", f"compiled kernels, {kernels.isa}", slower)
+
+
+def _cuda() -> Finding:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda is not None
+        reason = "no device was found" if built else "this build of torch has no CUDA"
+        return Finding("CUDA", "none", reason)
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Finding("CUDA", ", ".join(names))
+
+
+def _gpu_kernels() -> Finding:
+    status = triton_status("cuda")
+    what = f"Triton kernels, {status.version}" if status.usable else "tensor operations"
+    return Finding("decoding on a GPU", what, status.reason)
+
+
+def _package(name: str, extra: str | None) -> Finding:
+    try:
+        return Finding(name, version(name))
+    except PackageNotFoundError:
+        hint = f"pip install 'kvcompress[{extra}]'" if extra else f"pip install {name}"
+        return Finding(name, "not installed", hint)
+
+
+def _layers(plan: Plan, params: KVParams | None) -> list[Finding]:
+    """How each layer that holds keys and values decodes on the CPU."""
+    if scorer(plan.scorer).trained and params is None:
+        why = f"the scorer {plan.scorer!r} needs what was trained for it: give the bundle"
+        return [Finding("layers", "unknown", why)]
+    layers = (i for i in range(plan.model.layers) if plan.model.kind(i) in HOLDS_KV)
+    found = [_layer(LayerSettings(plan, params, layer)) for layer in layers]
+    if any(finding.why is None for finding in found):
+        found.append(Finding("these layers, too", "tensor operations for", "; ".join(EXCEPTIONS)))
+    return found
+
+
+def _layer(settings: LayerSettings) -> Finding:
+    reason = why_not() if library() is None else refusal(settings)
+    path = "compiled kernels" if reason is None else "tensor operations"
+    return Finding(f"layer {settings.layer}, {settings.kind}", path, reason)

@@ -1,0 +1,133 @@
+"""What a model with a plan attached carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from kvcompress.errors import KVCompressError, UnsupportedModelError
+from kvcompress.plan import Plan
+from kvcompress.quant.keystats import KVParams, Rotation
+from kvcompress.runtime.names import forward_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ATTRIBUTE: Final = "_kvcompress_attached"
+
+
+class Attached:
+    """What `attach` changed on a model, so that `detach` can undo it.
+
+    Args:
+        kind: the model's class.
+        wake: makes transformers know the attention function; a model that was pickled may wake up
+            in a process that never attached a plan. Pickled by its name.
+
+    Attributes:
+        arguments: names of the arguments of the model's forward, in order.
+        own: the plan and key constants of the KV heads that this process holds.
+        before: the attention implementation that the model had.
+        hooks: handles of the hooks to take away.
+        rotations: of every layer, where the plan turns keys.
+    """
+
+    def __init__(
+        self,
+        kind: type,
+        plan: Plan,
+        params: KVParams | None,
+        before: str,
+        wake: Callable[[], None],
+    ) -> None:
+        self.wake = wake
+        self.plan, self.params, self.before = plan, params, before
+        self.own = (plan, params)
+        self.arguments = forward_arguments(kind)
+        self.hooks: list[Any] = []
+        self.rotations: tuple[Rotation | None, ...] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.wake()
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """The transformers model inside of torch.compile's or PEFT's wrapper, or the model itself.
+
+    Raises:
+        UnsupportedModelError: for another wrapper, or PEFT's prompt learning, whose keys and values
+            the compressed cache would never see.
+    """
+    from transformers import PreTrainedModel
+
+    found, tuning = _unwrapped(model)
+    if getattr(tuning, "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            f"PEFT's {type(tuning).__name__} puts keys and values of its own into the cache, which "
+            "the plan does not know; use LoRA or another method that changes weights"
+        )
+    if not isinstance(found, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} is no transformers model; give the PreTrainedModel inside it"
+        )
+    return found
+
+
+def _unwrapped(model: Any) -> tuple[Any, Any]:
+    """What torch.compile and PEFT have wrapped, and PEFT's configuration, None without one."""
+    tuning = None
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model") and hasattr(model, "active_peft_config"):
+            tuning, model = model.active_peft_config, model.get_base_model()
+        else:
+            return model, tuning
+
+
+def record(model: Any) -> Attached | None:
+    """What is attached to a model, None without a plan."""
+    found: Attached | None = _unwrapped(model)[0].__dict__.get(_ATTRIBUTE)
+    return found
+
+
+def record_of_hooked(model: Any) -> Attached:
+    """What is attached to a model whose pre-hook runs."""
+    found: Attached = model.__dict__[_ATTRIBUTE]
+    return found
+
+
+def set_record(model: PreTrainedModel, value: Attached) -> None:
+    model.__dict__[_ATTRIBUTE] = value
+
+
+def take_record(model: Any) -> tuple[Any, Attached | None]:
+    """The model inside of a wrapper, and what was attached to it, which is removed."""
+    inner = _unwrapped(model)[0]
+    return inner, inner.__dict__.pop(_ATTRIBUTE, None)
+
+
+def attached(model: Any) -> tuple[Plan, KVParams | None] | None:
+    """The plan and key constants that the model serves now, None without any."""
+    found = record(model)
+    return None if found is None else (found.plan, found.params)
+
+
+def own_part(model: Any) -> tuple[Plan, KVParams | None]:
+    """The plan and key constants of the KV heads that this process holds; caches are made of them.
+
+    Raises:
+        KVCompressError: if no plan is attached.
+    """
+    found = record(model)
+    if found is None:
+        raise KVCompressError(
+            f"{type(model).__name__} has no plan: call kvcompress.attach(model, plan) first"
+        )
+    return found.own
+
+
+def device_mesh(model: Any) -> Any:
+    """The `DeviceMesh` over which transformers spread the model, None for one process."""
+    return getattr(model, "_device_mesh", None)

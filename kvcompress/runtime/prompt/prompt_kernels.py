@@ -1,0 +1,123 @@
+"""What a prompt leaves to compiled kernels: kept tokens as codes, by the C kernels on a CPU and by
+Triton on a GPU, and there column sums.
+
+Elsewhere `voters` and `commit` do the same with tensor operations, block by block.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kvcompress.kernels.available import triton_status
+from kvcompress.kernels.cpu import layout
+from kvcompress.kernels.cpu.library import Library, library
+from kvcompress.runtime.store.segments import SegmentStore
+
+
+@cache
+def triton_runs(device: torch.device) -> bool:
+    """Whether `device` is a GPU that runs Triton's; `kvcompress doctor` says why not."""
+    return device.type == "cuda" and triton_status(device).usable
+
+
+def column_sums(
+    query: Tensor,
+    key: Tensor,
+    normaliser: Tensor,
+    place: Tensor,
+    weight: Tensor,
+    scaling: float,
+    softcap: float | None,
+    most: int | None,
+) -> Tensor:
+    """Weighted column sums of rows that see every key up to their own, or the newest `most`.
+
+    Args:
+        query: ``[B, Hq, R, D]``; key: ``[B, Hkv, S, D]``.
+        normaliser: ``[B, Hq, R]`` float32 over all that a row sees.
+        place: ``[R]`` int64, each row's own place among the keys.
+        weight: ``[B, R]`` float32.
+
+    Returns:
+        ``[B, Hkv, S]`` float32.
+    """
+    from kvcompress.kernels.prefill_colsum.triton import prefill_colsum
+
+    device = query.device
+    first = torch.zeros(len(query), dtype=torch.int64, device=device)
+    return prefill_colsum(
+        *(query, key, normaliser, place.to(device), weight, first),
+        *(scaling, softcap or 0.0, most or 0),
+    )
+
+
+def encode_kept(
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    slots: Tensor,
+    constants: tuple[Tensor, Tensor],
+    store: SegmentStore,
+) -> bool:
+    """Encode tokens ``[3, N]`` (row, KV head, token) of a prompt into flat `slots` ``[N]``.
+
+    Args:
+        key, value: ``[B, Hkv, T, ·]``.
+        constants: centre and scale ``[Hkv, D]`` float32 of the keys.
+        store: its codes are changed; positions and scores are not.
+
+    Returns:
+        False where no kernel serves these tensors; nothing is changed then.
+    """
+    kernels = library()
+    if key.device.type == "cpu" and kernels is not None and _c_serves(key, value):
+        _encode_in_c(kernels, key, value, kept, slots, constants, store)
+        return True
+    if not triton_runs(key.device):
+        return False
+    from kvcompress.kernels.compact_quantize.triton import compact_quantize
+
+    kind = store.kind
+    codes = (store.keys, store.values)
+    compact_quantize(key, value, kept, slots, *constants, *codes, kind.k_dtype, kind.v_dtype)
+    return True
+
+
+def _c_serves(key: Tensor, value: Tensor) -> bool:
+    same = key.dtype == value.dtype and str(key.dtype)[6:] in ("float32", "bfloat16", "float16")
+    return same and max(key.shape[-1], value.shape[-1]) <= layout.MAX_DIM
+
+
+def _encode_in_c(
+    kernels: Library,
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor,
+    slots: Tensor,
+    constants: tuple[Tensor, Tensor],
+    store: SegmentStore,
+) -> None:
+    key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
+    center, scale = (t.contiguous() for t in constants)
+    batch, heads, tokens, dim = key.shape
+    count, model, kind = len(slots), str(key.dtype)[6:], store.kind
+    keys = layout.codes_struct(store.keys, kind.k_dtype, store.head_dim, model)
+    values = layout.codes_struct(store.values, kind.v_dtype, store.value_dim, model)
+    if (dim, value.shape) != (keys.dim, (batch, heads, tokens, values.dim)):
+        raise ValueError(f"keys {tuple(key.shape)}, values {tuple(value.shape)}")
+    bounds = torch.tensor([[batch], [heads], [tokens], [keys.slots]])
+    places = torch.cat([kept, slots[None]])
+    if keys.slots != values.slots or not bool(((places >= 0) & (places < bounds)).all()):
+        raise ValueError("kept tokens, or their slots, lie outside of what they are named in")
+    first = layout.address(places, "int64", 4, count)
+    prompt = layout.PromptStruct(
+        *(key.data_ptr(), value.data_ptr(), *key.stride()[:3], *value.stride()[:3]),
+        *(first + 8 * count * line for line in range(4)),
+        count,
+        *(layout.address(t, "float32", heads, dim) for t in (center, scale)),
+        *(layout.DTYPES[model], torch.get_num_threads(), batch, heads, tokens),
+    )
+    kernels.compact(keys, values, prompt)

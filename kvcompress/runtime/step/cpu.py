@@ -1,0 +1,349 @@
+"""A decode step of one layer in the compiled CPU kernels: attention, scores, eviction and storage
+in one call that reads the codes in place.
+
+The rules are those of `attend` and `insert`, which serve what `refusal` names, every other device,
+and an installation without compiled kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import POINTER, c_float, c_int32, c_int64, cast, pointer
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from kvcompress.evict.scorers import Scorer
+from kvcompress.evict.scorers.attention import LiftScorer, MeanScorer
+from kvcompress.evict.scorers.base import PromptScorer
+from kvcompress.kernels.cpu import layout
+from kvcompress.kernels.cpu.library import Library, library
+from kvcompress.runtime.step.store_token import grow
+from kvcompress.runtime.store.attend import Chunk
+from kvcompress.runtime.store.state import Group, LayerSettings, LayerState
+
+_DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Voting:
+    """What a scorer does in a decode step, as the kernel knows it."""
+
+    vote: int
+    per_vote: bool
+    newest: bool
+
+    @staticmethod
+    def of(scorer: Scorer) -> Voting | None:
+        """None for a scorer that asks for more than weighted sums of attention."""
+        kind = type(scorer)
+        if not scorer.adds_up:
+            return None
+        known = (Scorer, MeanScorer, LiftScorer, PromptScorer)
+
+        def of_known(name: str) -> Any:
+            method = getattr(kind, name)
+            return next((k for k in known if getattr(k, name) is method), None)
+
+        weight, rank, initial = map(of_known, ("row_weight", "rank", "initial"))
+        if weight is None or rank is None or initial is None:
+            return None
+        votes = {Scorer: layout.VOTE, LiftScorer: layout.LIFT, PromptScorer: layout.NO_VOTE}
+        vote = votes[weight] if scorer.uses_attention else layout.NO_VOTE
+        return Voting(vote, rank is MeanScorer, initial is PromptScorer)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """The token of each row that arrives, none of them padding.
+
+    Attributes:
+        query: ``[B, Hq, 1, D]``; key, value: ``[B, Hkv, 1, …]``, in the model's dtype.
+        position: of the token, pads counted.
+        flags: ``[B, 1]`` uint8 class flags, or None.
+        sinks: ``[Hq]`` learned logits that join every softmax, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    position: int
+    flags: Tensor | None
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    @staticmethod
+    def of(chunk: Chunk) -> Token:
+        """The only token of a chunk."""
+        return Token(
+            chunk.query,
+            chunk.key,
+            chunk.value,
+            chunk.position,
+            chunk.flags,
+            chunk.scaling,
+            chunk.softcap,
+            chunk.sinks,
+        )
+
+
+# what of a cache or a step the kernels do not serve, where `refusal` has nothing against the plan
+EXCEPTIONS: Final[dict[str, Callable[[LayerState, Tensor], bool]]] = {
+    "a cache with protected spans": lambda state, query: any(state.spans),
+    "a layer on another device than the CPU": lambda state, query: query.device.type != "cpu",
+    "queries and keys of other or different dtypes": lambda state, query: (
+        query.dtype not in _DTYPES or query.dtype != state.exact_k.dtype
+    ),
+    f"more than {layout.MAX_ROWS} query heads for a KV head": lambda state, query: (
+        query.shape[1] > layout.MAX_ROWS * state.exact_k.shape[1]
+    ),
+}
+
+
+def exception(state: LayerState, query: Tensor) -> str | None:
+    """Why the kernels do not serve this state and query ``[B, Hq, 1, D]``; None where they do."""
+    for reason, applies in EXCEPTIONS.items():
+        if applies(state, query):
+            return reason
+    return None
+
+
+def serves(state: LayerState, query: Tensor) -> bool:
+    """Whether the kernels serve this state now, where `refusal` has nothing against its plan."""
+    return exception(state, query) is None
+
+
+def refusal(settings: LayerSettings) -> str | None:
+    """Why the kernels do not serve a layer of this plan; None where they do."""
+    shape = settings.plan.model
+    reasons = {
+        f"{settings.kind} layers": settings.kind not in ("full", "sliding", "chunked"),
+        "a recall tier": settings.plan.recalls(settings.layer),
+        "layers whose keys others read": len(settings.readers) > 1,
+        "relative positions": settings.relative,
+        "turn quotas": settings.plan.turn_tokens > 0,
+        "budgets that follow a threshold": settings.keep_if_above is not None,
+        f"vectors of more than {layout.MAX_DIM} channels": max(shape.head_dim, shape.v_dim)
+        > layout.MAX_DIM,
+        f"the scorer {settings.plan.scorer!r}": any(kind.scored for kind, _ in settings.groups)
+        and Voting.of(settings.scorer) is None,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+class FusedStep:
+    """The kernel's view of one layer's state; made anew when the state's tensors change."""
+
+    def __init__(self, settings: LayerSettings) -> None:
+        self._voting = Voting.of(settings.scorer) or Voting(layout.NO_VOTE, False, False)
+        self._seen: list[Tensor | None] = []
+        self._view: _View | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy and a pickle go with other tensors, so they make a view of their own."""
+        return {"_voting": self._voting, "_seen": [], "_view": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def run(self, state: LayerState, token: Token) -> Tensor:
+        """Attend, raise scores, and take the token in; `insert` in all that it leaves.
+
+        Returns:
+            ``[B, 1, Hq, Dv]`` contiguous, in the query's dtype.
+        """
+        kernels = library()
+        assert kernels is not None
+        state.row_seen = [seen + 1 for seen in state.row_seen]
+        queries = token.query.shape[1] // token.key.shape[1]
+        grow(state, self._leaving_flags(kernels, state, queries))
+        view = self._current(state, queries)
+        out = token.query.new_empty(state.batch, 1, token.query.shape[1], token.value.shape[-1])
+        step = self._step(state, view, token, out)
+        if any(group.store.notes is not None for group in state.groups):
+            step.what = layout.ATTEND
+            kernels.decode(view.layer, step)
+            view.note_victims(state)
+            step.what = layout.STORE
+        kernels.decode(view.layer, step)
+        return out
+
+    def _leaving_flags(self, kernels: Library, state: LayerState, queries: int) -> list[int]:
+        """Class flags of the token that leaves the recent ones in each row."""
+        if state.exact_class is None:
+            return []
+        rows = c_int32 * state.batch
+        flags = rows()
+        kernels.leaving(self._current(state, queries).layer, rows(), flags)
+        return list(flags)
+
+    def _current(self, state: LayerState, queries: int) -> _View:
+        held = _tensors(state)
+        same = len(held) == len(self._seen) and all(map(_is, held, self._seen))
+        if self._view is None or not same:
+            self._seen, self._view = held, _View(state, queries)
+        return self._view
+
+    def _step(self, state: LayerState, view: _View, token: Token, out: Tensor) -> layout.StepStruct:
+        query, key, value = (_rows(t) for t in (token.query, token.key, token.value))
+        if not view.fits(query, key, value):
+            shapes = [tuple(t.shape) for t in (query, key, value)]
+            raise ValueError(f"query, key and value {shapes} of a token, in {query.dtype}")
+        step = view.step
+        view.alive = [query, key, value, out, token.flags]
+        step.query, step.key, step.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        step.query_row, step.query_head = query.stride(0), query.stride(1)
+        step.key_row, step.key_head = key.stride(0), key.stride(1)
+        step.value_row, step.value_head = value.stride(0), value.stride(1)
+        step.out = out.data_ptr()
+        step.flags = None
+        if token.flags is not None:
+            flags = token.flags.contiguous()
+            view.alive.append(flags)
+            step.flags = flags.data_ptr()
+        step.sinks = None
+        if token.sinks is not None:
+            sinks = token.sinks.float().contiguous()
+            view.alive.append(sinks)
+            step.sinks = sinks.data_ptr()
+        step.position, step.first_vote = token.position, state.first_vote
+        step.scaling, step.softcap = token.scaling, token.softcap or 0.0
+        voting = self._voting
+        step.vote, step.per_vote, step.newest = voting.vote, voting.per_vote, voting.newest
+        step.what = layout.ATTEND | layout.STORE
+        step.threads = torch.get_num_threads()
+        return step
+
+
+def _is(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``[B, H, 1, D]`` with dense vectors."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _tensors(state: LayerState) -> list[Tensor | None]:
+    """Every tensor whose address the kernel is told."""
+    held = [state.exact_k, state.exact_v, state.exact_position, state.exact_class, state.start]
+    for group in state.groups:
+        store = group.store
+        held += [store.keys.data, store.values.data, store.position, store.score]
+        held += [group.recent_score, group.windows, group.rules.classes]
+    return held
+
+
+class _View:
+    """A state as the kernel's structures; it keeps alive what they point to."""
+
+    def __init__(self, state: LayerState, queries: int) -> None:
+        self.alive: list[Any] = []
+        center, scale = state.settings.key_constants(state.start.device)
+        self._constants = (center.contiguous(), scale.contiguous())
+        structs = [_group(state, group) for group in state.groups]
+        self._groups = (layout.GroupStruct * len(structs))(*structs)
+        segments = [
+            (capacity, number, row, member)
+            for number, group in enumerate(state.groups)
+            for row, line in enumerate(group.store.capacities)
+            for member, capacity in enumerate(line)
+        ]
+        segments.sort(key=lambda s: -s[0])
+        self._segments = (layout.SegmentStruct * len(segments))()
+        for place, (capacity, number, row, member) in enumerate(segments):
+            group = state.groups[number]
+            start = group.store.starts[row][member]
+            head = group.heads[member]
+            self._segments[place] = layout.SegmentStruct(number, row, head, member, start, capacity)
+        self._victim = (c_int64 * len(segments))()
+        self._own_score = (c_float * len(segments))()
+        self.layer = self._layer(state, queries)
+        self.step = layout.StepStruct()
+        self.step.victim = cast(self._victim, POINTER(c_int64))
+        self.step.own_score = cast(self._own_score, POINTER(c_float))
+
+    def _layer(self, state: LayerState, queries: int) -> layout.LayerStruct:
+        settings, exact_k = state.settings, state.exact_k
+        batch, heads, exact, dim = exact_k.shape
+        value_dim, flags = state.exact_v.shape[-1], state.exact_class
+        model = str(exact_k.dtype)[6:]
+        center, scale = (layout.address(t, "float32", heads, dim) for t in self._constants)
+        self._fits = (
+            (exact_k.dtype, (batch, heads * queries, 1, dim)),
+            (exact_k.dtype, (batch, heads, 1, dim)),
+            (exact_k.dtype, (batch, heads, 1, value_dim)),
+        )
+        return layout.LayerStruct(
+            batch=batch,
+            heads=heads,
+            queries=queries,
+            dim=dim,
+            value_dim=value_dim,
+            sinks=settings.sink_tokens,
+            exact=exact,
+            dtype=layout.DTYPES[model],
+            exact_k=layout.address(exact_k, model, batch, heads, exact, dim),
+            exact_v=layout.address(state.exact_v, model, batch, heads, exact, value_dim),
+            exact_position=layout.address(state.exact_position, "int32", batch, exact),
+            exact_class=None if flags is None else layout.address(flags, "uint8", batch, exact),
+            start=layout.address(state.start, "int32", batch),
+            center=center,
+            scale=scale,
+            window=settings.window or 0,
+            block=settings.block or 0,
+            groups=pointer(self._groups[0]),
+            segments=pointer(self._segments[0]),
+            segment_count=len(self._segments),
+        )
+
+    def fits(self, *vectors: Tensor) -> bool:
+        """Whether query, key and value of a token are of this layer's dtype and shape."""
+        return tuple((t.dtype, t.shape) for t in vectors) == self._fits
+
+    def note_victims(self, state: LayerState) -> None:
+        """Let the stores note what is about to be overwritten."""
+        for number, group in enumerate(state.groups):
+            slots = [
+                slot
+                for slot, segment in zip(self._victim, self._segments, strict=True)
+                if segment.group == number and slot >= 0
+            ]
+            if slots:
+                group.store.note(torch.tensor(slots, device=state.start.device))
+
+
+def _group(state: LayerState, group: Group) -> layout.GroupStruct:
+    store, rules = group.store, group.rules
+    batch, members, slots = state.batch, len(group.heads), store.position.shape[0]
+    model = str(state.exact_k.dtype)[6:]
+    recent = group.recent_score
+    if sorted(len(line) for line in store.capacities) != [members] * batch:
+        raise ValueError(f"capacities of {batch} rows and {members} heads: {store.capacities}")
+    if not all(0 <= head < state.exact_k.shape[1] for head in group.heads):
+        raise ValueError(f"heads {group.heads} of {state.exact_k.shape[1]}")
+    pairs = zip(store.starts, store.capacities, strict=True)
+    layout.check_segments([own for pair in pairs for own in zip(*pair, strict=True)], slots)
+    by_row = rules.classes.ndim == 2
+    own = (batch, members) if by_row else (members,)
+    scored = store.kind.scored
+    if (store.score is not None) != scored or (recent is not None) != scored:
+        raise ValueError(f"scores of a group with {store.kind}")
+    return layout.GroupStruct(
+        keys=layout.codes_struct(store.keys, store.kind.k_dtype, store.head_dim, model),
+        values=layout.codes_struct(store.values, store.kind.v_dtype, store.value_dim, model),
+        position=layout.address(store.position, "int32", slots),
+        score=None if store.score is None else layout.address(store.score, "float32", slots),
+        recent_score=None
+        if recent is None
+        else layout.address(recent, "float32", batch, members, state.settings.recent_tokens),
+        windows=layout.address(group.windows, "int32", batch, members),
+        classes=layout.address(rules.classes, "int64", *own),
+        by_score=layout.address(rules.by_score, "bool", *own),
+        keeps_rest=layout.address(rules.keeps_rest, "bool", *own),
+        rules_stride=members if by_row else 0,
+        members=members,
+    )

@@ -1,0 +1,1 @@
+"""Made-up texts with questions: recall documents, by seed."""
