@@ -28,7 +28,7 @@ from kvcompress.evaluate.serving import serving
 from kvcompress.evaluate.session import Session
 from kvcompress.evaluate.text import text_losses, window_logits
 from kvcompress.evaluate.workloads import WorkloadSuite, make_workloads
-from kvcompress.evict.voters import pair_weight
+from kvcompress.evict.score_queries import pair_weight
 from kvcompress.league.profiles import Profiles
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
 from kvcompress.profile.calibration import load_prompts
@@ -56,25 +56,25 @@ CONTEXT: Final = 960
 SINKS, RECENT = 4, 16
 
 
-def named(voters: Voters) -> str:
-    rows, stride = voters
+def named(score_queries: Voters) -> str:
+    rows, stride = score_queries
     if rows is None:
         return "exact"
     return f"last {rows}" if stride is None else f"{rows}, 1 in {stride}"
 
 
-def keep_of(voters: Voters, scorer: str = "lift") -> Keep:
-    return Keep(scorer=scorer, score_rows=voters[0], score_stride=voters[1])
+def keep_of(score_queries: Voters, scorer: str = "lift") -> Keep:
+    return Keep(scorer=scorer, score_rows=score_queries[0], score_stride=score_queries[1])
 
 
 # ---- ranks
-def ranks(attention: Tensor, scorer: str, voters: Voters, near: int | None = None) -> Tensor:
+def ranks(attention: Tensor, scorer: str, score_queries: Voters, near: int | None = None) -> Tensor:
     """``[Hkv, S]`` from attention ``[Hkv, S, S]`` at a prompt's end.
 
     Args:
         near: keys that every row votes for where sums are estimated; None: as many as rows.
     """
-    rows, stride = voters
+    rows, stride = score_queries
     length = attention.shape[-1]
     number = torch.arange(length)
     first = 0 if rows is None else length - rows
@@ -104,8 +104,8 @@ def agreement(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
         hidden = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
         attention = logits.masked_fill(hidden, -torch.inf).softmax(-1)
         exact = {s: _inner(ranks(attention.mean(1), s, EXACT)) for s in SCORERS}
-        for name, (scorer, voters, near) in names.items():
-            own = _inner(ranks(attention.mean(1), scorer, voters, near))
+        for name, (scorer, score_queries, near) in names.items():
+            own = _inner(ranks(attention.mean(1), scorer, score_queries, near))
             values = [_spearman(own, exact[scorer])]
             values += [_overlap(own, exact[scorer], share) for share in SHARES]
             found.setdefault(name, []).append(values)
@@ -141,18 +141,18 @@ def _overlap(a: Tensor, b: Tensor, share: int) -> float:
 
 
 # ---- what the model then says
-def plan_of(profiles: Profiles, kind: str, share: int, voters: Voters) -> Plan:
+def plan_of(profiles: Profiles, kind: str, share: int, score_queries: Voters) -> Plan:
     """The byte planner's plan, or H2O by lift, at one in `share` of the 16-bit bytes."""
-    profile, _ = profiles.of(Recipe(keep=keep_of(voters)))
+    profile, _ = profiles.of(Recipe(keep=keep_of(score_queries)))
     if kind == "planned":
         policy = BytesPolicy(kind="bytes", keep_ratio=1 / share, context=CONTEXT)
-        return solve(profile, policy, keep_of(voters))
+        return solve(profile, policy, keep_of(score_queries))
     shape = profile.shape
     target = shape.bf16_kv_bytes(CONTEXT, 1) // share
 
     def made(tokens: int) -> Plan:
         head = HeadPlan(frequent=Budget(tokens=tokens), local=Budget(tokens=RECENT + tokens))
-        return uniform(shape, head, score_rows=voters[0], score_stride=voters[1])
+        return uniform(shape, head, score_rows=score_queries[0], score_stride=score_queries[1])
 
     return max(
         (made(n) for n in range(1, CONTEXT) if kv_bytes(made(n), CONTEXT, 1) <= target),
@@ -216,22 +216,22 @@ def measure(cells: Cells, samples: int, folder: Path) -> None:
         tokenizer, names=WORKLOADS, samples=samples, context_tokens=CONTEXT, max_position=limit
     )
     full: dict[str, Any] = {}
-    for voters in (EXACT, *ESTIMATES, *WINDOWS):
+    for score_queries in (EXACT, *ESTIMATES, *WINDOWS):
         for kind in ("planned", "h2o-lift"):
             for share in SHARES:
                 for suite in suites:
-                    name = f"{kind} 1/{share} {suite.workload}: {named(voters)}"
+                    name = f"{kind} 1/{share} {suite.workload}: {named(score_queries)}"
 
                     def cell(
                         suite: WorkloadSuite = suite,
                         kind: str = kind,
                         share: int = share,
-                        voters: Voters = voters,
+                        score_queries: Voters = score_queries,
                     ) -> dict[str, Any]:
                         if suite.workload not in full:
                             full[suite.workload] = predictions(model, tokenizer, suite, None, None)
-                        plan = plan_of(profiles, kind, share, voters)
-                        where = profiles.of(Recipe(keep=keep_of(voters)))[1]
+                        plan = plan_of(profiles, kind, share, score_queries)
+                        where = profiles.of(Recipe(keep=keep_of(score_queries)))[1]
                         params = KVParams.load(where / PARAMS_FILE, plan.model)
                         said = predictions(model, tokenizer, suite, plan, params)
                         scored = [h for row in plan.heads for h in row if h.frequent is not None]
@@ -264,24 +264,24 @@ def quality_table(cells: dict[str, Any]) -> str:
     lines.append("|---|---|---:|---:|---:|---:|---:|")
     for kind in ("planned", "h2o-lift"):
         for share in SHARES:
-            for voters in (EXACT, *ESTIMATES, *WINDOWS):
-                lines += _quality_line(cells, f"{kind} 1/{share}", voters)
+            for score_queries in (EXACT, *ESTIMATES, *WINDOWS):
+                lines += _quality_line(cells, f"{kind} 1/{share}", score_queries)
     return "\n".join(lines)
 
 
-def _quality_line(cells: dict[str, Any], plan: str, voters: Voters) -> list[str]:
+def _quality_line(cells: dict[str, Any], plan: str, score_queries: Voters) -> list[str]:
     own, exact = (
-        [cells.get(f"{plan} {w}: {named(v)}") for w in WORKLOADS] for v in (voters, EXACT)
+        [cells.get(f"{plan} {w}: {named(v)}") for w in WORKLOADS] for v in (score_queries, EXACT)
     )
     if any(c is None for c in (*own, *exact)):
         return []
-    row = [plan, named(voters), str(own[0]["heads_that_score"])]
+    row = [plan, named(score_queries), str(own[0]["heads_that_score"])]
     for name in ("answer_kl", "text_kl"):
         mine, theirs = _joined(own, name), _joined(exact, name)
         mean, (low, high) = summary(mine, name)
         row.append(f"{mean:.4f} [{low:.4f}, {high:.4f}]")
         change, (low, high) = difference(mine, theirs, name)
-        row.append("" if voters == EXACT else f"{change:+.4f} [{low:+.4f}, {high:+.4f}]")
+        row.append("" if score_queries == EXACT else f"{change:+.4f} [{low:+.4f}, {high:+.4f}]")
     return [f"| {' | '.join(row)} |"]
 
 

@@ -33,7 +33,7 @@ from kvcompress.runtime.layer import layer as layer_module
 from kvcompress.runtime.model.families import shape_of
 from kvcompress.runtime.names import as_argument
 from kvcompress.runtime.prompt.attention_inputs import new_scores
-from kvcompress.runtime.prompt.score_queries import LateVoters, attend_prompt
+from kvcompress.runtime.prompt.score_queries import LateScoreQueries, attend_prompt
 from kvcompress.runtime.store.attend import Chunk, attend
 from kvcompress.runtime.store.state import LayerSettings, LayerState
 
@@ -112,9 +112,11 @@ def model_of(args: argparse.Namespace, context: int) -> Any:
     return LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype)).eval()
 
 
-def plan_of(model: Any, voters: tuple[int | None, int | None], head: HeadPlan = EIGHTH) -> Plan:
+def plan_of(
+    model: Any, score_queries: tuple[int | None, int | None], head: HeadPlan = EIGHTH
+) -> Plan:
     shape = shape_of(model.config, model.dtype)
-    return uniform(shape, head, score_rows=voters[0], score_stride=voters[1])
+    return uniform(shape, head, score_rows=score_queries[0], score_stride=score_queries[1])
 
 
 def layer_runs(args: argparse.Namespace, context: int) -> dict[str, Run]:
@@ -133,25 +135,31 @@ def layer_runs(args: argparse.Namespace, context: int) -> dict[str, Run]:
         found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return found.transpose(1, 2).contiguous()
 
-    def empty(voters: tuple[int | None, int | None]) -> tuple[LayerState, dict[int, torch.Tensor]]:
-        settings = LayerSettings(plan_of(model, voters), None, 0)
+    def empty(
+        score_queries: tuple[int | None, int | None],
+    ) -> tuple[LayerState, dict[int, torch.Tensor]]:
+        settings = LayerSettings(plan_of(model, score_queries), None, 0)
         state = LayerState.empty(settings, k, v, [()])
-        if voters[0] is not None and voters[1] is None:
-            state.first_vote = max(0, context - voters[0])
+        if score_queries[0] is not None and score_queries[1] is None:
+            state.first_vote = max(0, context - score_queries[0])
         return state, new_scores(state, chunk)
 
     def old() -> torch.Tensor:
         state, scores = empty((None, None))
         return attend(state, chunk, scores).transpose(1, 2).contiguous()
 
-    def way(voters: tuple[int | None, int | None]) -> Run:
+    def way(score_queries: tuple[int | None, int | None]) -> Run:
         def run() -> torch.Tensor:
-            state, scores = empty(voters)
-            return attend_prompt(state, chunk, scores, plain, LateVoters(), False)
+            state, scores = empty(score_queries)
+            return attend_prompt(state, chunk, scores, plain, LateScoreQueries(), False)
 
         return run
 
-    return {PLAIN: plain, OLD: old, **{name: way(voters) for name, voters in VOTERS.items()}}
+    return {
+        PLAIN: plain,
+        OLD: old,
+        **{name: way(score_queries) for name, score_queries in VOTERS.items()},
+    }
 
 
 def model_runs(args: argparse.Namespace, context: int) -> dict[str, Run]:
@@ -181,7 +189,10 @@ def model_runs(args: argparse.Namespace, context: int) -> dict[str, Run]:
         PLAIN: lambda: prefill(DynamicCache(config=model.config)),
         "int8": compressed(plan_of(model, (None, None), HeadPlan(full=True))),
         OLD: compressed(exact, old=True),
-        **{name: compressed(plan_of(model, voters)) for name, voters in VOTERS.items()},
+        **{
+            name: compressed(plan_of(model, score_queries))
+            for name, score_queries in VOTERS.items()
+        },
     }
 
 

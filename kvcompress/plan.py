@@ -91,7 +91,7 @@ class ModelShape(StrictModel):
     """The facts of a model that a plan depends on.
 
     Attributes:
-        config_hash: sha256 of the architecture's settings, see `runtime.families.config_hash`.
+        config_hash: sha256 of the architecture's settings, see `model.families.config_hash`.
         kv_heads, head_dim: of the cache; a latent layer has one head, as wide as its latent.
         value_dim: channels of a value where they differ from the key's, as in latent layers, whose
             second tensor is the rotated key part. None: `head_dim`.
@@ -161,7 +161,7 @@ class Plan(StrictModel):
         score_rows: only the last so many prompt rows vote at prefill; None is all of them.
         score_stride: with it the sums of all rows are estimated: beside those last rows every row
             votes for its newest `score_rows` keys, and one row in so many for the others, as often;
-            see `kvcompress.evict.voters`. None estimates nothing.
+            see `kvcompress.evict.score_queries`. None estimates nothing.
         special_ids, punct_ids: token ids of the two classes, bound to `tokenizer_hash`.
         max_position: last position for which the key constants were derived.
         positions: ``original`` keeps the position that each token had; ``relative`` numbers the

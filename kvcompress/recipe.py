@@ -39,7 +39,7 @@ from kvcompress.strict import YAML_LIMIT_BYTES, NotStrictError, load_yaml, read_
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
-# who votes on a prompt where a recipe does not say, see `kvcompress.evict.voters`
+# who votes on a prompt where a recipe does not say, see `kvcompress.evict.score_queries`
 ESTIMATED_ROWS: Final = 64
 ESTIMATED_STRIDE: Final = 32
 

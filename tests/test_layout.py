@@ -40,7 +40,13 @@ MAY_IMPORT = {
     "evict": VALUES | {"quant.keystats"},  # the rotary embedding, to undo it
     "accounting": VALUES | {"quant.codec"},
     "profile": VALUES
-    | {"accounting", "evict.chain", "evict.finish", "evict.scorers", "evict.voters"}
+    | {
+        "accounting",
+        "evict.finish",
+        "evict.keep_set_ladder",
+        "evict.score_queries",
+        "evict.scorers",
+    }
     | {"quant.codec", "quant.keystats", "quant.weights"}
     | {"checkpoint"}
     | {"tasks", "runtime.hf", "runtime.model", "runtime.names"},

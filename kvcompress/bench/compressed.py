@@ -19,7 +19,7 @@ from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.prompt.attention_inputs import new_scores
-from kvcompress.runtime.prompt.store_prompt import commit
+from kvcompress.runtime.prompt.store_prompt import store_prompt
 from kvcompress.runtime.store.attend import Chunk
 from kvcompress.runtime.store.state import needs_whole_prompt
 
@@ -85,9 +85,9 @@ def _fill_layer(layer: CompressedLayer, pair: Pair, generator: torch.Generator) 
     state.first_vote = 0 if rows is None else max(0, chunk.length - rows)
     drawn = {
         number: score + torch.rand(score.shape, generator=generator).to(score.device)
-        for number, score in new_scores(state, chunk, layer.evidence).items()
+        for number, score in new_scores(state, chunk, layer.attention_inputs).items()
     }
-    commit(state, chunk, drawn)
+    store_prompt(state, chunk, drawn)
 
 
 def _flags(plan: Plan, batch: int, tokens: int, generator: torch.Generator) -> torch.Tensor:

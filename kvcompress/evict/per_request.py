@@ -97,7 +97,7 @@ def fastgen_choice(
     recovery: float,
     reading: Literal["mass", "l1"],
 ) -> list[list[int]]:
-    """Which keep-set of `kvcompress.evict.chain` each head takes: the first that recovers enough.
+    """Which keep-set of `keep_set_ladder` each head takes: the first that recovers enough.
 
     The recovery of a row is what it keeps of its attention; that of a head is what all but the
     worst 5 % of the given rows recover, in the worst of its query heads.

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kvcompress.evict import chain
+from kvcompress.evict import keep_set_ladder
 from kvcompress.plan import Budget, HeadPlan, KVDtype
 from kvcompress.recipe import FastGenPolicy, Keep, Recipe, UniformPolicy
 
@@ -29,10 +29,10 @@ _SMALL_STORAGE: Final = STORAGE[1:4]
 _BELOW: Final = {"int4": {"int4"}, "int8": {"int4", "int8"}, "fp8": {"int4", "fp8"}}
 
 
-def fastgen_chain(policy: FastGenPolicy) -> tuple[HeadPlan, ...]:
-    """The keep-sets of `kvcompress.evict.chain` with the policy's ratios, stored as it says."""
+def fastgen_ladder(policy: FastGenPolicy) -> tuple[HeadPlan, ...]:
+    """The keep-sets of `keep_set_ladder` with the ratios and storage of the policy."""
     frequent, local = Budget(ratio=policy.frequent_ratio), Budget(ratio=policy.local_ratio)
-    return chain.fastgen_chain(frequent, local, policy.k_dtype, policy.v_dtype)
+    return keep_set_ladder.fastgen_ladder(frequent, local, policy.k_dtype, policy.v_dtype)
 
 
 def fastgen_policy(recipe: Recipe) -> FastGenPolicy:
@@ -45,7 +45,7 @@ def candidates(recipe: Recipe, head_dim: int) -> tuple[HeadPlan, ...]:
     """Everything that the profile measures for each head, without repeats."""
     keep_sets = _plain_sets(FREQUENT_RATIOS)
     keep_sets += [_frequent(ratio, classes=True) for ratio in CLASS_RATIOS]
-    keep_sets += fastgen_chain(fastgen_policy(recipe))
+    keep_sets += fastgen_ladder(fastgen_policy(recipe))
     found = [HeadPlan()]
     for keep_set in keep_sets:
         found += [with_storage(keep_set, *pair) for pair in STORAGE]

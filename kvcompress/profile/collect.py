@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.evict.finish import finished, output_weight
+from kvcompress.evict.score_queries import pair_weight
 from kvcompress.evict.scorers import Rows, Tokens, scorer
-from kvcompress.evict.voters import pair_weight
 from kvcompress.plan import ModelShape
 from kvcompress.profile.hf import attention_through, decoder_layers
 from kvcompress.profile.rows import held_out_rows

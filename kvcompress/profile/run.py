@@ -24,7 +24,7 @@ from kvcompress.profile import surrogate
 from kvcompress.profile.calibration import data_hash, load_prompts
 from kvcompress.profile.candidates import (
     candidates,
-    fastgen_chain,
+    fastgen_ladder,
     fastgen_policy,
     fewer_exact,
     lower_envelope,
@@ -129,7 +129,7 @@ def run(
             recipe.keep,
             special_ids(tokenizer),
             punct_ids(tokenizer),
-            fastgen_chain(fastgen_policy(recipe)),
+            fastgen_ladder(fastgen_policy(recipe)),
             candidates(recipe, shape.head_dim),
             tuple((k, small_candidates(shape.head_dim)) for k in fewer_exact(recipe.keep)),
             params,

@@ -9,7 +9,7 @@ from kvcompress.evict.scorers import scorer
 from kvcompress.plan import HeadPlan, Plan, WeightScheme
 from kvcompress.profile.allocate import duo_heads, layers_heads, static_curve_heads
 from kvcompress.profile.assemble import assemble, reads_twice
-from kvcompress.profile.candidates import fastgen_chain, keep_set
+from kvcompress.profile.candidates import fastgen_ladder, keep_set
 from kvcompress.profile.predict import Heads, expected, summed_loss
 from kvcompress.profile.spending import spend_bytes
 from kvcompress.profile.store import Profile
@@ -174,7 +174,7 @@ def _loss(profile: Profile, heads: Heads) -> float | None:
 
 def _first_hits(profile: Profile, policy: FastGenPolicy) -> Heads:
     """FastGen: the first keep-set of the chain that recovers enough; it is the cheapest."""
-    chain = fastgen_chain(policy)
+    chain = fastgen_ladder(policy)
     if [keep_set(h) for h in chain] != [keep_set(h) for h in profile.chain]:
         raise PlanError(
             f"the profile measured FastGen with {_ratios(profile.chain)}, the policy asks for "

@@ -158,7 +158,7 @@ def observed(monkeypatch, tmp_path, capfd):
     watch("league.run.run_league", "a league")
     watch("league.result.League.load", "a league")
     watch("cli.league._write", last=True)
-    watch("runtime.doctor.diagnose", last=True)
+    watch("runtime.check.doctor.diagnose", last=True)
     watch("bench.plans.plan_of", "plan")
     watch("bench.process.keep_freed_memory", True)
     watch("bench.run.bench", last=True)

@@ -30,7 +30,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory, filler: str) -> Path:
     return path
 
 
-class Reader(nn.Module):
+class SecondReading(nn.Module):
     """Looks the asked key up in the text so far, of which it sees the last `memory` characters.
 
     The text lies in the cache in place of keys, so it is copied and selected with it.
@@ -80,4 +80,4 @@ class Reader(nn.Module):
 @pytest.fixture
 def reader(tiny_tokenizer: PreTrainedTokenizerFast) -> Any:
     """Makes a `Reader` with so much memory."""
-    return lambda memory: Reader(tiny_tokenizer, memory)
+    return lambda memory: SecondReading(tiny_tokenizer, memory)

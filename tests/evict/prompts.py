@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kvcompress.evict.finish import finished
+from kvcompress.evict.score_queries import pair_weight
 from kvcompress.evict.scorers import Rows, Scorer, Tokens
-from kvcompress.evict.voters import pair_weight
 from kvcompress.quant.keystats import Rotation
 
 SCALING = 0.4

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompress.evict.chain import fastgen_chain
+from kvcompress.evict.keep_set_ladder import fastgen_ladder
 from kvcompress.evict.per_request import (
     LOW_QUANTILE,
     fastgen_choice,
@@ -267,7 +267,7 @@ def test_heads_with_planted_structure_get_their_keep_sets():
 
 # ---- the chain
 def test_chain_is_nested_data():
-    chain = fastgen_chain(Budget(ratio=0.3), Budget(ratio=0.3), "model", "int4")
+    chain = fastgen_ladder(Budget(ratio=0.3), Budget(ratio=0.3), "model", "int4")
     assert [head.label for head in chain] == [
         "special",
         "special+punct",

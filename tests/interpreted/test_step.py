@@ -129,7 +129,7 @@ def test_what_the_kernels_cannot_read_is_refused():
     model = one_layer("llama")
     plan = plan_for(model, HeadPlan(full=True, k_dtype="int4", v_dtype="int4"))
     attach(model, plan)
-    from kvcompress.runtime.static import triton as static_triton
+    from kvcompress.runtime.static import triton_step as static_triton
 
     settings = StaticCompressedCache(plan, batch=1, max_tokens=9).static_layers[0].settings
     device = torch.device("cpu")

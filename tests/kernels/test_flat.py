@@ -9,7 +9,7 @@ import torch
 
 from kvcompress.kernels.decode_split.flat import decode_split
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.static import triton as static_triton
+from kvcompress.runtime.static import triton_step as static_triton
 from kvcompress.runtime.static.cache import StaticCompressedCache
 from tests.kernels import by_reference
 from tests.kernels.cases import SHAPES, check_split, split

@@ -275,9 +275,11 @@ def test_estimated_sums_find_what_known_heads_look_at(tokenizer):
     ids = tokenizer(" ".join(planted.text(3, 900, 100)))["input_ids"]
     exact = best(model, ids, Keep(score_rows=None))
     shares = {}
-    for voters in ((64, 32), (64, None)):
-        own = best(model, ids, Keep(score_rows=voters[0], score_stride=voters[1]))
-        shares[voters] = {kind: len(exact[kind] & own[kind]) / len(exact[kind]) for kind in exact}
+    for score_queries in ((64, 32), (64, None)):
+        own = best(model, ids, Keep(score_rows=score_queries[0], score_stride=score_queries[1]))
+        shares[score_queries] = {
+            kind: len(exact[kind] & own[kind]) / len(exact[kind]) for kind in exact
+        }
     estimated, last = shares.values()
     for kind in ("special", "punct", "frequent", "previous", "local"):
         assert estimated[kind] >= 0.9, kind

@@ -10,7 +10,7 @@ from kvcompress.plan import Budget, HeadPlan, ModelShape
 from kvcompress.profile.candidates import (
     candidates,
     codes_nothing,
-    fastgen_chain,
+    fastgen_ladder,
     fastgen_policy,
     small_candidates,
 )
@@ -75,7 +75,7 @@ def profile_of(recipe=None, recovery=None) -> Profile:
         special_share=0.001,
         punct_share=0.15,
         rotations=("none",) * LAYERS,
-        chain=fastgen_chain(fastgen_policy(recipe)),
+        chain=fastgen_ladder(fastgen_policy(recipe)),
         recovery=reached,
         recovery_l1=tuple(tuple(tuple(2 * (1 - m) for m in h) for h in row) for row in reached),
         candidates=CANDIDATES,

@@ -13,7 +13,7 @@ from kvcompress.kernels.cpu import layout
 from kvcompress.kernels.cpu.library import ISAS, library
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.layer.base import Arrival
+from kvcompress.runtime.layer.base import ForwardInfo
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.step.cpu import EXCEPTIONS, exception, refusal
 from kvcompress.runtime.store.state import LayerSettings
@@ -100,7 +100,7 @@ class Pair:
         flags = torch.where(flags > 3, 0, flags).to(torch.uint8)
         out = []
         for layer in (self.fused, self.plain):
-            layer.announce(Arrival(flags=flags))
+            layer.announce(ForwardInfo(flags=flags))
             layer.update(key, value)
             given = {"softcap": None, "sinks": None, "mask": None, **more}
             result = layer.forward(
@@ -284,7 +284,7 @@ def test_codes_are_those_of_the_codec(isa):
         )
         vectors = vectors[None, :, None]
         for layer in (pair.fused, pair.plain):
-            layer.announce(Arrival())
+            layer.announce(ForwardInfo())
             layer.update(vectors, vectors)
             layer.forward(vectors * 0, vectors, vectors, None, 1.0, None, None)
     pair.compare(1e-5)
@@ -317,7 +317,7 @@ def test_what_the_kernels_leave_to_tensor_operations_is_named(reason):
     plan = plan_of(some_heads("int8", "int8"), 32)
     layer = CompressedLayer(LayerSettings(plan, params_of(plan), 0))
     x = torch.randn(1, 5, 60, 32)
-    layer.announce(Arrival())
+    layer.announce(ForwardInfo())
     layer.update(x, x)
     layer.forward(x, x, x, None, 1.0, None, None)
     token = torch.randn(1, 5, 1, 32)
@@ -330,11 +330,11 @@ def test_protected_spans_go_the_other_way():
     plan = plan_of(some_heads("int8", "int8"), 32)
     layer = CompressedLayer(LayerSettings(plan, params_of(plan), 0), (range(3, 9),))
     x = torch.randn(1, 5, 60, 32)
-    layer.announce(Arrival())
+    layer.announce(ForwardInfo())
     layer.update(x, x)
     layer.forward(x, x, x, None, 1.0, None, None)
     token = torch.randn(1, 5, 1, 32)
-    layer.announce(Arrival())
+    layer.announce(ForwardInfo())
     layer.update(token, token)
     layer.forward(token, token, token, None, 1.0, None, None)
     assert layer._fused is not None and layer._fused._view is None

@@ -104,9 +104,9 @@ def test_v2_dropped_equals_masked(family, keep):
 
 
 @pytest.mark.parametrize("scorer", ["raw", "mean", "lift", "random", "key_norm"])
-@pytest.mark.parametrize("voters", [(None, None), (8, None), (5, 4)])
-def test_v2_scorers(scorer, voters):
-    rows, stride = voters if scorer in SUMS else (voters[0], None)
+@pytest.mark.parametrize("score_queries", [(None, None), (8, None), (5, 4)])
+def test_v2_scorers(scorer, score_queries):
+    rows, stride = score_queries if scorer in SUMS else (score_queries[0], None)
     model, inputs = build("llama"), prompts(2, 48, PADS)
     settings = {"scorer": scorer, "score_rows": rows, "score_stride": stride}
     plan = plan_for(model, KEEP_SETS["frequent"], **settings)
@@ -117,12 +117,12 @@ def test_v2_scorers(scorer, voters):
     assert dropped > 0
 
 
-@pytest.mark.parametrize("voters", [(None, None), (7, None), (5, 4)])
+@pytest.mark.parametrize("score_queries", [(None, None), (7, None), (5, 4)])
 @pytest.mark.parametrize("family", [*SUPPORTED, "llama4", "gpt_oss", "gemma3n"])
-def test_v2_who_votes(family, voters):
+def test_v2_who_votes(family, score_queries):
     model, inputs = build(family), prompts(2, 48, PADS)
     heads = [KEEP_SETS["frequent"], KEEP_SETS["fastgen"]]
-    plan = plan_for(model, *heads, score_rows=voters[0], score_stride=voters[1])
+    plan = plan_for(model, *heads, score_rows=score_queries[0], score_stride=score_queries[1])
     tokens = prompts(2, 60)["input_ids"][:, 48:]
     expected, dropped = oracle.run(model, plan, inputs, tokens)
     attach(model, plan)

@@ -346,8 +346,8 @@ def test_a_scorer_sees_the_input_of_the_attention_module(monkeypatch):
         hidden = torch.cat(inputs[index // 2 :: 2])
         score = hidden @ weights[index // 2][index % 2]
         alive = set(score[2:27].topk(9).indices.add(2).tolist())  # the prompt, then one by one
-        for leaver in range(27, 37):
-            alive.add(leaver)
+        for outgoing in range(27, 37):
+            alive.add(outgoing)
             alive.discard(min(alive, key=lambda p: score[p]))
         assert kept == alive
 

@@ -162,7 +162,7 @@ def _names(value) -> set[str]:
 
 OWN_MODULES = ("kvcompress.runtime", "transformers.cache_utils")
 # of the forward that was last; what crop may take back; what one warning per cache has said
-PASSING = {"arrival", "_stored_position", "_before", "_warned"}
+PASSING = {"forward_info", "_stored_position", "_before", "_warned"}
 
 
 @pytest.mark.parametrize(("family", "heads"), CASES)
@@ -305,7 +305,7 @@ def test_what_waits_must_be_settled_before_a_save(mixed, tmp_path):
     with pytest.raises(KVCompressError, match=r"drafted tokens .*; call cache\.crop\(0\) first"):
         drafting.save(path)
     drafting.crop(-2)
-    assert drafting.token_digest.tokens == drafting.get_seq_length() == 58
+    assert drafting.seen_text.tokens == drafting.get_seq_length() == 58
     drafting.save(path)
     assert_same(CompressedCache.load(path, model), drafting)
     with pytest.raises(CacheFileError, match="an? Other cannot be saved"):

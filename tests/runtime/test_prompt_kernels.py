@@ -15,8 +15,7 @@ from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
 from kvcompress.runtime.names import as_argument
-from kvcompress.runtime.prompt import prompt_kernels
-from kvcompress.runtime.prompt import store_prompt as commit
+from kvcompress.runtime.prompt import prompt_kernels, store_prompt
 from kvcompress.runtime.store.segments import SegmentStore, StorageKind
 from tests.kernels.cases import awkward, random, same_codes
 from tests.runtime.battery import plan_for
@@ -71,19 +70,21 @@ def states_of(family, keep, pads, tokens=60):
     return [layer.state for layer in cache.compressed_layers], torch.cat(logits, 1)
 
 
-@pytest.mark.parametrize("voters", VOTERS)
+@pytest.mark.parametrize("score_queries", VOTERS)
 @pytest.mark.parametrize("pads", [None, [7, 0]], ids=["whole", "padded"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
-def test_the_kernels_leave_what_tensor_operations_leave(family, pads, voters, calls, monkeypatch):
-    got, logits = states_of(family, VOTERS[voters], pads)
+def test_the_kernels_leave_what_tensor_operations_leave(
+    family, pads, score_queries, calls, monkeypatch
+):
+    got, logits = states_of(family, VOTERS[score_queries], pads)
     # no kernel tells the output of a softcap, and windows come as masks
-    summed = pads is None and (family, voters) in {
+    summed = pads is None and (family, score_queries) in {
         ("llama", "exact"), ("llama", "estimated"), ("gemma2", "estimated"),
     }  # fmt: skip
     assert ("prefill_colsum" in calls) is summed and "compact_quantize" in calls
     monkeypatch.setattr(prompt_kernels, "triton_runs", lambda device: False)
     calls.clear()
-    expected, reference = states_of(family, VOTERS[voters], pads)
+    expected, reference = states_of(family, VOTERS[score_queries], pads)
     assert not calls
     # a key of a later layer that another kernel's sums lead to may round to the next code
     torch.testing.assert_close(logits, reference, atol=2e-3, rtol=1e-3)
@@ -147,7 +148,7 @@ def test_c_encodes_kept_tokens_as_the_codec(k, v, dim, value_dim, dtype, threads
 def test_a_prompt_is_encoded_in_c(monkeypatch):
     """And leaves what tensor operations leave."""
     got, logits = states_of("llama", {}, [7, 0])
-    monkeypatch.setattr(commit, "encode_kept", lambda *given: False)
+    monkeypatch.setattr(store_prompt, "encode_kept", lambda *given: False)
     expected, reference = states_of("llama", {}, [7, 0])
     torch.testing.assert_close(logits, reference, atol=0, rtol=0)
     for mine, theirs in zip(got, expected, strict=True):

@@ -16,7 +16,7 @@ from kvcompress import accounting
 from kvcompress.evict.keepset import class_mask
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan
 from kvcompress.registry import SUMS
-from kvcompress.runtime.layer.base import Arrival
+from kvcompress.runtime.layer.base import ForwardInfo
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.store.rules import broken
 from kvcompress.runtime.store.state import LayerSettings
@@ -152,13 +152,13 @@ class Driver:
                 real[row, :count] = False
             mask = real[:, None, None, :] & torch.ones(length, length, dtype=torch.bool).tril()
             mask = mask & real[:, None, :, None]
-        settled = self.layer.state is not None and not self.layer.has_held
+        settled = self.layer.state is not None and not self.layer.has_pending
         before = self.kept() if settled else None
         self.keys.append(k)
         self.values.append(v)
         self.flags.append(flags)
         self.real.append(real)
-        self.layer.announce(Arrival(flags=flags, in_prompt=False))
+        self.layer.announce(ForwardInfo(flags=flags, in_prompt=False))
         self.layer.update(k, v)
         out = self.layer.forward(q, k, v, mask, dim**-0.5, None, None)
         if self.exact and length == 1 and before is not None:
@@ -219,7 +219,7 @@ class Driver:
         state, plan = self.layer.state, self.case.plan
         real, flags = torch.cat(self.real, 1), torch.cat(self.flags, 1)
         assert self.layer.get_seq_length() == self.seen
-        if self.layer.has_held:
+        if self.layer.has_pending:
             return
         total = accounting.layer_shared_bytes(plan, 0, state.batch)
         starts = self.starts()
@@ -297,7 +297,7 @@ class Driver:
         self.check()
 
     def slots_after_commit(self) -> list[list[int]]:
-        if self.layer.has_held:
+        if self.layer.has_pending:
             return []
         state = self.layer.state
         return [

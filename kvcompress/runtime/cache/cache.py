@@ -17,10 +17,10 @@ from kvcompress.errors import KVCompressError, PositionRangeWarning
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import HOLDS_KV, HeadPlan, Plan, PooledBudget
 from kvcompress.quant.keystats import KVParams, Rotation
-from kvcompress.runtime.cache.second_reading import Reader
-from kvcompress.runtime.cache.seen_text import TokenDigest
+from kvcompress.runtime.cache.second_reading import SecondReading
+from kvcompress.runtime.cache.seen_text import SeenText
 from kvcompress.runtime.cache.spans import ClassIds, Span, row_spans
-from kvcompress.runtime.layer.base import Arrival, refuse_change
+from kvcompress.runtime.layer.base import ForwardInfo, refuse_change
 from kvcompress.runtime.layer.latent import LatentLayer
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.layer.relative import check_relative, frame_positions, row_starts
@@ -95,11 +95,11 @@ class CompressedCache(Cache):
         plain = all(isinstance(layer, CompressedLayer) for layer in layers)
         self._config = None if plain else config
         self.params = params
-        self.token_digest = TokenDigest()
+        self.seen_text = SeenText()
         self._class_ids = ClassIds(plan)
         self._warned: set[type[Warning]] = set()
         self._in_prompt = False
-        self._reader = Reader(plan)
+        self._second_reading = SecondReading(plan)
         self.needs_rotations = "rotation" in scorer(plan.scorer).needs
         # an assistant's cache: `generate` may take back one token more than the assistant drafted
         self.assists = False
@@ -154,25 +154,25 @@ class CompressedCache(Cache):
                 "the plan keeps special tokens or punctuation, which embeddings do not show: "
                 "pass input_ids, or these classes are not kept",
             )
-        if self._reader.reading:
-            self._announce(Arrival(None, None, True, length))
+        if self._second_reading.reading:
+            self._announce(ForwardInfo(None, None, True, length))
             return
         if length == 1 and not self._in_prompt and not self._drafts_wait:
             self.end_prefill()
-        certain = None if not logits_to_keep else max(0, length - logits_to_keep + 1)
-        if self.assists and certain:
-            certain -= 1
+        final_tokens = None if not logits_to_keep else max(0, length - logits_to_keep + 1)
+        if self.assists and final_tokens:
+            final_tokens -= 1
         self._check_rows(input_ids)
         self._check_mask(length, attention_mask)
         self._check_position(length, attention_mask)
         flags = self._class_ids.flags(input_ids) if uses and input_ids is not None else None
-        self._announce(Arrival(flags, certain, self._in_prompt, length))
-        self.token_digest.update(input_ids)
-        self._reader.note(input_ids, length, attention_mask)
+        self._announce(ForwardInfo(flags, final_tokens, self._in_prompt, length))
+        self.seen_text.update(input_ids)
+        self._second_reading.note(input_ids, length, attention_mask)
 
-    def _announce(self, arrival: Arrival) -> None:
+    def _announce(self, forward_info: ForwardInfo) -> None:
         for layer in self.compressed_layers:
-            layer.announce(arrival)
+            layer.announce(forward_info)
 
     @between_graphs
     def relative_positions(
@@ -203,7 +203,7 @@ class CompressedCache(Cache):
     def _check_mask(self, length: int, mask: Tensor | None) -> None:
         """A mask must show the stored tokens as it did when they came."""
         first = self.compressed_layers[0]
-        if mask is None or mask.ndim != 2 or length < 2 or first.state is None or first.has_held:
+        if mask is None or mask.ndim != 2 or length < 2 or first.state is None or first.has_pending:
             return
         if mask.shape[1] != first.seen + length:
             return
@@ -248,8 +248,10 @@ class CompressedCache(Cache):
         Raises:
             KVCompressError: where the prompt came as embeddings, which cannot be repeated.
         """
-        if self._reader.wanted and any(layer.has_held for layer in self.compressed_layers):
-            self._reader.read_again(model, self)
+        if self._second_reading.wanted and any(
+            layer.has_pending for layer in self.compressed_layers
+        ):
+            self._second_reading.read_again(model, self)
         self.end_prefill()
 
     @leaving_plain_tensors
@@ -260,18 +262,20 @@ class CompressedCache(Cache):
             KVCompressError: where the plan's scorer wants the prompt to be read again first.
         """
         self._in_prompt = False
-        held = [layer for layer in self.compressed_layers if layer.has_held]
+        held = [layer for layer in self.compressed_layers if layer.has_pending]
         if not held:
             return
-        self._reader.check_done()
+        self._second_reading.check_done()
         rule = self.plan.per_request
         if isinstance(rule, PooledBudget) and rule.scope == "model":
-            commits = [layer.prompt_commit() for layer in held]
-            ready = [commit for commit in commits if commit is not None]
-            states = [commit.state for commit in ready]
-            granted = pooled_over_layers(states, [commit.candidates for commit in ready])
-            for commit, own in zip(ready, granted, strict=True):
-                commit.finish(own)
+            to_store = [layer.prompt_to_store() for layer in held]
+            ready = [store_prompt for store_prompt in to_store if store_prompt is not None]
+            states = [store_prompt.state for store_prompt in ready]
+            granted = pooled_over_layers(
+                states, [store_prompt.candidates for store_prompt in ready]
+            )
+            for store_prompt, own in zip(ready, granted, strict=True):
+                store_prompt.finish(own)
             return
         for layer in held:
             layer.end_prefill()
@@ -287,7 +291,7 @@ class CompressedCache(Cache):
         Raises:
             KVCompressError: naming the first row that differs.
         """
-        self.token_digest.check(input_ids, int(self.get_seq_length()))
+        self.seen_text.check(input_ids, int(self.get_seq_length()))
 
     def chosen_heads(self) -> list[list[tuple[HeadPlan, ...]]]:
         """``[layer][row]`` heads as the plan's rule for each request chose them; the plan's own
@@ -303,7 +307,7 @@ class CompressedCache(Cache):
 
     def crop(self, max_length: int) -> None:
         super().crop(max_length)
-        self.token_digest.crop(cropped_tokens(max_length))
+        self.seen_text.crop(cropped_tokens(max_length))
 
     def reset(self) -> None:
         """Empty, for any batch: transformers' own layers would keep the size of theirs."""
@@ -313,31 +317,31 @@ class CompressedCache(Cache):
             for number, layer in enumerate(self.layers):
                 if not isinstance(layer, CompressedLayer):
                     self.layers[number] = own[number]
-        self.token_digest = TokenDigest()
-        self._reader = Reader(self.plan)
+        self.seen_text = SeenText()
+        self._second_reading = SecondReading(self.plan)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         self._settle()
         super().reorder_cache(beam_idx)
-        self.token_digest.select_rows(beam_idx.tolist())
+        self.seen_text.select_rows(beam_idx.tolist())
 
     def _settle(self) -> None:
         """Rows are about to move: what is held is compressed as one prompt first."""
-        if any(layer.has_held for layer in self.compressed_layers) and not self._drafts_wait:
+        if any(layer.has_pending for layer in self.compressed_layers) and not self._drafts_wait:
             self.end_prefill()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._settle()
         super().batch_repeat_interleave(repeats)
-        rows = range(len(self.token_digest.rows or ()))
-        self.token_digest.select_rows([row for row in rows for _ in range(repeats)])
+        rows = range(len(self.seen_text.rows or ()))
+        self.seen_text.select_rows([row for row in rows for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._settle()
         super().batch_select_indices(indices)
-        rows = torch.arange(len(self.token_digest.rows or ()))
+        rows = torch.arange(len(self.seen_text.rows or ()))
         if len(rows):
-            self.token_digest.select_rows(rows[indices.cpu()].tolist())
+            self.seen_text.select_rows(rows[indices.cpu()].tolist())
 
     # ---- in a file
     def save(self, path: Path | str) -> None:

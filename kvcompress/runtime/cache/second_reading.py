@@ -29,7 +29,7 @@ FEWEST_TOKENS: Final = 32
 LEAD_TOKENS: Final = 8  # of the chunk before: they tell where in the prompt a chunk goes on
 
 
-class Reader:
+class SecondReading:
     """Remembers the tokens of the first prompt until it has been read again.
 
     Attributes:

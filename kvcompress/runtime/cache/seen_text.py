@@ -13,7 +13,7 @@ from kvcompress.errors import KVCompressError
 UNDO_TOKENS: Final = 256
 
 
-class TokenDigest:
+class SeenText:
     """One hash per row, ``h ← sha256(h + id)`` for every token, however forwards cut the text.
 
     Padding counts, as it does for `generate`, which slices `input_ids` by column.
@@ -88,7 +88,7 @@ class TokenDigest:
                 f"{ids.shape[1]} tokens of ids, the cache has seen {self.tokens}; pass the whole "
                 "text, its cached beginning included"
             )
-        other = TokenDigest()
+        other = SeenText()
         other.update(ids[:, : self.tokens])
         for row, (mine, theirs) in enumerate(zip(self.rows, other.rows or [], strict=False)):
             if mine != theirs:
@@ -103,9 +103,9 @@ class TokenDigest:
         return {"tokens": self.tokens, "rows": rows}
 
     @staticmethod
-    def from_host(host: dict[str, object]) -> TokenDigest:
+    def from_host(host: dict[str, object]) -> SeenText:
         """Inverse of `to_host`."""
-        digest = TokenDigest()
+        digest = SeenText()
         tokens, rows = host["tokens"], host["rows"]
         if not isinstance(tokens, int) or not isinstance(rows, list | None):
             raise ValueError(f"token digest {host}")

@@ -15,7 +15,7 @@ from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.model.eager import eager_attention
-from kvcompress.runtime.prompt.attention_inputs import Evidence
+from kvcompress.runtime.prompt.attention_inputs import AttentionInputs
 
 IMPLEMENTATION: Final = "kvcompress"
 
@@ -63,7 +63,7 @@ def _attention(
     if layer is not None:
         reader = cast(int, module.layer_idx)
         if layer.settings.scorer.needs and reader == layer.settings.layer:
-            layer.evidence = Evidence(module, hidden)
+            layer.attention_inputs = AttentionInputs(module, hidden)
         kernel = fast if plain else None
 
         def compressed() -> Tensor:

@@ -207,7 +207,7 @@ def _check_text(
             f"pass the whole text, its cached beginning included, or new tokens with a mask of "
             f"{seen + length}; cache.reset() empties it"
         )
-    if cache.token_digest.rows is not None:
+    if cache.seen_text.rows is not None:
         cache.check_prefix(input_ids)
 
 

@@ -28,19 +28,19 @@ def refuse_change(name: str, held: Any, came: Any) -> None:
 
 
 @dataclass(slots=True)
-class Arrival:
+class ForwardInfo:
     """What the cache knows of a forward before its layers run, shared by all of them.
 
     Attributes:
         flags: ``[B, T]`` uint8 class flags, or None.
-        certain: tokens that will not be taken back; the rest of the chunk is a draft. None: all,
-            or, while a cache records, none but those of a first prompt.
+        final_tokens: tokens at its head that will not be taken back; the rest of the chunk is a
+            draft. None: all, or, while a cache records, none but those of a first prompt.
         in_prompt: the forward is a part of a prompt that goes on, whatever its length.
         length: T, 0 where it is not known.
     """
 
     flags: Tensor | None = None
-    certain: int | None = None
+    final_tokens: int | None = None
     in_prompt: bool = False
     length: int = 0
 
@@ -65,7 +65,7 @@ class StoringLayer(CacheLayerMixin):
         self.seen = 0
         self.state: LayerState | None = None
         self.record_past = False  # drafted tokens can be taken back
-        self.arrival = Arrival()
+        self.forward_info = ForwardInfo()
         self._announced = False
         self._spans = spans
         # the keys and values that `update` handed on, until they are read
@@ -124,9 +124,9 @@ class StoringLayer(CacheLayerMixin):
         return key_states, value_states
 
     # ---- the handshake with the model's pre-hook
-    def announce(self, arrival: Arrival) -> None:
+    def announce(self, forward_info: ForwardInfo) -> None:
         """The next call of `update` belongs to this forward."""
-        self.arrival, self._announced = arrival, True
+        self.forward_info, self._announced = forward_info, True
 
     def _take_announcement(self, key_states: Tensor) -> None:
         """Refuse a forward of which the cache was not told, or was told otherwise.
@@ -136,8 +136,8 @@ class StoringLayer(CacheLayerMixin):
         """
         length, announced = key_states.shape[-2], self._announced
         self._announced = False
-        if not announced or self.arrival.length not in (0, length):
-            was = f"announced with {self.arrival.length}" if announced else "not announced"
+        if not announced or self.forward_info.length not in (0, length):
+            was = f"announced with {self.forward_info.length}" if announced else "not announced"
             raise KVCompressError(
                 f"layer {self.settings.layer}: a forward of {length} tokens was {was} to its cache "
                 f"({release()}): call kvcompress.attach(model, plan) first, then the model itself, "

@@ -72,8 +72,8 @@ class LatentLayer(CompressedLayer):
         super().update(key_states, value_states)
         self._latents = (key_states.detach(), value_states.detach())
         parts = [self._latents]
-        if self._held is not None:
-            parts.insert(0, (self._held.chunk.key, self._held.chunk.value))
+        if self._pending is not None:
+            parts.insert(0, (self._pending.chunk.key, self._pending.chunk.value))
         stored = self._stored(key_states, value_states)
         if stored is not None:
             parts.insert(0, stored)

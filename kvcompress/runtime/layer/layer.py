@@ -12,16 +12,16 @@ from torch import Tensor
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.kernels.cpu.library import library
-from kvcompress.runtime.layer.pending_chunk import Waiting
+from kvcompress.runtime.layer.pending_chunk import PendingChunk
 from kvcompress.runtime.layer.prompt_hold import HoldingLayer
 from kvcompress.runtime.layer.relative import attend_relative, in_order, parts
-from kvcompress.runtime.layer.undo_log import Journal
+from kvcompress.runtime.layer.undo_log import UndoLog
 from kvcompress.runtime.names import cropped_tokens
 from kvcompress.runtime.prompt.attention_inputs import NOTHING, new_scores
 from kvcompress.runtime.prompt.score_queries import attend_prompt
-from kvcompress.runtime.prompt.store_prompt import commit
-from kvcompress.runtime.step.cpu import FusedStep, Token, refusal, serves
-from kvcompress.runtime.step.store_token import insert
+from kvcompress.runtime.prompt.store_prompt import store_prompt
+from kvcompress.runtime.step.cpu import FusedStep, IncomingToken, refusal, serves
+from kvcompress.runtime.step.store_token import store_token
 from kvcompress.runtime.store.attend import Chunk, attend, score_rows
 from kvcompress.runtime.store.state import LayerSettings, LayerState
 from kvcompress.runtime.torch_modes import between_graphs, leaving_plain_tensors
@@ -43,8 +43,8 @@ class CompressedLayer(HoldingLayer):
         hold_prompt: bool = False,
     ) -> None:
         super().__init__(settings, spans, hold_prompt)
-        self._shared: Waiting | None = None
-        self._journal = Journal()
+        self._shared: PendingChunk | None = None
+        self._undo_log = UndoLog()
         self._decoded = False  # the last forward decoded, so that a prompt opens a turn
         served = library() is not None and refusal(settings) is None
         self._fused = FusedStep(settings) if served else None
@@ -61,7 +61,7 @@ class CompressedLayer(HoldingLayer):
 
     @leaving_plain_tensors
     def _select(self, rows: list[int]) -> None:
-        if len(self._journal):
+        if len(self._undo_log):
             raise KVCompressError(
                 "rows cannot move while drafted tokens may still be taken back; call crop first"
             )
@@ -71,7 +71,7 @@ class CompressedLayer(HoldingLayer):
     def reset(self) -> None:
         super().reset()
         self._shared = None
-        self._journal, self._decoded = Journal(), False
+        self._undo_log, self._decoded = UndoLog(), False
 
     def check_idle(self) -> None:
         """Refuse to be copied to a file while anything waits to be stored or taken back.
@@ -82,9 +82,9 @@ class CompressedLayer(HoldingLayer):
         reason = None
         if self._given is not None or self._shared is not None:
             reason = "save the cache between two forwards, not inside one"
-        elif len(self._journal) or (self._held is not None and self.record_past):
+        elif len(self._undo_log) or (self._pending is not None and self.record_past):
             reason = "drafted tokens are not settled; call cache.crop(0) first"
-        elif self._held is not None:
+        elif self._pending is not None:
             reason = "a prompt is held uncompressed; call cache.end_prefill() first"
         if reason is not None:
             raise KVCompressError(f"layer {self.settings.layer}: {reason}")
@@ -108,21 +108,21 @@ class CompressedLayer(HoldingLayer):
             KVCompressError: for tokens that were not drafted while the cache recorded.
         """
         count = cropped_tokens(max_length)
-        waiting = self._held if self._drafts_wait else None
-        drafted = len(self._journal) if waiting is None else waiting.chunk.key.shape[2]
+        pending = self._pending if self._drafts_wait else None
+        drafted = len(self._undo_log) if pending is None else pending.chunk.key.shape[2]
         if count < 0 or count > drafted:
             raise KVCompressError(
                 f"crop({max_length}): only the {drafted} newest drafted tokens can be taken back, "
                 "as a negative number; call cache.activate_past_recording() before they come"
             )
-        if waiting is not None:
-            self._held = waiting.without_last(count)
+        if pending is not None:
+            self._pending = pending.without_last(count)
             self.end_prefill()
         else:
             for _ in range(count):
                 assert self.state is not None
-                self._journal.undo(self.state)
-            self._journal = Journal()
+                self._undo_log.undo(self.state)
+            self._undo_log = UndoLog()
         self.seen -= count
 
     # ---- attention
@@ -157,8 +157,8 @@ class CompressedLayer(HoldingLayer):
         self._check_given(key, value)
         assert self.state is not None
         if mask is None and self._fused is not None and self._just_decodes(query):
-            flags = self.arrival.flags if self.settings.uses_classes else None
-            token = Token(query, key, value, self.seen - 1, flags, scaling, softcap, sinks)
+            flags = self.forward_info.flags if self.settings.uses_classes else None
+            token = IncomingToken(query, key, value, self.seen - 1, flags, scaling, softcap, sinks)
             return self._fused.run(self.state, token)  # stores through pointers, in any mode
         chunk_of = partial(self._chunk, query, key, value, mask, scaling, softcap, sinks)
         return self._forward(chunk_of, fast_attention)
@@ -169,13 +169,13 @@ class CompressedLayer(HoldingLayer):
         if self.reads_again:
             return self._read_again(chunk)
         self._note_turn(chunk)
-        certain = self._certain(chunk.length)
-        if certain:
-            self._journal = Journal()
-        if certain == chunk.length or self._drafts_wait:
+        final_tokens = self._final_tokens(chunk.length)
+        if final_tokens:
+            self._undo_log = UndoLog()
+        if final_tokens == chunk.length or self._drafts_wait:
             return self._take_in_range(chunk, fast_attention)
-        out = [self._take_in_range(chunk.tokens(0, certain), None)] if certain else []
-        return torch.cat([*out, *self._take_drafted(chunk, certain)], 1)
+        out = [self._take_in_range(chunk.tokens(0, final_tokens), None)] if final_tokens else []
+        return torch.cat([*out, *self._take_drafted(chunk, final_tokens)], 1)
 
     def _check_given(self, key: Tensor, value: Tensor) -> None:
         """The keys and values to attend over must be those that were stored, and be read once."""
@@ -216,7 +216,7 @@ class CompressedLayer(HoldingLayer):
         if mask is not None:
             valid = mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(query.shape[0], -1)
             valid = None if bool(valid.all()) else valid
-        flags = self.arrival.flags if self.settings.uses_classes else None
+        flags = self.forward_info.flags if self.settings.uses_classes else None
         return Chunk(
             query.detach(),
             key.detach(),
@@ -232,20 +232,20 @@ class CompressedLayer(HoldingLayer):
 
     def _note_turn(self, chunk: Chunk) -> None:
         assert self.state is not None
-        decodes = self._certain(chunk.length) <= 1 and not self.arrival.in_prompt
+        decodes = self._final_tokens(chunk.length) <= 1 and not self.forward_info.in_prompt
         if not self.state.turn_starts or (self._decoded and not decodes):
             self.state.turn_starts.append(chunk.position)
         self._decoded = decodes
 
-    def _certain(self, length: int) -> int:
+    def _final_tokens(self, length: int) -> int:
         """Tokens at the head of a chunk that will not be taken back."""
         assert self.state is not None
         if not self.record_past:
             return length
-        certain = self.arrival.certain
-        if certain is None:
-            certain = 0 if any(self.state.row_seen) else length
-        return 0 if certain == 1 and any(self.state.row_seen) else certain
+        final_tokens = self.forward_info.final_tokens
+        if final_tokens is None:
+            final_tokens = 0 if any(self.state.row_seen) else length
+        return 0 if final_tokens == 1 and any(self.state.row_seen) else final_tokens
 
     # ---- storing
     def _take_in_range(self, chunk: Chunk, fast_attention: FastAttention) -> Tensor:
@@ -263,34 +263,34 @@ class CompressedLayer(HoldingLayer):
         if self._prompt_is_over(chunk.length):
             self.end_prefill()
         if self._fused is not None and self._is_step(chunk):
-            self.evidence = NOTHING
-            return self._fused.run(self.state, Token.of(chunk))
-        if self._held is not None:
-            chunk = self._held.followed_by(chunk)
-        scores = new_scores(self.state, chunk, self.evidence)
-        if self._held is not None:
-            scores = self._held.scores_before(scores)
+            self.attention_inputs = NOTHING
+            return self._fused.run(self.state, IncomingToken.of(chunk))
+        if self._pending is not None:
+            chunk = self._pending.followed_by(chunk)
+        scores = new_scores(self.state, chunk, self.attention_inputs)
+        if self._pending is not None:
+            scores = self._pending.scores_before(scores)
         out = self._attend(chunk, scores, fast_attention)
-        waiting = Waiting(chunk, scores)
+        pending = PendingChunk(chunk, scores)
         if len(self.settings.readers) > 1:
-            self._shared = waiting
+            self._shared = pending
         else:
-            self._store(waiting)
+            self._store(pending)
         return out
 
     def _just_decodes(self, query: Tensor) -> bool:
         """Whether a forward decodes one token and nothing waits that it has to look at."""
         state = self.state
         assert state is not None
-        busy = self._held is not None or self.record_past or self.reads_again
-        if busy or self.arrival.in_prompt or query.shape[2] != 1 or not self._decoded:
+        busy = self._pending is not None or self.record_past or self.reads_again
+        if busy or self.forward_info.in_prompt or query.shape[2] != 1 or not self._decoded:
             return False
         return min(state.row_seen) >= self.settings.sink_tokens and serves(state, query)
 
     def _is_step(self, chunk: Chunk) -> bool:
         """Whether a chunk is a token that one call of the compiled kernels takes in."""
         assert self.state is not None
-        waits = self._held is not None or (self._hold_prompt and self.arrival.in_prompt)
+        waits = self._pending is not None or (self._hold_prompt and self.forward_info.in_prompt)
         return not waits and _decodes(self.state, chunk) and serves(self.state, chunk.query)
 
     @leaving_plain_tensors
@@ -314,25 +314,25 @@ class CompressedLayer(HoldingLayer):
         )
         out = self._attend(chunk, self._shared.scores, fast_attention)
         if reader == self.settings.readers[-1]:
-            waiting, self._shared = self._shared, None
-            self._store(waiting)
+            pending, self._shared = self._shared, None
+            self._store(pending)
         return out
 
-    def _store(self, waiting: Waiting) -> None:
-        state, chunk = self.state, waiting.chunk
+    def _store(self, pending: PendingChunk) -> None:
+        state, chunk = self.state, pending.chunk
         assert state is not None
         if self._waits(chunk) or (self.record_past and self._drafts_wait):
-            self._hold(waiting)
+            self._hold(pending)
             return
         if _decodes(state, chunk):
-            insert(state, chunk, waiting.scores)
+            store_token(state, chunk, pending.scores)
         else:
-            commit(state, chunk, waiting.scores, self.evidence)
-        self.evidence = NOTHING
+            store_prompt(state, chunk, pending.scores, self.attention_inputs)
+        self.attention_inputs = NOTHING
 
     def _waits(self, chunk: Chunk) -> bool:
         """Whether a chunk is held until its prompt ends."""
-        prompt = chunk.length > 1 or self.arrival.in_prompt or self._held is not None
+        prompt = chunk.length > 1 or self.forward_info.in_prompt or self._pending is not None
         return self._hold_prompt and prompt
 
     def _take_drafted(self, chunk: Chunk, first: int) -> list[Tensor]:
@@ -343,17 +343,17 @@ class CompressedLayer(HoldingLayer):
         out = []
         for index in range(first, chunk.length):
             token = chunk.tokens(index, index + 1)
-            journal = self._journal
-            (journal.before_insert if _decodes(state, token) else journal.before_commit)(state)
+            undo_log = self._undo_log
+            (undo_log.before_token if _decodes(state, token) else undo_log.before_prompt)(state)
             out.append(self._take(token, None))
-            Journal.stop_notes(state)
-        self._journal.forget_all_but(_MOST_DRAFTED)
+            UndoLog.stop_notes(state)
+        self._undo_log.forget_all_but(_MOST_DRAFTED)
         return out
 
     def _prompt_is_over(self, length: int) -> bool:
         """Whether a forward of `length` tokens shows that what is held is complete."""
         drafting = self.record_past and self._drafts_wait
-        return length == 1 and not self.arrival.in_prompt and not drafting
+        return length == 1 and not self.forward_info.in_prompt and not drafting
 
     def _attend(
         self, chunk: Chunk, scores: dict[int, Tensor], fast_attention: FastAttention
@@ -389,7 +389,7 @@ class CompressedLayer(HoldingLayer):
 
     def nbytes(self) -> int:
         """Bytes of every tensor that this layer holds."""
-        held = 0 if self._held is None else self._held.nbytes()
+        held = 0 if self._pending is None else self._pending.nbytes()
         return super().nbytes() + held + self._late.nbytes()
 
 

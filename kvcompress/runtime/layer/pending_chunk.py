@@ -11,7 +11,7 @@ from kvcompress.runtime.store.attend import Chunk
 
 
 @dataclass(slots=True)
-class Waiting:
+class PendingChunk:
     """A chunk that was attended but not stored yet: later layers read it, or the prompt goes on.
 
     Attributes:
@@ -36,14 +36,14 @@ class Waiting:
         """The scores of the held tokens, then `own` of a chunk that follows."""
         return {number: torch.cat([self.scores[number], s], 2) for number, s in own.items()}
 
-    def without_queries_but(self, query: Tensor) -> Waiting:
+    def without_queries_but(self, query: Tensor) -> PendingChunk:
         """Only the newest queries ``[B, Hq, n, D]`` stay, for votes at the prompt's end."""
         chunk = self.chunk
         stop = chunk.first + chunk.key.shape[2]
         chunk = replace(chunk, query=query, position=stop - query.shape[2], mask=None)
-        return Waiting(chunk, self.scores)
+        return PendingChunk(chunk, self.scores)
 
-    def without_last(self, count: int) -> Waiting:
+    def without_last(self, count: int) -> PendingChunk:
         """The newest `count` tokens gone."""
         chunk = self.chunk
         stop = chunk.key.shape[2] - count
@@ -56,7 +56,7 @@ class Waiting:
             valid=None if chunk.valid is None else chunk.valid[:, :stop],
             flags=None if chunk.flags is None else chunk.flags[:, :stop],
         )
-        return Waiting(kept, {number: s[:, :, :stop] for number, s in self.scores.items()})
+        return PendingChunk(kept, {number: s[:, :, :stop] for number, s in self.scores.items()})
 
     def tensors(self) -> list[Tensor]:
         chunk = self.chunk
@@ -70,7 +70,7 @@ class Waiting:
 def _joined(
     held: Chunk, chunk: Chunk, before: Tensor | None, own: Tensor | None, default: int
 ) -> Tensor | None:
-    """``[B, P + T]`` of what held and new tokens have each; `default` where one has nothing."""
+    """``[B, P + T]`` of what pending and new tokens have each; `default` where one has nothing."""
     if before is None and own is None:
         return None
     known = own if own is not None else before

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from kvcompress.errors import KVCompressError
 from kvcompress.runtime.layer.base import StoringLayer
-from kvcompress.runtime.layer.pending_chunk import Waiting
-from kvcompress.runtime.prompt.attention_inputs import NOTHING, Evidence
+from kvcompress.runtime.layer.pending_chunk import PendingChunk
+from kvcompress.runtime.prompt.attention_inputs import NOTHING, AttentionInputs
 from kvcompress.runtime.prompt.choose import DIAGNOSED_ROWS
-from kvcompress.runtime.prompt.score_queries import LateVoters
-from kvcompress.runtime.prompt.store_prompt import Commit
+from kvcompress.runtime.prompt.score_queries import LateScoreQueries
+from kvcompress.runtime.prompt.store_prompt import PromptToStore
 from kvcompress.runtime.store.attend import Chunk, attend, score_rows
 from kvcompress.runtime.store.state import LayerSettings
 from kvcompress.runtime.torch_modes import leaving_plain_tensors
@@ -35,29 +35,29 @@ class HoldingLayer(StoringLayer):
     ) -> None:
         super().__init__(settings, spans)
         self._hold_prompt = hold_prompt or settings.whole_prompt
-        self._held: Waiting | None = None
-        self._late = LateVoters()
+        self._pending: PendingChunk | None = None
+        self._late = LateScoreQueries()
         # what the attention module tells in a forward; of the last one for a prompt that is held
-        self.evidence: Evidence = NOTHING
+        self.attention_inputs: AttentionInputs = NOTHING
         self.reads_again = False
 
     def reset(self) -> None:
         super().reset()
-        self._held, self._late = None, LateVoters()
-        self.evidence, self.reads_again = NOTHING, False
+        self._pending, self._late = None, LateScoreQueries()
+        self.attention_inputs, self.reads_again = NOTHING, False
 
     @property
-    def has_held(self) -> bool:
-        return self._held is not None
+    def has_pending(self) -> bool:
+        return self._pending is not None
 
-    def _hold(self, waiting: Waiting) -> None:
+    def _hold(self, pending: PendingChunk) -> None:
         """Keep a part of a prompt, and of its queries those that may have to vote at its end."""
-        query = waiting.chunk.query
+        query = pending.chunk.query
         keep = self._late_queries()
-        if keep and self._held is not None:
-            query = torch.cat([self._held.chunk.query, query], 2)
+        if keep and self._pending is not None:
+            query = torch.cat([self._pending.chunk.query, query], 2)
         query = query[:, :, query.shape[2] - min(keep, query.shape[2]) :]
-        self._held = waiting.without_queries_but(query)
+        self._pending = pending.without_queries_but(query)
 
     def _late_queries(self) -> int:
         """Newest queries that are needed at the prompt's end."""
@@ -75,12 +75,12 @@ class HoldingLayer(StoringLayer):
         return self._hold_prompt and first and self.settings.plan.score_rows is not None
 
     @leaving_plain_tensors
-    def prompt_commit(self) -> Commit | None:
+    def prompt_to_store(self) -> PromptToStore | None:
         """The held prompt, ready to be compressed; None where none is held."""
-        if self._held is None:
+        if self._pending is None:
             return None
         late = self._votes_late()
-        (chunk, scores), self._held = (self._held.chunk, self._held.scores), None
+        (chunk, scores), self._pending = (self._pending.chunk, self._pending.scores), None
         state = self.state
         assert state is not None
         if late and self.settings.plan.score_stride is not None:
@@ -89,20 +89,20 @@ class HoldingLayer(StoringLayer):
             rows = min(self.settings.plan.score_rows or 0, chunk.length)
             state.first_vote = chunk.position + chunk.length - rows
             score_rows(state, chunk, scores, chunk.length - rows)
-        evidence, self.evidence = self.evidence, NOTHING
-        return Commit(state, chunk, scores, evidence)
+        attention_inputs, self.attention_inputs = self.attention_inputs, NOTHING
+        return PromptToStore(state, chunk, scores, attention_inputs)
 
     @leaving_plain_tensors
     def end_prefill(self) -> None:
         """Compress a prompt that is held."""
-        commit = self.prompt_commit()
-        if commit is not None:
-            commit.finish()
+        store_prompt = self.prompt_to_store()
+        if store_prompt is not None:
+            store_prompt.finish()
 
     # ---- reading a prompt again
     def _read_again(self, chunk: Chunk) -> Tensor:
         """Attend over the held prompt and the chunk; its queries vote and nothing is stored."""
-        held, state = self._held, self.state
+        held, state = self._pending, self.state
         if held is None or state is None or any(state.row_seen):
             raise KVCompressError(
                 f"layer {self.settings.layer}: only a prompt that is held can be read again"
@@ -111,7 +111,7 @@ class HoldingLayer(StoringLayer):
             number: torch.cat([s, s.new_zeros(*s.shape[:2], chunk.length)], 2)
             for number, s in held.scores.items()
         }
-        hidden = self.evidence.hidden
+        hidden = self.attention_inputs.hidden
         if "hidden" in self.settings.scorer.needs and hidden is not None:
             chunk = replace(chunk, norm=hidden.float().norm(dim=-1))
         before = state.first_vote
@@ -119,6 +119,6 @@ class HoldingLayer(StoringLayer):
         out = attend(state, held.followed_by(chunk), votes, voting=True)
         state.first_vote = before
         kept = {number: s[:, :, : -chunk.length] for number, s in votes.items()}
-        self._held = replace(held, scores=kept)
+        self._pending = replace(held, scores=kept)
         self.seen -= chunk.length
         return out.transpose(1, 2).contiguous()

@@ -1,7 +1,7 @@
 """Taking decoded tokens back, so that a rejected draft leaves no trace.
 
-Each drafted token is attended and inserted like a token that was really decoded, so a draft evicts
-exactly what decoding would have evicted; the journal remembers what each token overwrote.
+Each drafted token is attended and stored like a token that was really decoded, so a draft evicts
+exactly what decoding would have evicted; the log remembers what each token overwrote.
 Speculative decoding then gives the same tokens as plain decoding, with eviction too.
 """
 
@@ -18,7 +18,7 @@ from kvcompress.runtime.store.state import LayerState
 
 @dataclass(slots=True)
 class _Undo:
-    """What one inserted token changed, except for what the stores note themselves.
+    """What storing one token changed, except for what the stores note themselves.
 
     Attributes:
         exact: place ``[B]`` among the exact slots, and their key, value, position and class there.
@@ -36,7 +36,7 @@ class _Undo:
 
 
 @dataclass(slots=True)
-class Journal:
+class UndoLog:
     """Tokens that may still be taken back, oldest first: an `_Undo`, or a copy of the state."""
 
     entries: list[_Undo | LayerState] = field(default_factory=list)
@@ -44,8 +44,8 @@ class Journal:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def before_insert(self, state: LayerState) -> None:
-        """Remember the state; `insert` then notes what it overwrites."""
+    def before_token(self, state: LayerState) -> None:
+        """Remember the state; `store_token` then notes what it overwrites."""
         row, place = state.oldest_recent()
         scores, recent = [], []
         notes: list[list[Overwritten]] = []
@@ -74,7 +74,7 @@ class Journal:
             )
         )
 
-    def before_commit(self, state: LayerState) -> None:
+    def before_prompt(self, state: LayerState) -> None:
         """Remember all of a state that is about to be laid out anew; it is still small."""
         self.entries.append(deepcopy(state))
 

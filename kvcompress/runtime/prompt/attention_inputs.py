@@ -14,7 +14,7 @@ from kvcompress.runtime.store.state import Group, LayerState
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class AttentionInputs:
     """What the attention module tells in one forward, for scorers that need it.
 
     Attributes:
@@ -26,13 +26,17 @@ class Evidence:
     hidden: Tensor | None = None
 
 
-NOTHING = Evidence()
+NOTHING = AttentionInputs()
 
 
-def new_scores(state: LayerState, chunk: Chunk, evidence: Evidence = NOTHING) -> dict[int, Tensor]:
+def new_scores(
+    state: LayerState, chunk: Chunk, attention_inputs: AttentionInputs = NOTHING
+) -> dict[int, Tensor]:
     """The score that each new token of the chunk starts with, ``[B, Hg, T]`` per scored group."""
     return {
-        number: state.settings.scorer.arrive(_tokens(state, group, chunk, chunk.held, evidence))
+        number: state.settings.scorer.arrive(
+            _tokens(state, group, chunk, chunk.held, attention_inputs)
+        )
         for number, group in enumerate(state.groups)
         if group.recent_score is not None
     }
@@ -42,7 +46,7 @@ def finish_scores(
     state: LayerState,
     chunk: Chunk,
     scores: dict[int, Tensor],
-    evidence: Evidence,
+    attention_inputs: AttentionInputs,
     leaving: Tensor,
 ) -> dict[int, Tensor]:
     """`scores` ``[B, Hg, P + T]`` of a prompt, or a part of it, whose tokens stand side by side.
@@ -53,7 +57,7 @@ def finish_scores(
     scorer, pool_tokens = state.settings.scorer, state.settings.plan.pool_tokens
     done = {}
     for number, score in scores.items():
-        tokens = _tokens(state, state.groups[number], chunk, 0, evidence, ended=True)
+        tokens = _tokens(state, state.groups[number], chunk, 0, attention_inputs, ended=True)
         candidate = leaving[:, None].expand(score.shape)
         done[number] = finished(scorer, score, replace(tokens, candidate=candidate), pool_tokens)
     return done
@@ -64,7 +68,7 @@ def _tokens(
     group: Group,
     chunk: Chunk,
     first: int,
-    evidence: Evidence,
+    attention_inputs: AttentionInputs,
     ended: bool = False,
 ) -> Tokens:
     """The keys of `chunk` from the place `first` on, of a group's heads."""
@@ -79,9 +83,9 @@ def _tokens(
     newest = min(scorer.query_rows, chunk.length) if ended else 0
     valid = torch.ones(batch, count, dtype=torch.bool, device=key.device)
     weight = None
-    if ended and "output_weight" in scorer.needs and evidence.module is not None:
-        weight = output_weight(evidence.module, heads, rows.shape[2] * value.shape[-1])
-    hidden = evidence.hidden
+    if ended and "output_weight" in scorer.needs and attention_inputs.module is not None:
+        weight = output_weight(attention_inputs.module, heads, rows.shape[2] * value.shape[-1])
+    hidden = attention_inputs.hidden
     return Tokens(
         layer=settings.layer,
         head=index,

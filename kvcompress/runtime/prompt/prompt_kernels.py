@@ -1,7 +1,7 @@
 """What a prompt leaves to compiled kernels: kept tokens as codes, by the C kernels on a CPU and by
 Triton on a GPU, and there column sums.
 
-Elsewhere `voters` and `commit` do the same with tensor operations, block by block.
+Elsewhere `score_queries` and `store_prompt` do the same with tensor operations, block by block.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     the last rows vote             the model's own kernel, then these rows alone
     sums are estimated             the model's own kernel, which also tells the normaliser of every
                                    row; then near pairs, then the far pairs of the rows that vote
-                                   for their stride, see `kvcompress.evict.voters`
+                                   for their stride, see `kvcompress.evict.score_queries`
 A model without a kernel for its attention (soft caps, learned sinks), and a prompt that is held,
 take the first way to their output.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.evict.voters import far_weight, votes_for_its_stride
+from kvcompress.evict.score_queries import far_weight, votes_for_its_stride
 from kvcompress.kernels.prefill_colsum.cpu_torch import Sight, Softmax, attend_with_sums, row_sums
 from kvcompress.kernels.prefill_colsum.sdpa import attention_with_normaliser
 from kvcompress.runtime.prompt import prompt_kernels
@@ -30,7 +30,7 @@ def attend_prompt(
     chunk: Chunk,
     scores: dict[int, Tensor],
     fast_attention: Callable[[], Tensor] | None,
-    voters: LateVoters,
+    score_queries: LateScoreQueries,
     late: bool,
 ) -> Tensor:
     """Attention of a first prompt, or of a part of one that is held; raises `scores` in place.
@@ -46,7 +46,7 @@ def attend_prompt(
     plan = state.settings.plan
     kernel = None if chunk.held else fast_attention
     if plan.score_stride is not None:
-        return _estimated(state, chunk, scores, kernel is not None, voters, late)
+        return _estimated(state, chunk, scores, kernel is not None, score_queries, late)
     weight = _weights(state, chunk)
     if plan.score_rows is None or kernel is None:
         sums_of = weight if bool(weight.any()) else None
@@ -67,7 +67,7 @@ def _estimated(
     chunk: Chunk,
     scores: dict[int, Tensor],
     has_kernel: bool,
-    voters: LateVoters,
+    score_queries: LateScoreQueries,
     late: bool,
 ) -> Tensor:
     found = None
@@ -77,9 +77,9 @@ def _estimated(
     out, normaliser = found or _dense(state, chunk, None)[:2]
     weight, (near, _) = _weights(state, chunk), _near_and_stride(state)
     _raise(state, scores, _sums(state, chunk, range(chunk.length), weight, near, normaliser))
-    voters.note(state, chunk, normaliser)
+    score_queries.note(state, chunk, normaliser)
     if not late:
-        voters.vote(state, chunk, scores)
+        score_queries.vote(state, chunk, scores)
     return out
 
 
@@ -242,7 +242,7 @@ class _Noted:
         return _Noted(self.position[chosen], self.query[:, index], self.normaliser[:, index])
 
 
-class LateVoters:
+class LateScoreQueries:
     """Queries that vote for far keys once a prompt has ended, when its last rows are known.
 
     Beside the last `score_rows` of them these are one in `score_stride`: little beside the keys.

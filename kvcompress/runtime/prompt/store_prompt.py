@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvcompress.errors import KVCompressError
 from kvcompress.evict.keepset import class_score, place_in_run, priority, turn_quota
-from kvcompress.runtime.prompt.attention_inputs import NOTHING, Evidence, finish_scores
+from kvcompress.runtime.prompt.attention_inputs import NOTHING, AttentionInputs, finish_scores
 from kvcompress.runtime.prompt.choose import Candidates, chosen_keep_sets, granted_tokens
 from kvcompress.runtime.prompt.prompt_kernels import encode_kept
 from kvcompress.runtime.store.attend import Chunk, first_positions
@@ -61,18 +61,21 @@ class Pool:
         return key, value
 
 
-def commit(
-    state: LayerState, chunk: Chunk, scores: dict[int, Tensor], evidence: Evidence = NOTHING
+def store_prompt(
+    state: LayerState,
+    chunk: Chunk,
+    scores: dict[int, Tensor],
+    attention_inputs: AttentionInputs = NOTHING,
 ) -> None:
     """Take a chunk's keys in, after its attention: evict on exact values, then encode once.
 
     Args:
         scores: per scored group the scores of the chunk's keys ``[B, Hg, P + T]``, after `attend`.
     """
-    Commit(state, chunk, scores, evidence).finish()
+    PromptToStore(state, chunk, scores, attention_inputs).finish()
 
 
-class Commit:
+class PromptToStore:
     """A chunk on its way in: all that may stay is ranked, and what stays is about to be decided.
 
     Attributes:
@@ -80,7 +83,11 @@ class Commit:
     """
 
     def __init__(
-        self, state: LayerState, chunk: Chunk, scores: dict[int, Tensor], evidence: Evidence
+        self,
+        state: LayerState,
+        chunk: Chunk,
+        scores: dict[int, Tensor],
+        attention_inputs: AttentionInputs,
     ) -> None:
         batch, length = chunk.key.shape[0], chunk.key.shape[2]
         valid = chunk.valid
@@ -99,7 +106,7 @@ class Commit:
         state.budget_length = list(state.row_seen)
         if length > 1:
             leaving = self.pool.leaving[:, -length:]
-            scores = finish_scores(state, chunk, scores, evidence, leaving)
+            scores = finish_scores(state, chunk, scores, attention_inputs, leaving)
         self.scores = scores
         if first and state.settings.chosen_by_head:
             state.grant(chosen_keep_sets(state, chunk, self.scores))

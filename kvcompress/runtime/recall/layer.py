@@ -1,7 +1,7 @@
 """A layer whose old tokens lie in host memory and come back, block by block, for attention.
 
 InfLLM's block memory (arXiv 2402.04617) with the digests of Quest (arXiv 2406.10774): nothing is
-lost. `recall_state` says where a token lies, `recall_attend` how it is read.
+lost. `recall.state` says where a token lies, `recall.attend` how it is read.
 
 A draft is attended and stored token by token, as decoding would; the state before it is kept until
 `crop` says what stays, and then takes in the tokens that do.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvcompress.errors import KVCompressError
 from kvcompress.runtime.layer.layer import CompressedLayer, FastAttention
-from kvcompress.runtime.layer.pending_chunk import Waiting
+from kvcompress.runtime.layer.pending_chunk import PendingChunk
 from kvcompress.runtime.names import cropped_tokens
 from kvcompress.runtime.recall.attend import attend
 from kvcompress.runtime.recall.state import RecallState
@@ -111,31 +111,31 @@ class RecallLayer(CompressedLayer):
         """As `CompressedLayer.forward`."""
         self._check_given(key, value)
         chunk = self._chunk(query, key, value, mask, scaling, softcap, sinks)
-        certain = self._certain(chunk.length)
-        if certain:
+        final_tokens = self._final_tokens(chunk.length)
+        if final_tokens:
             self._settle()
-        if certain == chunk.length:
+        if final_tokens == chunk.length:
             return self._take(chunk, fast_attention)
-        out = [self._take(chunk.tokens(0, certain), None)] if certain else []
+        out = [self._take(chunk.tokens(0, final_tokens), None)] if final_tokens else []
         self.end_prefill()
-        for index in range(certain, chunk.length):
+        for index in range(final_tokens, chunk.length):
             out.append(self._take_token_back_later(chunk.tokens(index, index + 1)))
         return torch.cat(out, 1)
 
     def _take(self, chunk: Chunk, fast_attention: FastAttention) -> Tensor:
         """Attend, then store, or hold a prompt that goes on; ``[B, T, Hq, D]``."""
         tier = self._tier
-        prompt = chunk.length > 1 or self.arrival.in_prompt
-        if self._held is not None and not prompt:
+        prompt = chunk.length > 1 or self.forward_info.in_prompt
+        if self._pending is not None and not prompt:
             self.end_prefill()
-        if self._held is not None:
-            chunk = self._held.followed_by(chunk)
+        if self._pending is not None:
+            chunk = self._pending.followed_by(chunk)
         if fast_attention is not None and not any(tier.row_seen) and not chunk.held:
             out = fast_attention()
         else:
             out = attend(tier, chunk).transpose(1, 2).contiguous()
         if self._hold_prompt and prompt:
-            self._held = Waiting(chunk, {}).without_queries_but(chunk.query[:, :, :0])
+            self._pending = PendingChunk(chunk, {}).without_queries_but(chunk.query[:, :, :0])
         else:
             first = not any(tier.row_seen)
             tier.take_in(chunk.key, chunk.value, chunk.valid, prompt or first)
@@ -144,8 +144,8 @@ class RecallLayer(CompressedLayer):
     @leaving_plain_tensors
     def end_prefill(self) -> None:
         """Store a prompt that is held."""
-        if self._held is not None:
-            chunk, self._held = self._held.chunk, None
+        if self._pending is not None:
+            chunk, self._pending = self._pending.chunk, None
             self._tier.take_in(chunk.key, chunk.value, chunk.valid, prompt=True)
 
     # ---- taking tokens back

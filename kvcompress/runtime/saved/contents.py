@@ -52,7 +52,7 @@ def take_cache(cache: CompressedCache, tensors: dict[str, Tensor]) -> dict[str, 
         "compress": cache.compress,
         "assists": cache.assists,
         "protect": _take(spans if isinstance(spans, list) else [*spans], "protect", tensors),
-        "token_digest": cache.token_digest.to_host(),
+        "token_digest": cache.seen_text.to_host(),
         "layers": [
             _take_layer(layer, f"layers.{number}", tensors)
             for number, layer in enumerate(cache.layers)
@@ -146,7 +146,7 @@ def skeleton(
             _lay_out_linear(layer, linear[number], batch)
     _agree(cache)
     _check_digest(host["token_digest"], cache.compressed_layers[0].seen, batch)
-    cache.token_digest = cache.token_digest.from_host(host["token_digest"])
+    cache.seen_text = cache.seen_text.from_host(host["token_digest"])
     tensors: dict[str, Tensor] = {}
     again = take_cache(cache, tensors)
     if json.dumps(again, sort_keys=True) != json.dumps(host, sort_keys=True):
@@ -170,7 +170,7 @@ def fill(
     Raises:
         ValueError: naming the rule that they break.
     """
-    cache.assists, cache.token_digest = planned.assists, planned.token_digest
+    cache.assists, cache.seen_text = planned.assists, planned.seen_text
     for number, (layer, like) in enumerate(zip(cache.layers, planned.layers, strict=True)):
         name = f"layers.{number}"
         if isinstance(layer, CompressedLayer):

@@ -1,16 +1,16 @@
 """Keeping a compressed cache: save it, load it, and go on bit for bit.
 
 A file holds every tensor of every layer under ``layers.{i}.state.…``, named as the dataclasses of
-`state` and `store` name them, and in its metadata, all of it text:
+`store.state` and `store.segments` name them, and in its metadata, all of it text:
   identity  format, schema_version, kvcompress, config_hash, plan, params, dtype, weights
   size      batch, tokens
-  host      JSON of the counters, lists and layouts that the tensors are read by, see `saved`
-A field of a state that is not in `saved.REBUILT` is saved, so that a new one needs nothing here; it
-wants a rule in `check`. The states of linear attention, which transformers' own layers keep, lie
-under ``layers.{i}``.
+  host      JSON of the counters, lists and layouts that the tensors are read by, see `contents`
+A field of a state that is not in `contents.REBUILT` is saved, so that a new one needs nothing
+here; it wants a rule in `store.rules`. The states of linear attention, which transformers' own
+layers keep, lie under ``layers.{i}``.
 
 A digest finds accidents, no attackers: whoever hands over a file can seal it. So nothing of a file
-is used that `check` has not seen.
+is used that `store.rules` has not seen.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.model.attached import base_of
 from kvcompress.runtime.model.weights import weights_digest
 from kvcompress.runtime.names import as_argument
-from kvcompress.runtime.saved import cachefile
-from kvcompress.runtime.saved import contents as saved
+from kvcompress.runtime.saved import cachefile, contents
 from kvcompress.runtime.saved.cachefile import CacheFileError, Declared, damaged
 from kvcompress.runtime.store.rules import broken
 from kvcompress.runtime.torch_modes import leaving_plain_tensors
@@ -55,7 +54,7 @@ def save_cache(cache: CompressedCache, path: Path | str) -> None:
     """
     tensors: dict[str, Tensor] = {}
     metadata = _identity(cache)
-    host = saved.take_cache(cache, tensors)
+    host = contents.take_cache(cache, tensors)
     for layer in cache.compressed_layers:
         reason = None if layer.state is None else broken(layer.state, layer.seen)
         if reason is not None:
@@ -102,7 +101,7 @@ def load_cache(
     planned: list[CompressedCache] = []
 
     def new(host: Any) -> CompressedCache:
-        spans = saved.spans_of(host["protect"])
+        spans = contents.spans_of(host["protect"])
         return kind(plan, params, config, spans, host["compress"])
 
     def accept(found: dict[str, str], declared: Declared) -> None:
@@ -111,7 +110,7 @@ def load_cache(
         cache = new(host)
         linear = _linear_layers(cache, model)
         batch, own = cachefile.number(found["batch"]), _dtype(found["dtype"])
-        _compare(saved.skeleton(cache, host, batch, own, linear), declared)
+        _compare(contents.skeleton(cache, host, batch, own, linear), declared)
         if {**_identity(cache), "kvcompress": found["kvcompress"]} != _named(found):
             raise ValueError("its metadata do not fit its counters")
         if model is not None and found["weights"] != weights_digest(model):
@@ -124,7 +123,7 @@ def load_cache(
     try:
         metadata, tensors = cachefile.read(path, accept)
         cache = new(strict.load_json(metadata["host"]))
-        saved.fill(cache, planned[0], tensors, device)
+        contents.fill(cache, planned[0], tensors, device)
     except CacheFileError:
         raise
     except (KVCompressError, *_UNFIT) as error:

@@ -7,7 +7,7 @@
 
 Prompts run eagerly through the code of the growing cache; what they leave is laid into arrays that
 keep their addresses for the cache's life. A forward with one token then follows the rules of
-`runtime.insert`, on tensors alone.
+`step.store_token`, on tensors alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.spans import Span
-from kvcompress.runtime.layer.base import Arrival
+from kvcompress.runtime.layer.base import ForwardInfo
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.static.moves import freeze, thaw
 from kvcompress.runtime.static.state import Sizes, StaticState, static_cache_bytes
@@ -41,7 +41,7 @@ from kvcompress.runtime.store.state import MOST_TOKENS, LayerSettings
 
 __all__ = ["StaticCompressedCache", "static_cache_bytes"]
 
-_STEP: Final = Arrival(length=1)
+_STEP: Final = ForwardInfo(length=1)
 _SERVED: Final = frozenset({"full", "sliding", "chunked"})
 
 

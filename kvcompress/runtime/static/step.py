@@ -1,6 +1,6 @@
 """One decoded token per row through a layer of the static cache: attend, evict, store.
 
-The rules are those of `runtime.insert`; here they are tensor operations alone, in place and of
+The rules are those of `step.store_token`; here they are tensor operations alone, in place and of
 fixed shape, so that a compiler takes them into one graph and CUDA graphs can replay them.
 """
 
@@ -19,7 +19,7 @@ from kvcompress.runtime.store.segments import EMPTY
 
 
 @dataclass(slots=True)
-class Leaver:
+class OutgoingToken:
     """What lies in the exact slot that each row's token takes, and leaves it.
 
     Attributes:
@@ -69,17 +69,17 @@ def decode_step(
     token = Token(rows, key, value, now, start, valid, flags, softcap, extra)
     out, own_scores = attend_token(state, token)
     slot = _exact_slot(state)
-    leaver = _leaver(state, token, slot)
+    outgoing = _outgoing(state, token, slot)
     granted = _granted(state, token).unsqueeze(-1)
     for group, own_score in zip(state.groups, own_scores, strict=True):
         recent = slot - state.settings.sink_tokens
         score = None if group.recent_score is None else _recent(group.recent_score, recent)
-        _insert(state, group, leaver, score, granted, token)
+        _store_token(state, group, outgoing, score, granted, token)
         if group.recent_score is not None and own_score is not None and score is not None:
             stays = recent < 0 if valid is None else (recent < 0) | ~valid[:, None, None]
             place = recent.clamp(min=0).expand(score.shape)
             group.recent_score.scatter_(2, place, torch.where(stays, score, own_score))
-    _store(state, token, leaver, slot)
+    _store(state, token, outgoing, slot)
     if not state.ordered:
         out = out.index_select(1, state.restore)
     return out.to(query.dtype).flatten(1, 2).unsqueeze(1)
@@ -100,7 +100,7 @@ def _recent(recent_score: Tensor, recent: Tensor) -> Tensor:
     return recent_score.gather(2, recent.clamp(min=0).expand(*recent_score.shape[:2], 1))
 
 
-def _leaver(state: StaticState, token: Token, slot: Tensor) -> Leaver:
+def _outgoing(state: StaticState, token: Token, slot: Tensor) -> OutgoingToken:
     """Read the slot that the token takes, and count the class of what leaves it."""
     position = state.exact_position.gather(1, slot[:, 0]).long()
     if token.valid is not None:
@@ -110,7 +110,7 @@ def _leaver(state: StaticState, token: Token, slot: Tensor) -> Leaver:
         flags = state.exact_class.gather(1, slot[:, 0]).long()
         state.class_counts.scatter_add_(1, flags, (position >= 0).to(torch.int32))
     place = slot.unsqueeze(-1)
-    return Leaver(
+    return OutgoingToken(
         state.exact_k.gather(2, place.expand(token.key.shape)),
         state.exact_v.gather(2, place.expand(token.value.shape)),
         position.unsqueeze(1),
@@ -119,18 +119,18 @@ def _leaver(state: StaticState, token: Token, slot: Tensor) -> Leaver:
     )
 
 
-def _store(state: StaticState, token: Token, leaver: Leaver, slot: Tensor) -> None:
+def _store(state: StaticState, token: Token, outgoing: OutgoingToken, slot: Tensor) -> None:
     """The token takes its exact slot."""
     key, value, now = token.key, token.value, token.now.to(torch.int32).expand(state.batch, 1)
-    flags = torch.zeros_like(leaver.flags[:, 0]) if token.flags is None else token.flags[:, None]
+    flags = torch.zeros_like(outgoing.flags[:, 0]) if token.flags is None else token.flags[:, None]
     if token.valid is None:
         state.row_seen.add_(1)
     else:
         valid = token.valid[:, None]
-        key = torch.where(valid[..., None, None], key, leaver.key)
-        value = torch.where(valid[..., None, None], value, leaver.value)
+        key = torch.where(valid[..., None, None], key, outgoing.key)
+        value = torch.where(valid[..., None, None], value, outgoing.value)
         now = torch.where(valid, now, state.exact_position.gather(1, slot[:, 0]))
-        flags = torch.where(valid, flags, leaver.flags[:, 0])
+        flags = torch.where(valid, flags, outgoing.flags[:, 0])
         state.row_seen.add_(token.valid)
     place = slot.unsqueeze(-1)
     state.exact_k.scatter_(2, place.expand(key.shape), key)
@@ -157,10 +157,10 @@ def _granted(state: StaticState, token: Token) -> Tensor:
     return torch.minimum(granted, state.capacity)
 
 
-def _insert(
+def _store_token(
     state: StaticState,
     group: StaticGroup,
-    leaver: Leaver,
+    outgoing: OutgoingToken,
     score: Tensor | None,
     granted: Tensor,
     token: Token,
@@ -174,22 +174,22 @@ def _insert(
     span = group.span
     if score is not None:
         classes = state.rules.classes[group.scored].unsqueeze(-1)
-        score = class_score(classes, leaver.flags, score)
+        score = class_score(classes, outgoing.flags, score)
     victims, kept = [], []
     for block in group.blocks:
-        victim, keeps = _victim(state, group, block, leaver, score, granted, token)
+        victim, keeps = _victim(state, group, block, outgoing, score, granted, token)
         victims.append(victim)
         kept.append(keeps)
     victim, keeps = torch.cat(victims, 1)[..., 0], torch.cat(kept, 1)[..., 0]
     slots = victim + group.base
     spare = group.position.shape[0] - 1
     index = torch.where(keeps, slots, spare).flatten()
-    keys, values = _encoded(state, group, leaver)
+    keys, values = _encoded(state, group, outgoing)
     for target, source in ((group.keys, keys), (group.values, values)):
         _write(target.data, index, source.data)
         _write(target.scale, index, source.scale)
         _write(target.minimum, index, source.minimum)
-    position = leaver.position.expand(-1, span.stop - span.start, -1).to(torch.int32)
+    position = outgoing.position.expand(-1, span.stop - span.start, -1).to(torch.int32)
     group.position.index_copy_(0, index, position.flatten())
     if group.score is not None and score is not None:
         scored = score.shape[1]
@@ -207,10 +207,12 @@ def _write(target: Tensor | None, index: Tensor, source: Tensor | None) -> None:
     target.index_copy_(0, index, source.flatten(0, 2))
 
 
-def _encoded(state: StaticState, group: StaticGroup, leaver: Leaver) -> tuple[Codes, Codes]:
+def _encoded(
+    state: StaticState, group: StaticGroup, outgoing: OutgoingToken
+) -> tuple[Codes, Codes]:
     """Codes ``[B, Hg, 1, …]`` of the leaving keys and values."""
     span, k_dtype, v_dtype = group.span, group.k_dtype, group.v_dtype
-    key, value = leaver.key[:, span].float(), leaver.value[:, span]
+    key, value = outgoing.key[:, span].float(), outgoing.value[:, span]
     key = (key - state.center[span].unsqueeze(1)) / state.scale[span].unsqueeze(1)
     parts = value_groups(v_dtype, value.shape[-1])
     if k_dtype == v_dtype != "model" and parts == 1 and key.shape == value.shape:
@@ -220,7 +222,7 @@ def _encoded(state: StaticState, group: StaticGroup, leaver: Leaver) -> tuple[Co
             Codes(both.data[0], _of(both.scale, 0), _of(low, 0)),
             Codes(both.data[1], _of(both.scale, 1), _of(low, 1)),
         )
-    keys = Codes(rounded(key, leaver.key.dtype), None, None)
+    keys = Codes(rounded(key, outgoing.key.dtype), None, None)
     return keys if k_dtype == "model" else encode(key, k_dtype), encode(value, v_dtype, parts)
 
 
@@ -232,7 +234,7 @@ def _victim(
     state: StaticState,
     group: StaticGroup,
     block: Block,
-    leaver: Leaver,
+    outgoing: OutgoingToken,
     score: Tensor | None,
     granted: Tensor,
     token: Token,
@@ -244,7 +246,7 @@ def _victim(
     usable = granted[:, block.span]
     if not block.capacity:
         return usable.long(), usable > 0
-    rank = _rank(state, group, block, leaver, score, token)
+    rank = _rank(state, group, block, outgoing, score, token)
     slots = torch.arange(block.capacity + 1, device=rank.device)
     rank = rank.masked_fill((slots >= usable) & (slots < block.capacity), torch.inf)
     victim = rank.argmin(-1, keepdim=True)
@@ -255,7 +257,7 @@ def _rank(
     state: StaticState,
     group: StaticGroup,
     block: Block,
-    leaver: Leaver,
+    outgoing: OutgoingToken,
     score: Tensor | None,
     token: Token,
 ) -> Tensor:
@@ -263,7 +265,7 @@ def _rank(
     settings, rules, now, span = state.settings, state.rules, token.now, block.span
     head = torch.arange(span.start, span.stop, device=now.device)[None, :, None]
     start = token.start[:, None, None]
-    own = leaver.position.expand(-1, len(block.heads), -1)
+    own = outgoing.position.expand(-1, len(block.heads), -1)
     position = torch.cat([block.view(group.position).long(), own], -1)
     seen = settings.sees(now + 1, position, start)
     if seen is not None:
@@ -276,7 +278,7 @@ def _rank(
     elif block.classes:  # a head that keeps classes without scores holds nothing else
         only = (rules.classes[head] != 0) & ~rules.keeps_rest[head]
         held = only.expand(state.batch, -1, block.capacity)
-        in_class = torch.cat([held, leaver.in_class[:, span]], -1)
+        in_class = torch.cat([held, outgoing.in_class[:, span]], -1)
     if state.spans is not None:
         number = (position - start).unsqueeze(-1)
         low, high = state.spans[:, None, None].unbind(-1)

@@ -1,6 +1,6 @@
 """A decode step of the static cache by the Triton kernels.
 
-The same rules as `static_attend` and `static_step`, in five kernels:
+The same rules as `static.attend` and `static.step`, in five kernels:
   decode_split    attention over each piece of a group's segments
   decode_combine  the pieces, the exact tokens, the token itself: the layer's output
   row_advance     what leaves the exact slots, and room in the heads

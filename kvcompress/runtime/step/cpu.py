@@ -1,8 +1,8 @@
 """A decode step of one layer in the compiled CPU kernels: attention, scores, eviction and storage
 in one call that reads the codes in place.
 
-The rules are those of `attend` and `insert`, which serve what `refusal` names, every other device,
-and an installation without compiled kernels.
+The rules are those of `store.attend` and `store_token`. These two serve what `refusal` names, every
+other device, and an installation without compiled kernels.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Voting:
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
+class IncomingToken:
     """The token of each row that arrives, none of them padding.
 
     Attributes:
@@ -76,9 +76,9 @@ class Token:
     sinks: Tensor | None
 
     @staticmethod
-    def of(chunk: Chunk) -> Token:
+    def of(chunk: Chunk) -> IncomingToken:
         """The only token of a chunk."""
-        return Token(
+        return IncomingToken(
             chunk.query,
             chunk.key,
             chunk.value,
@@ -149,8 +149,8 @@ class FusedStep:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
-    def run(self, state: LayerState, token: Token) -> Tensor:
-        """Attend, raise scores, and take the token in; `insert` in all that it leaves.
+    def run(self, state: LayerState, token: IncomingToken) -> Tensor:
+        """Attend, raise scores, and take the token in; `store_token` in all that it leaves.
 
         Returns:
             ``[B, 1, Hq, Dv]`` contiguous, in the query's dtype.
@@ -187,7 +187,9 @@ class FusedStep:
             self._seen, self._view = held, _View(state, queries)
         return self._view
 
-    def _step(self, state: LayerState, view: _View, token: Token, out: Tensor) -> layout.StepStruct:
+    def _step(
+        self, state: LayerState, view: _View, token: IncomingToken, out: Tensor
+    ) -> layout.StepStruct:
         query, key, value = (_rows(t) for t in (token.query, token.key, token.value))
         if not view.fits(query, key, value):
             shapes = [tuple(t.shape) for t in (query, key, value)]

@@ -16,7 +16,7 @@ from kvcompress.runtime.store.state import Group, LayerState
 from kvcompress.runtime.torch_modes import leaving_plain_tensors
 
 
-class Leaver:
+class OutgoingToken:
     """The token of each row that leaves the recent ones.
 
     Attributes:
@@ -36,18 +36,18 @@ class Leaver:
             self.flags = state.exact_class[row, place].long()
 
 
-def insert(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
+def store_token(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
     """Take a chunk of one token, valid in every row, into a layer whose sinks are full."""
-    leaver = Leaver(state)
+    outgoing = OutgoingToken(state)
     state.row_seen = [seen + 1 for seen in state.row_seen]
-    leaving = leaver.flags * (leaver.position >= 0)
+    leaving = outgoing.flags * (outgoing.position >= 0)
     grow(state, leaving.tolist() if state.settings.uses_classes else [])
     exact = state.settings.exact_tokens
     if any(seen > exact for seen in state.row_seen):
-        _grow_to_threshold(state, leaver, chunk.position)
+        _grow_to_threshold(state, outgoing, chunk.position)
         for group in state.groups:
-            _insert_group(state, group, leaver, chunk.position)
-    row, place = state.rows(), leaver.slot + state.settings.sink_tokens
+            _store_in_group(state, group, outgoing, chunk.position)
+    row, place = state.rows(), outgoing.slot + state.settings.sink_tokens
     state.exact_k[row, :, place] = chunk.key[:, :, 0]
     state.exact_v[row, :, place] = chunk.value[:, :, 0]
     state.exact_position[row, place] = chunk.position
@@ -56,7 +56,7 @@ def insert(state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
     for number, score in scores.items():
         recent_score = state.groups[number].recent_score
         assert recent_score is not None
-        recent_score[row, :, leaver.slot] = score[:, :, 0]
+        recent_score[row, :, outgoing.slot] = score[:, :, 0]
 
 
 def grow(state: LayerState, leaving_flags: list[int]) -> None:
@@ -75,7 +75,7 @@ def grow(state: LayerState, leaving_flags: list[int]) -> None:
         _relayout(state)
 
 
-def _grow_to_threshold(state: LayerState, leaver: Leaver, now: int) -> None:
+def _grow_to_threshold(state: LayerState, outgoing: OutgoingToken, now: int) -> None:
     """Make room for tokens that a threshold keeps, where no slot is free or has fallen below it."""
     threshold = state.settings.keep_if_above
     if threshold is None or not state.granted:
@@ -85,7 +85,7 @@ def _grow_to_threshold(state: LayerState, leaver: Leaver, now: int) -> None:
         budget = frequent_tokens(state, group)
         for bucket in group.store.buckets() if group.store.kind.scored else ():
             held = _Ranked(state, group, bucket, now)
-            own = _Ranked.of_leaver(state, group, bucket, leaver, now)
+            own = _Ranked.of_outgoing(state, group, bucket, outgoing, now)
             full = (own.rank >= threshold) & (held.rank >= threshold).all(1)
             for place in full.nonzero()[:, 0].tolist():
                 row, member = int(bucket.batch[place]), int(bucket.head[place])
@@ -105,18 +105,18 @@ def _relayout(state: LayerState) -> None:
             group.store.relayout(capacities)
 
 
-def _insert_group(state: LayerState, group: Group, leaver: Leaver, now: int) -> None:
+def _store_in_group(state: LayerState, group: Group, outgoing: OutgoingToken, now: int) -> None:
     for bucket in group.store.buckets():
         row, head = bucket.batch, bucket.head
         held = _Ranked(state, group, bucket, now)
-        own = _Ranked.of_leaver(state, group, bucket, leaver, now)
+        own = _Ranked.of_outgoing(state, group, bucket, outgoing, now)
         victim, taken = _choose(state, held, own, bucket.capacity)
         chosen = taken.nonzero()[:, 0]
         if not len(chosen):
             continue
         slots = bucket.start + chosen * bucket.capacity + victim[chosen]
         score = None if own.score is None else own.score[chosen]
-        _write(state, group, leaver, slots, row[chosen], group.index[head[chosen]], score)
+        _write(state, group, outgoing, slots, row[chosen], group.index[head[chosen]], score)
 
 
 class _Ranked:
@@ -135,16 +135,18 @@ class _Ranked:
         self._rank(state, group, row, head, stored, classes[group.at(row, head)], now)
 
     @staticmethod
-    def of_leaver(
-        state: LayerState, group: Group, bucket: Bucket, leaver: Leaver, now: int
+    def of_outgoing(
+        state: LayerState, group: Group, bucket: Bucket, outgoing: OutgoingToken, now: int
     ) -> _Ranked:
         own = object.__new__(_Ranked)
         row, head = bucket.batch, bucket.head
-        flags, classes = leaver.flags[row], group.rules.classes[group.at(row, head)]
+        flags, classes = outgoing.flags[row], group.rules.classes[group.at(row, head)]
         own.score = None
         if group.recent_score is not None:
-            own.score = class_score(classes, flags, group.recent_score[row, head, leaver.slot[row]])
-        own._rank(state, group, row, head, leaver.position[row], (flags & classes) != 0, now)
+            own.score = class_score(
+                classes, flags, group.recent_score[row, head, outgoing.slot[row]]
+            )
+        own._rank(state, group, row, head, outgoing.position[row], (flags & classes) != 0, now)
         return own
 
     def _rank(
@@ -209,7 +211,7 @@ def _spare_small_turns(
 def _write(
     state: LayerState,
     group: Group,
-    leaver: Leaver,
+    outgoing: OutgoingToken,
     slots: Tensor,
     row: Tensor,
     head: Tensor,
@@ -219,8 +221,8 @@ def _write(
     kind = group.store.kind
 
     def rows_of(part: slice) -> tuple[Tensor, Tensor]:
-        key = leaver.key[row[part], head[part]]
+        key = outgoing.key[row[part], head[part]]
         key = to_code_space(key, head[part], center, scale, kind.k_dtype)
-        return key, leaver.value[row[part], head[part]]
+        return key, outgoing.value[row[part], head[part]]
 
-    group.store.write(slots, rows_of, leaver.position[row], score)
+    group.store.write(slots, rows_of, outgoing.position[row], score)

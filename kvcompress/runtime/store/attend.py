@@ -101,7 +101,8 @@ def attend(
     Scores of stored and recent tokens, and `scores` of the chunk's keys, are raised in place.
 
     Args:
-        scores: for each scored group (by its index) ``[B, Hg, P + T]``, see `evidence.new_scores`.
+        scores: for each scored group (by its index) ``[B, Hg, P + T]``, as
+            `attention_inputs.new_scores` makes them.
         attend_coded: adds every coded segment; None reads the codes in place.
         voting: whether the chunk's queries vote; None is as the scorer says.
 
@@ -160,10 +161,10 @@ def _attend_rows(
     if chunk.sinks is not None:
         combiner.add_logits(chunk.sinks.view(heads, -1, 1).expand(-1, -1, n).reshape(heads, -1))
     if scores:
-        voters = voting_rows(state, chunk, position, rows)
-        if n == 1 or bool(voters.weight.any()):
-            _raise_stored(state, combiner, coded, voters)
-            _raise_exact(state, combiner, exact, own, voters, scores, everywhere)
+        score_queries = voting_rows(state, chunk, position, rows)
+        if n == 1 or bool(score_queries.weight.any()):
+            _raise_stored(state, combiner, coded, score_queries)
+            _raise_exact(state, combiner, exact, own, score_queries, scores, everywhere)
     return combiner.output()
 
 
@@ -286,11 +287,11 @@ def first_positions(state: LayerState, chunk: Chunk) -> Tensor:
     return torch.where(state.start >= 0, state.start, first)
 
 
-def _said(state: LayerState, probability: Tensor, voters: Rows, row: Tensor) -> Tensor:
+def _said(state: LayerState, probability: Tensor, score_queries: Rows, row: Tensor) -> Tensor:
     """Votes ``[S, C]`` of query rows, from attention ``[S, G·n, C]`` of the batch rows ``[S]``."""
-    norm = None if voters.norm is None else voters.norm[row]
-    own = Rows(voters.weight[row], voters.index[row], voters.position, norm)
-    heads = probability.unflatten(1, (-1, voters.position.shape[0]))
+    norm = None if score_queries.norm is None else score_queries.norm[row]
+    own = Rows(score_queries.weight[row], score_queries.index[row], score_queries.position, norm)
+    heads = probability.unflatten(1, (-1, score_queries.position.shape[0]))
     return state.settings.scorer.collect(heads, own)
 
 
@@ -306,12 +307,12 @@ def _raise_stored(
     state: LayerState,
     combiner: Combiner,
     coded: list[tuple[Group, Bucket, Partial]],
-    voters: Rows,
+    score_queries: Rows,
 ) -> None:
     for group, bucket, part in coded:
         head = group.index[bucket.head]
         probability = combiner.probabilities(part.logits, bucket.batch, head)
-        votes = _said(state, probability, voters, bucket.batch)
+        votes = _said(state, probability, score_queries, bucket.batch)
         if state.settings.scorer.across_heads:
             # all heads of a row hold the same tokens in the same slots, see `Plan`
             heads = votes.unflatten(0, (-1, len(group.heads)))
@@ -325,7 +326,7 @@ def _raise_exact(
     combiner: Combiner,
     exact: Partial | None,
     own: Partial,
-    voters: Rows,
+    score_queries: Rows,
     scores: dict[int, Tensor],
     everywhere: tuple[Tensor, ...],
 ) -> None:
@@ -334,7 +335,7 @@ def _raise_exact(
 
     def said(part: Partial) -> Tensor:
         probability = combiner.probabilities(part.logits, *everywhere)
-        votes = _said(state, probability, voters, everywhere[0]).unflatten(0, (batch, heads))
+        votes = _said(state, probability, score_queries, everywhere[0]).unflatten(0, (batch, heads))
         if state.settings.scorer.across_heads:
             votes = votes.mean(1, keepdim=True).expand_as(votes)
         return votes

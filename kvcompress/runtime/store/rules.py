@@ -17,7 +17,7 @@ from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from kvcompress.evict.chain import fastgen_chain
+from kvcompress.evict.keep_set_ladder import fastgen_ladder
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
 from kvcompress.quant.codec import Codes
 from kvcompress.runtime.store.segments import EMPTY, SegmentStore, place_segments
@@ -117,7 +117,7 @@ def _granted(state: LayerState, seen: int) -> bool:
         return True
     if settings.plan.per_request is None or len(state.granted) != state.batch:
         return False
-    most = len(fastgen_chain(None, None, "model", "model")) if settings.chosen_by_head else _WORD
+    most = len(fastgen_ladder(None, None, "model", "model")) if settings.chosen_by_head else _WORD
     heads = len(settings.heads)
     return all(len(row) == heads and all(0 <= n < most for n in row) for row in state.granted)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcompress.accounting import capacity_tokens, keeps_classes, keeps_scores, sinks_of
 from kvcompress.errors import PlanError
-from kvcompress.evict.chain import fastgen_chain
+from kvcompress.evict.keep_set_ladder import fastgen_ladder
 from kvcompress.evict.keepset import HeadRules, class_mask
 from kvcompress.evict.scorers import Scorer, scorer
 from kvcompress.plan import (
@@ -122,7 +122,7 @@ class LayerSettings:
         if base.frequent is None:
             return base
         if self.chosen_by_head:
-            return fastgen_chain(base.frequent, base.local, base.k_dtype, base.v_dtype)[granted]
+            return fastgen_ladder(base.frequent, base.local, base.k_dtype, base.v_dtype)[granted]
         return base.model_copy(update={"frequent": Budget(tokens=granted)})
 
     def trained(self, device: torch.device) -> dict[str, Tensor]:

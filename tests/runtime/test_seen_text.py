@@ -7,7 +7,7 @@ import torch
 
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan, uniform
-from kvcompress.runtime.cache.seen_text import UNDO_TOKENS, TokenDigest
+from kvcompress.runtime.cache.seen_text import UNDO_TOKENS, SeenText
 from kvcompress.runtime.hf.attach import attach
 from kvcompress.runtime.model.families import shape_of
 from kvcompress.runtime.names import cache_of
@@ -24,8 +24,8 @@ def model():
     )
 
 
-def digest_of(*chunks: torch.Tensor) -> TokenDigest:
-    digest = TokenDigest()
+def digest_of(*chunks: torch.Tensor) -> SeenText:
+    digest = SeenText()
     for chunk in chunks:
         digest.update(chunk)
     return digest
@@ -76,7 +76,7 @@ def test_the_digest_of_a_cache_follows_generate(model, way):
     out = model.generate(
         **inputs, max_new_tokens=8, min_new_tokens=8, return_dict_in_generate=True, **way
     )
-    seen = cache_of(out).token_digest
+    seen = cache_of(out).seen_text
     assert seen.tokens == cache_of(out).get_seq_length()
     assert seen.rows[0] != seen.rows[-1]
     if not way:

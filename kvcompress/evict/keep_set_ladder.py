@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvcompress.plan import Budget, HeadPlan, KVDtype
 
 
-def fastgen_chain(
+def fastgen_ladder(
     frequent: Budget | None, local: Budget | None, k_dtype: KVDtype, v_dtype: KVDtype
 ) -> tuple[HeadPlan, ...]:
     """FastGen's keep-sets in cost order, each holding the one before it.

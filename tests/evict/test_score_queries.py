@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvcompress.errors import PlanError
+from kvcompress.evict.score_queries import far_weight, pair_weight, votes_for_its_stride
 from kvcompress.evict.scorers import SCORERS, Scorer, scorer
-from kvcompress.evict.voters import far_weight, pair_weight, votes_for_its_stride
 from kvcompress.plan import Plan, uniform
 from kvcompress.recipe import Keep, Recipe
 from kvcompress.registry import SUMS

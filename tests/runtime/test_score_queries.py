@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvcompress.errors import KVCompressError
-from kvcompress.evict.voters import pair_weight
+from kvcompress.evict.score_queries import pair_weight
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.profile.collect import forward, watching_rows
 from kvcompress.recipe import Keep
@@ -15,8 +15,8 @@ from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
 from kvcompress.runtime.names import as_argument
-from kvcompress.runtime.prompt import score_queries as voters
-from kvcompress.runtime.prompt.score_queries import LateVoters, attend_prompt
+from kvcompress.runtime.prompt import score_queries as score_queries
+from kvcompress.runtime.prompt.score_queries import LateScoreQueries, attend_prompt
 from kvcompress.runtime.store.attend import attend
 from tests.runtime import oracle
 from tests.runtime.battery import EXACT, plan_for
@@ -208,16 +208,16 @@ def test_only_voters_for_their_stride_wait_for_the_end():
         feed(model, cache, {"input_ids": part})
     noted = [own for _, (own,) in cache.compressed_layers[0]._late._noted]
     number = torch.arange(90)
-    expected = voters.votes_for_its_stride(number, 8) | (number >= 84)
+    expected = score_queries.votes_for_its_stride(number, 8) | (number >= 84)
     assert torch.equal(torch.cat([own.position for own in noted]), number[expected])
     for own in noted:
         assert own.query.shape[1] == len(own.position) == own.normaliser.shape[1]
 
 
-@pytest.mark.parametrize("voters", [{"score_rows": 5}, ESTIMATED])
-def test_a_prompt_of_one_token_is_not_held_and_later_tokens_vote(voters):
+@pytest.mark.parametrize("score_queries", [{"score_rows": 5}, ESTIMATED])
+def test_a_prompt_of_one_token_is_not_held_and_later_tokens_vote(score_queries):
     model, ids = build("llama"), prompts(1, 30)["input_ids"]
-    attach(model, plan_for(model, *SCORED, **voters))
+    attach(model, plan_for(model, *SCORED, **score_queries))
     held, plain = new_cache(model, compress="after_prefill"), new_cache(model)
     for token in ids.split(1, 1):
         ours, theirs = (feed(model, cache, {"input_ids": token}) for cache in (held, plain))
@@ -227,7 +227,7 @@ def test_a_prompt_of_one_token_is_not_held_and_later_tokens_vote(voters):
 
 
 def test_late_voters_of_an_empty_layer_are_nothing():
-    assert LateVoters().nbytes() == 0
+    assert LateScoreQueries().nbytes() == 0
 
 
 @pytest.mark.parametrize("compress", ["per_chunk", "after_prefill"])
@@ -260,8 +260,8 @@ def test_rows_that_a_mask_takes_out_do_not_vote(hold, seen):
     counts = pair_weight(number, number, 55, 5, 4) * valid[:, None]
     for layer, (_, chunk, scores, _) in zip(cache.compressed_layers, seen, strict=True):
         if hold:
-            scores = layer._held.scores
-            layer._late.vote(layer.state, layer._held.chunk, scores)
+            scores = layer._pending.scores
+            layer._late.vote(layer.state, layer._pending.chunk, scores)
         logits = chunk.query @ chunk.key.repeat_interleave(2, 1).mT * chunk.scaling
         hidden = (number[:, None] < number) | ~valid
         share = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
