@@ -1,5 +1,8 @@
 """Scorers by name, one line each: ``module:instance``. Pure data, so that recipes can be checked
-without loading torch; `kvcompress.evict.scorers.scorer` imports what a name stands for."""
+without loading torch; `kvcompress.evict.scorers.scorer` imports what a name stands for.
+
+A scorer of the user's own is registered as the object that it is, for this process.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +35,26 @@ SCORERS: Final[dict[str, str]] = {
 SUMS: Final = frozenset({"raw", "mean", "lift", "value", "critical"})
 
 
+OWN: Final[dict[str, object]] = {}  # of the user, see `kvcompress.register_scorer`
+
+
 def known_scorer(name: str) -> str:
     """`name`, if it is registered.
 
     Raises:
         ValueError: naming all that are.
     """
-    if name not in SCORERS:
-        raise ValueError(f"unknown scorer {name!r}; choose among {', '.join(sorted(SCORERS))}")
+    if name not in SCORERS and name not in OWN:
+        names = ", ".join(sorted({*SCORERS, *OWN}))
+        raise ValueError(
+            f"unknown scorer {name!r}; choose among {names}, or call kvcompress.register_scorer "
+            "before you name one of your own"
+        )
     return name
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """(module, attribute) of a registered scorer.
+    """(module, attribute) of a scorer of ours.
 
     Raises:
         PlanError: for a name that is not registered.

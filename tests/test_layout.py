@@ -66,21 +66,27 @@ MAY_IMPORT = {
 # The rooms of the runtime: each may import those before it.
 ROOMS = (
     *("names", "torch_modes", "store", "prompt", "step", "model", "layer", "recall", "saved"),
-    *("cache", "static", "hf", "check", "complete"),
+    *("cache", "static", "hf", "check", "complete", "families"),
 )
 PUBLIC = {
+    "Budget",
     "CompressedCache",
+    "HeadPlan",
     "KVCompressError",
     "Plan",
     "Profile",
     "Recipe",
+    "Scorer",
     "StaticCompressedCache",
     "__version__",
     "attach",
     "detach",
     "load",
     "new_cache",
+    "register_scorer",
+    "shape_of",
     "system_span",
+    "uniform",
 }
 HOME = {name: home.partition(".")[2] for name, home in kvcompress._HOME.items()}
 # modules of transformers that change from release to release

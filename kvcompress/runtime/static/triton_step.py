@@ -81,14 +81,15 @@ def _refuses(settings: LayerSettings, head_dim: int, value_dim: int) -> str | No
 
 def _vote(scorer: Scorer) -> tuple[str, bool] | None:
     """How the kernels follow a scorer: weight of a vote, and whether ranks are per vote."""
-    kind = type(scorer)
-    if kind.rank not in (Scorer.rank, MeanScorer.rank):
+    rank, row_weight = scorer.runs("rank"), scorer.runs("row_weight")
+    if rank not in (Scorer.rank, MeanScorer.rank):
         return None
-    mean = kind.rank is MeanScorer.rank
+    mean = rank is MeanScorer.rank
     if not scorer.uses_attention:
         return "none", mean
     weights = {Scorer.row_weight: "one", LiftScorer.row_weight: "index"}
-    return (weights[kind.row_weight], mean) if kind.row_weight in weights else None
+    weight = next((name for known, name in weights.items() if known is row_weight), None)
+    return None if weight is None else (weight, mean)
 
 
 def step_tables(state: StaticState, head_dim: int, value_dim: int) -> StepTables:
@@ -347,7 +348,7 @@ def _parts(
 def _initial(state: StaticState, group: StaticGroup, key: Tensor) -> Tensor | None:
     """``[B, Hs]`` score of the token before anyone has voted, None for zero."""
     scorer = state.settings.scorer
-    if group.recent_score is None or type(scorer).initial is Scorer.initial:
+    if group.recent_score is None or scorer.runs("initial") is Scorer.initial:
         return None
     heads = state.heads[group.scored]
     own = key[:, :, 0].index_select(1, heads)

@@ -38,14 +38,12 @@ class Voting:
     @staticmethod
     def of(scorer: Scorer) -> Voting | None:
         """None for a scorer that asks for more than weighted sums of attention."""
-        kind = type(scorer)
         if not scorer.adds_up:
             return None
         known = (Scorer, MeanScorer, LiftScorer, PromptScorer)
 
         def of_known(name: str) -> Any:
-            method = getattr(kind, name)
-            return next((k for k in known if getattr(k, name) is method), None)
+            return next((k for k in known if getattr(k, name) is scorer.runs(name)), None)
 
         weight, rank, initial = map(of_known, ("row_weight", "rank", "initial"))
         if weight is None or rank is None or initial is None:
