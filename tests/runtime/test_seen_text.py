@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcompress.errors import KVCompressError
 from kvcompress.plan import Budget, HeadPlan, uniform
@@ -43,6 +47,37 @@ def test_a_digest_does_not_depend_on_the_chunks():
         with pytest.raises(KVCompressError, match=f"row {row}: the first 400 ids are not"):
             whole.check(other, 400)
     whole.check(torch.cat([ids, ids], 1), 400)
+
+
+class NoHost(TorchDispatchMode):
+    """Fails where numbers would go to the host: a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        assert name not in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero"), name
+        assert name != "aten::_to_copy" or (kwargs or {}).get("device") is None, name
+        return func(*args, **(kwargs or {}))
+
+
+def test_decoded_tokens_are_hashed_when_somebody_asks(monkeypatch):
+    ids = torch.randint(0, 97, (2, 1300), generator=torch.Generator().manual_seed(0))
+    whole = digest_of(ids)
+    digest = digest_of(ids[:, :9])
+    hashed = []
+    real = SeenText._hash
+    monkeypatch.setattr(SeenText, "_hash", lambda s, i: (hashed.append(i.shape[1]), real(s, i)))
+    with NoHost():
+        for column in ids[:, 9:1000].split(1, 1):
+            digest.update(column)
+            column.zero_()  # the caller's own to change
+    assert hashed == [] and digest.tokens == 1000
+    ids = torch.randint(0, 97, (2, 1300), generator=torch.Generator().manual_seed(0))
+    for column in ids[:, 1000:].split(1, 1):
+        digest.update(column)
+    assert hashed == [1024]
+    copied, packed = copy.deepcopy(digest), pickle.loads(pickle.dumps(digest))
+    assert digest.rows == copied.rows == packed.rows == whole.rows
+    assert sum(hashed) == 1291
 
 
 def test_a_digest_follows_rows_and_takes_tokens_back():

@@ -6,43 +6,63 @@ import hashlib
 from collections import deque
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from kvcompress.errors import KVCompressError
 
 UNDO_TOKENS: Final = 256
+_LATE_STEPS: Final = 1024
 
 
 class SeenText:
     """One hash per row, ``h ← sha256(h + id)`` for every token, however forwards cut the text.
 
-    Padding counts, as it does for `generate`, which slices `input_ids` by column.
+    Padding counts, as it does for `generate`, which slices `input_ids` by column. Hashes are made
+    on the host: of a prompt when it comes, of decoded tokens when somebody asks, or 1024 of them
+    at a time, so that a decode step does not wait for a GPU.
 
     Attributes:
         tokens: columns seen.
-        rows: the hash of each row; empty before the first token, None once tokens came without ids.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.rows: list[bytes] | None = []
+        self._rows: list[bytes] | None = []
+        self._late: list[Tensor] = []  # ``[B, 1]`` ids that are not in the hashes yet
         self._before: deque[list[bytes]] = deque(maxlen=UNDO_TOKENS)  # each of the newest tokens
+
+    @property
+    def rows(self) -> list[bytes] | None:
+        """The hash of each row; empty before the first token, None once tokens came without ids."""
+        late, self._late = self._late, []
+        if late:
+            self._hash(torch.cat(late, 1))
+        return self._rows
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_rows": self.rows, "_late": []}
 
     def update(self, ids: Tensor | None) -> None:
         """Take in the ids ``[B, T]`` of a forward; None where it had none, as with embeddings."""
         if ids is None:
-            self.rows = None
-        if ids is None or self.rows is None:
+            self._rows, self._late = None, []
+        if ids is None or self._rows is None:
             return
-        ids = ids.detach().cpu().long()
-        length = ids.shape[1]
-        self.rows = self.rows or [b""] * ids.shape[0]
-        early = max(0, length - UNDO_TOKENS)
-        self.rows = [_advance(*pair) for pair in zip(self.rows, ids[:, :early], strict=True)]
+        self.tokens += ids.shape[1]
+        self._late.append(ids.detach().clone())
+        if ids.shape[1] != 1 or len(self._late) >= _LATE_STEPS:
+            self.rows  # noqa: B018  # makes the hashes
+
+    def _hash(self, ids: Tensor) -> None:
+        ids = ids.cpu().long()
+        rows = self._rows or [b""] * ids.shape[0]
+        early = max(0, ids.shape[1] - UNDO_TOKENS)
+        rows = [_advance(*pair) for pair in zip(rows, ids[:, :early], strict=True)]
         for column in ids[:, early:].T:
-            self._before.append(self.rows)
-            self.rows = [_advance(*pair) for pair in zip(self.rows, column, strict=True)]
-        self.tokens += length
+            self._before.append(rows)
+            rows = [_advance(*pair) for pair in zip(rows, column, strict=True)]
+        self._rows = rows
 
     def crop(self, tokens: int) -> None:
         """Forget the newest `tokens` tokens.
@@ -56,12 +76,12 @@ class SeenText:
             raise ValueError(f"cannot forget {tokens} tokens, only up to {len(self._before)}")
         self.tokens -= tokens
         for _ in range(tokens):
-            self.rows = self._before.pop()
+            self._rows = self._before.pop()
 
     def select_rows(self, rows: list[int]) -> None:
         """Row b goes on as a copy of old row ``rows[b]``."""
         if self.rows:
-            self.rows = [self.rows[row] for row in rows]
+            self._rows = [self.rows[row] for row in rows]
             steps = ([step[row] for row in rows] for step in self._before)
             self._before = deque(steps, maxlen=UNDO_TOKENS)
 
@@ -110,7 +130,7 @@ class SeenText:
         if not isinstance(tokens, int) or not isinstance(rows, list | None):
             raise ValueError(f"token digest {host}")
         digest.tokens = tokens
-        digest.rows = None if rows is None else [bytes.fromhex(row) for row in rows]
+        digest._rows = None if rows is None else [bytes.fromhex(row) for row in rows]
         return digest
 
 
