@@ -67,7 +67,7 @@ def test_rows_say_why_they_were_not_measured(tmp_path):
     def broken():
         raise ImportError("no hqq here\nat all")
 
-    late = gpu.Run(out, minutes=0.1, dry=True)
+    late = gpu.Run(out, minutes=0.9, dry=True)
     late.row("model", 60, lambda: {"ms": 1.0}, cache="ours")
     late.row("model", 1, lambda: {"ms": 2.0}, cache="ours")
     late.row("model", 1, out_of_memory, cache="theirs")

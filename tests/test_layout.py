@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "runtime": VALUES | {"accounting", "evict", "kernels", "quant"},
     "bundle": VALUES
     | {"accounting", "checkpoint", "profile.solve", "profile.source", "profile.store", "quant"}
-    | {"kernels", "runtime"},
+    | {"evict.scorers", "kernels", "runtime"},
     "evaluate": VALUES | {"accounting", "evict", "quant", "runtime", "bundle", "tasks"},
     "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "tasks"},
     "league": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "evict"},

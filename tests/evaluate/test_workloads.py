@@ -181,7 +181,7 @@ def test_a_long_generation_goes_through_the_decode_path(
     from kvcompress.runtime.layer import layer
     from kvcompress.runtime.step import cpu as fused
 
-    for owner, name in ((layer, "insert"), (fused.FusedStep, "run")):  # without kernels, with them
+    for owner, name in ((layer, "store_token"), (fused.FusedStep, "run")):  # without kernels, with them
         take = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, take=take: inserted.append(1) or take(*args))
     run_workload(tiny_llama, tiny_tokenizer, suite, whole(tiny_llama))
@@ -267,7 +267,7 @@ def test_a_prompt_ends_before_anything_is_asked(tiny_llama, tiny_tokenizer, tiny
     suite = tiny_suites["instructions"]
     plan = whole(tiny_llama)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvcompress.runtime.model.attached.CompressedCache", Cache)
+        patch.setattr("kvcompress.runtime.cache.new.CompressedCache", Cache)
         run_workload(tiny_llama, tiny_tokenizer, suite, plan)
     assert told == [(tiny_llama, max(len(each.prompt) for each in suite.documents))]
 

@@ -387,7 +387,7 @@ def test_a_copied_cache_goes_on_alone(mode, copied, compress, inputs):
 SAVED = """
 import sys, torch
 model, inputs, expected = torch.load(sys.argv[1], weights_only=False)
-from kvcompress.runtime.cache import CompressedCache
+from kvcompress.runtime.cache.cache import CompressedCache
 out = model.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
 assert torch.equal(out.sequences, expected)
 assert any(type(value) is CompressedCache for value in out.values())
