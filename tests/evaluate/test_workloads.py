@@ -181,7 +181,8 @@ def test_a_long_generation_goes_through_the_decode_path(
     from kvcompress.runtime.layer import layer
     from kvcompress.runtime.step import cpu as fused
 
-    for owner, name in ((layer, "store_token"), (fused.FusedStep, "run")):  # without kernels, with them
+    # without kernels, with them
+    for owner, name in ((layer, "store_token"), (fused.FusedStep, "run")):
         take = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, take=take: inserted.append(1) or take(*args))
     run_workload(tiny_llama, tiny_tokenizer, suite, whole(tiny_llama))
