@@ -262,22 +262,20 @@ class CompressedCache(Cache):
             KVCompressError: where the plan's scorer wants the prompt to be read again first.
         """
         self._in_prompt = False
-        held = [layer for layer in self.compressed_layers if layer.has_pending]
-        if not held:
+        pending = [layer for layer in self.compressed_layers if layer.has_pending]
+        if not pending:
             return
         self._second_reading.check_done()
         rule = self.plan.per_request
         if isinstance(rule, PooledBudget) and rule.scope == "model":
-            to_store = [layer.prompt_to_store() for layer in held]
-            ready = [store_prompt for store_prompt in to_store if store_prompt is not None]
-            states = [store_prompt.state for store_prompt in ready]
-            granted = pooled_over_layers(
-                states, [store_prompt.candidates for store_prompt in ready]
-            )
-            for store_prompt, own in zip(ready, granted, strict=True):
-                store_prompt.finish(own)
+            prompts = [layer.prompt_to_store() for layer in pending]
+            ready = [prompt for prompt in prompts if prompt is not None]
+            states = [prompt.state for prompt in ready]
+            granted = pooled_over_layers(states, [prompt.candidates for prompt in ready])
+            for prompt, own in zip(ready, granted, strict=True):
+                prompt.finish(own)
             return
-        for layer in held:
+        for layer in pending:
             layer.end_prefill()
 
     @property

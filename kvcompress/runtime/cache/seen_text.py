@@ -35,13 +35,12 @@ class SeenText:
     @property
     def rows(self) -> list[bytes] | None:
         """The hash of each row; empty before the first token, None once tokens came without ids."""
-        late, self._late = self._late, []
-        if late:
-            self._hash(torch.cat(late, 1))
+        self._hash_late()
         return self._rows
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_rows": self.rows, "_late": []}
+        self._hash_late()
+        return dict(vars(self))
 
     def update(self, ids: Tensor | None) -> None:
         """Take in the ids ``[B, T]`` of a forward; None where it had none, as with embeddings."""
@@ -52,7 +51,12 @@ class SeenText:
         self.tokens += ids.shape[1]
         self._late.append(ids.detach().clone())
         if ids.shape[1] != 1 or len(self._late) >= _LATE_STEPS:
-            self.rows  # noqa: B018  # makes the hashes
+            self._hash_late()
+
+    def _hash_late(self) -> None:
+        late, self._late = self._late, []
+        if late:
+            self._hash(torch.cat(late, 1))
 
     def _hash(self, ids: Tensor) -> None:
         ids = ids.cpu().long()

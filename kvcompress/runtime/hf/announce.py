@@ -62,9 +62,10 @@ def _check_ids(model: Any, cache: CompressedCache, ids: Tensor) -> None:
     Raises:
         KVCompressError: naming the first of them.
     """
+    if not ids.numel() or (ids.shape[-1] == 1 and cache.compressed_layers[0].seen > 0):
+        return
     known = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    decoded = ids.shape[-1] == 1 and cache.compressed_layers[0].seen > 0
-    if known is None or decoded or not ids.numel():
+    if known is None:
         return
     for id_ in (int(ids.min()), int(ids.max())):
         if not 0 <= id_ < known:

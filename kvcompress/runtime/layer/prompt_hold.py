@@ -95,9 +95,9 @@ class HoldingLayer(StoringLayer):
     @leaving_plain_tensors
     def end_prefill(self) -> None:
         """Compress a prompt that is held."""
-        store_prompt = self.prompt_to_store()
-        if store_prompt is not None:
-            store_prompt.finish()
+        prompt = self.prompt_to_store()
+        if prompt is not None:
+            prompt.finish()
 
     # ---- reading a prompt again
     def _read_again(self, chunk: Chunk) -> Tensor:
