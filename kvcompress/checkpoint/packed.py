@@ -6,6 +6,8 @@ import importlib
 import logging
 import math
 import sys
+from collections.abc import Callable
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.checkpoint.tensors import is_finite
@@ -26,7 +28,12 @@ def import_bitsandbytes() -> None:
     On a processor with AVX512-BF16 its import fetches a compiled kernel from the Hub and runs it,
     where the package `kernels` is installed (bitsandbytes 0.50). That package is hidden meanwhile;
     bitsandbytes then takes the kernels that it brings along.
+
+    Its import also has torch compile four steps of optimizers. That alone imports torch's compiler,
+    which takes seconds; the steps are compiled when somebody takes the first of them.
     """
+    import torch
+
     for name in _NOISY_LOGGERS:
         logger = logging.getLogger(name)
         if _is_news not in logger.filters:
@@ -37,13 +44,31 @@ def import_bitsandbytes() -> None:
     for name in hidden:
         del sys.modules[name]
     sys.modules["kernels"] = None  # type: ignore[assignment]  # how Python spells "cannot be found"
+    compile_now = torch.compile
+    torch.compile = partial(_compile_later, compile_now)
     try:
         importlib.import_module("bitsandbytes")
     except ImportError:  # whoever needs it says so
         pass
     finally:
+        torch.compile = compile_now
         del sys.modules["kernels"]
         sys.modules.update(hidden)
+
+
+def _compile_later(
+    compile_now: Callable[..., Any], model: Callable[..., Any] | None = None, **options: Any
+) -> Callable[..., Any]:
+    """As `torch.compile`, which this calls when the function is called for the first time."""
+    if model is None:
+        return partial(_compile_later, compile_now, **options)
+    compiled = cache(partial(compile_now, model, **options))
+
+    @wraps(model)
+    def first(*arguments: Any, **named: Any) -> Any:
+        return compiled()(*arguments, **named)
+
+    return first
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvcompress.bundle.write import ExportReport, export
 from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Budget, HeadPlan, Plan
-from kvcompress.profile.source import weights_hash
-from kvcompress.profile.store import Profile, Provenance
+from kvcompress.profile.source import load_model, weight_bytes, weights_hash
+from kvcompress.profile.store import LayerWeights, Profile, Provenance
+from kvcompress.profile.weights import layer_modules, weight_sizes
 from kvcompress.quant.keystats import KVParams
-from kvcompress.recipe import Recipe
+from kvcompress.recipe import Recipe, WeightScheme
 from kvcompress.runtime.model.families import shape_of
-from tests.bundle.helpers import Exported
+from tests.bundle.helpers import Exported, Mixed, checked_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -114,13 +116,47 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory, model_dir: Path, profile_dir: Path
 ) -> Exported:
     """The bundle in a weight format and the report of its export. Read only."""
-    made: dict[str, tuple[Path, ExportReport]] = {}
 
-    def get(weights: str) -> tuple[Path, ExportReport]:
-        if weights not in made:
-            out = tmp_path_factory.mktemp("bundles") / weights
-            made[weights] = out, export(model_dir, profile_dir, out, weights=weights)  # type: ignore[arg-type]
-        return made[weights]
+    @cache
+    def get(weights: WeightScheme) -> tuple[Path, ExportReport]:
+        out = tmp_path_factory.mktemp("bundles") / weights
+        with checked_here():
+            return out, export(model_dir, profile_dir, out, weights=weights)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory, profile_dir: Path, model_dir: Path) -> Path:
+    """The profile with what it would say of weights. Read only."""
+    folder = tmp_path_factory.mktemp("measured") / "profile"
+    shutil.copytree(profile_dir, folder)
+    profile, model = Profile.load(folder), load_model(str(model_dir), "cpu")
+    layers = tuple(
+        LayerWeights(
+            modules=tuple(modules),
+            size_bytes=weight_sizes(modules),
+            nats={"bf16": 0.0, "int8": 0.1, "nf4": 0.2},
+        )
+        for modules in layer_modules(model, profile.shape.layers)
+    )
+    more = {"weight_layers": layers, "weight_bytes": weight_bytes(model)}
+    profile.model_copy(update=more).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mixed(
+    tmp_path_factory: pytest.TempPathFactory, model_dir: Path, measured: Path, plan: Plan
+) -> Mixed:
+    """The bundle whose layers have these formats and the report of its export. Read only."""
+
+    @cache
+    def get(weights: tuple[WeightScheme, ...]) -> tuple[Path, ExportReport]:
+        out = tmp_path_factory.mktemp("mixed") / "bundle"
+        with checked_here():
+            formats = plan.model_copy(update={"weights": weights})
+            return out, export(model_dir, measured, out, plan=formats)
 
     return get
 

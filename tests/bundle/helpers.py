@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Final
 
-from kvcompress.bundle import files, manifest
+import pytest
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvcompress.bundle import files, manifest, write
+from kvcompress.bundle.verify import verify
 from kvcompress.bundle.write import ExportReport
+from kvcompress.recipe import WeightScheme
 
 Exported = Callable[[str], tuple[Path, ExportReport]]
+Mixed = Callable[[tuple[WeightScheme, ...]], tuple[Path, ExportReport]]
+MIXED: Final[tuple[WeightScheme, ...]] = ("bf16", "int8")  # weights of the two layers
+
+
+@contextmanager
+def checked_here() -> Iterator[None]:
+    """Exports check what they wrote in this process.
+
+    The fresh process that users get spends ten seconds on its imports. `test_write.py` has it check
+    a bundle of every format; whatever else wants a bundle uses this.
+    """
+
+    def check(staged: Path, target: Path, expected: Tensor) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            logits = Path(folder) / "logits.safetensors"
+            save_file({"logits": expected}, logits)
+            return asdict(verify(staged, logits))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "_check_in_fresh_process", check)
+        yield
 
 
 def relist(bundle: Path, **changes: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,51 +12,27 @@ from kvcompress.bundle.write import export
 from kvcompress.errors import BundleError
 from kvcompress.kernels.cpu.library import library
 from kvcompress.plan import Plan
-from kvcompress.profile.source import load_model, weight_bytes
-from kvcompress.profile.store import LayerWeights, Profile
-from kvcompress.profile.weights import layer_modules, weight_sizes
+from kvcompress.profile.store import Profile
 from kvcompress.recipe import WeightScheme
+from tests.bundle.helpers import MIXED, Mixed
 
 
-@pytest.fixture
-def measured(tmp_path: Path, profile_dir: Path, model_dir: Path) -> Path:
-    """The profile with what it would say of weights."""
-    folder = Path(shutil.copytree(profile_dir, tmp_path / "profile"))
-    profile, model = Profile.load(folder), load_model(str(model_dir), "cpu")
-    layers = tuple(
-        LayerWeights(
-            modules=tuple(modules),
-            size_bytes=weight_sizes(modules),
-            nats={"bf16": 0.0, "int8": 0.1, "nf4": 0.2},
-        )
-        for modules in layer_modules(model, profile.shape.layers)
-    )
-    more = {"weight_layers": layers, "weight_bytes": weight_bytes(model)}
-    profile.model_copy(update=more).save(folder)
-    return folder
-
-
-@pytest.mark.parametrize("weights", [("bf16", "int8"), ("nf4", "bf16")])
+@pytest.mark.parametrize("weights", [MIXED, ("nf4", "bf16")])
 def test_a_bundle_has_the_formats_and_bytes_of_its_plan(
-    tmp_path: Path,
-    measured: Path,
-    model_dir: Path,
-    plan: Plan,
-    weights: tuple[WeightScheme, ...],
+    mixed: Mixed, measured: Path, weights: tuple[WeightScheme, ...]
 ) -> None:
-    mixed = plan.model_copy(update={"weights": weights})
-    report = export(model_dir, measured, tmp_path / "bundle", plan=mixed)
+    bundle, report = mixed(weights)
     planned = Profile.load(measured).planned_weight_bytes(weights)
     assert report.planned_bytes == report.tensor_bytes == planned
     bf16 = Profile.load(measured).weight_bytes["bf16"]
     assert planned < bf16 and report.weights_format == max(weights, key="bf16".__ne__)
-    model, _ = kvcompress.load(tmp_path / "bundle")
+    model, _ = kvcompress.load(bundle)
     for number, scheme in enumerate(weights):
         query = model.model.layers[number].self_attn.q_proj
         plain = {"bf16": "Linear", "int8": "Linear8bitLt", "nf4": "Linear4bit"}
         served = {"bf16": "Linear16", "int8": "Int8Linear", "nf4": "Linear4bit"}
         assert type(query).__name__ == (plain if library() is None else served)[scheme]
-    config = json.loads((tmp_path / "bundle" / "config.json").read_text())
+    config = json.loads((bundle / "config.json").read_text())
     kept = config["quantization_config"]["llm_int8_skip_modules"]
     whole = weights.index("bf16")
     assert f"model.layers.{whole}.mlp.up_proj" in kept
@@ -67,7 +42,7 @@ def test_a_bundle_has_the_formats_and_bytes_of_its_plan(
 def test_a_plan_with_formats_takes_no_other(
     tmp_path: Path, measured: Path, profile_dir: Path, model_dir: Path, plan: Plan
 ) -> None:
-    mixed = plan.model_copy(update={"weights": ("bf16", "int8")})
+    mixed = plan.model_copy(update={"weights": MIXED})
     with pytest.raises(BundleError, match="leave --weights out"):
         export(model_dir, measured, tmp_path / "bundle", plan=mixed, weights="nf4")
     with pytest.raises(BundleError, match="which this profile did not measure"):

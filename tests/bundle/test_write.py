@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,13 +23,13 @@ from safetensors.torch import load_file, save_file
 
 from kvcompress import atomic
 from kvcompress.bundle import manifest, verify, write
-from kvcompress.bundle.read import open_bundle
+from kvcompress.bundle.read import load_weights, open_bundle
 from kvcompress.bundle.write import export
 from kvcompress.cli.app import main
 from kvcompress.errors import BundleError, UnsupportedModelError
 from kvcompress.plan import Plan
 from kvcompress.profile.store import Profile
-from tests.bundle.helpers import Exported, contents
+from tests.bundle.helpers import MIXED, Exported, Mixed, contents
 
 SCHEMES = ("bf16", "int8", "nf4")
 ATTENTION = 128 * 128 + 2 * 64 * 128 + 128 * 128
@@ -54,14 +55,25 @@ for bundle, expected in zip(sys.argv[1::2], sys.argv[2::2]):
     print(bundle)
 """
 
+FRESH = """
+import sys
+from kvcompress.bundle.verify import main
+for bundle, expected in zip(sys.argv[1::2], sys.argv[2::2]):
+    assert main([bundle, "--expected", expected]) == 0
+"""
+
+# forks, so that the exports share the seconds that the imports take
 KILLED = """
-import sys, time
+import os, sys, time
 from kvcompress.bundle.write import export
 def note(text):
-    print(text, flush=True)
     if "fresh process" in text:
+        print(os.getpid(), flush=True)
         time.sleep(120)
-export(*sys.argv[1:4], overwrite=True, note=note)
+for out in sys.argv[3:]:
+    if not os.fork():
+        export(*sys.argv[1:3], out, overwrite=True, note=note)
+    os.wait()
 """
 
 
@@ -95,9 +107,15 @@ def test_weights_are_smaller_by_what_the_format_says(exported: Exported) -> None
     assert set(nf4.kept) == {f"model.layers.{i}.mlp.{name}" for i in range(2) for name in names}
 
 
-def test_plain_transformers_loads_every_format(exported: Exported, tmp_path: Path) -> None:
-    from kvcompress.bundle.read import load_weights
+def in_fresh_process(script: str, *arguments: object) -> str:
+    """What a script printed that came to its end."""
+    command = [sys.executable, "-P", "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
+
+def test_plain_transformers_loads_every_format(exported: Exported, tmp_path: Path) -> None:
     arguments = []
     for weights in SCHEMES:
         path = exported(weights)[0]
@@ -107,11 +125,21 @@ def test_plain_transformers_loads_every_format(exported: Exported, tmp_path: Pat
         expected = tmp_path / f"{weights}.safetensors"
         save_file({"ids": ids, "logits": logits}, expected)
         arguments += [str(path), str(expected)]
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", PLAIN, *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == arguments[::2]
+    assert in_fresh_process(PLAIN, *arguments).split() == arguments[::2]
+
+
+def test_a_fresh_process_finds_every_format_sound(
+    exported: Exported, mixed: Mixed, tmp_path: Path
+) -> None:
+    arguments = []
+    for path in [*(exported(weights)[0] for weights in SCHEMES), mixed(MIXED)[0]]:
+        expected = tmp_path / f"{len(arguments)}.safetensors"
+        logits = verify.check_logits(load_weights(open_bundle(path)))
+        save_file({"logits": logits}, expected)
+        arguments += [path, expected]
+    reports = [json.loads(line) for line in in_fresh_process(FRESH, *arguments).splitlines()]
+    assert [report["path"] for report in reports] == [str(path) for path in arguments[::2]]
+    assert all(report["reload_error"] <= 1e-2 for report in reports)
 
 
 def test_layout(exported: Exported, plan: Plan) -> None:
@@ -235,23 +263,18 @@ def test_full_disk(
 
 
 def test_full_disk_as_the_system_reports_it(
-    tmp_path: Path, model_dir: Path, profile_dir: Path
+    tmp_path: Path, model_dir: Path, profile_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file size limit makes the real write of the weights fail half-way."""
-    script = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
-        "from kvcompress.cli.app import main\n"
-        "main(sys.argv[1:])\n"
-    )
+    """A file size limit makes the real write of the weights fail half-way. Python ignores the
+    signal that comes with it."""
     out = tmp_path / "out" / "bundle"
-    command = ["export", profile_dir, "-o", out, "--model", model_dir]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, command)], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert f"error: {out}: the weights do not fit on the disk" in done.stderr.splitlines()[-1]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        line = fail_export(capsys, model_dir, profile_dir, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert line.startswith(f"error: {out}: the weights do not fit on the disk")
     assert list(out.parent.iterdir()) == []
 
 
@@ -316,30 +339,27 @@ def test_overwrite_replaces_the_bundle(
     assert left_beside(bundle) == []
 
 
-@pytest.mark.parametrize("existing", [False, True])
 def test_killed_export_leaves_no_half_bundle(
-    existing: bool, tmp_path: Path, exported: Exported, model_dir: Path, profile_dir: Path
+    tmp_path: Path, exported: Exported, model_dir: Path, profile_dir: Path
 ) -> None:
-    out = tmp_path / "out" / "bundle"
-    before = {}
-    if existing:
-        shutil.copytree(exported("bf16")[0], out)
-        before = contents(out)
-    command = [sys.executable, "-c", KILLED, str(model_dir), str(profile_dir), str(out)]
+    new, existing = tmp_path / "new" / "bundle", tmp_path / "existing" / "bundle"
+    shutil.copytree(exported("bf16")[0], existing)
+    before = contents(existing)
+    command = [sys.executable, "-c", KILLED, *map(str, (model_dir, profile_dir, new, existing))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            if "fresh process" in line:
-                break
-        process.send_signal(signal.SIGKILL)
-    assert (contents(out) if existing else out.exists()) == (before or False)
-    (left,) = left_beside(out)
-    assert left.startswith(".bundle.kvcompress-")
-    (out.parent / left / "half").touch()
-    with atomic.directory(out) as staged:
-        assert list(staged.iterdir()) == []  # a new one of the same name
-        shutil.copytree(exported("bf16")[0], staged, dirs_exist_ok=True)
-    assert left_beside(out) == []
+        for _ in range(2):
+            os.kill(int(process.stdout.readline()), signal.SIGKILL)
+    assert process.returncode == 0
+    assert not new.exists() and contents(existing) == before
+    for out in (new, existing):
+        (left,) = left_beside(out)
+        assert left.startswith(".bundle.kvcompress-")
+        (out.parent / left / "half").touch()
+        with atomic.directory(out) as staged:
+            assert list(staged.iterdir()) == []  # a new one of the same name
+            shutil.copytree(exported("bf16")[0], staged, dirs_exist_ok=True)
+        assert left_beside(out) == []
 
 
 # ------------------------------------------------------------------------------------- bad input

@@ -40,6 +40,36 @@ def test_importing_it_runs_no_kernel_from_the_hub(before, tmp_path, monkeypatch)
         del sys.modules[name]
 
 
+STEP = """
+import torch
+@torch.compile
+def step(x): return 2 * x
+@torch.compile(dynamic=True)
+def other(x): return 3 * x
+"""
+
+
+def test_what_it_compiles_is_compiled_when_it_is_called(tmp_path, monkeypatch):
+    told, compile_now = [], torch.compile
+
+    def compiling(model, **options):
+        told.append((model.__name__, options))
+        return model
+
+    (tmp_path / "bitsandbytes.py").write_text(STEP)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.split(".")[0] == "bitsandbytes"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(torch, "compile", compiling)
+    import_bitsandbytes()
+    found = sys.modules.pop("bitsandbytes")
+    assert torch.compile is compiling and told == []
+    assert [found.step(1), found.step(2), found.other(1)] == [2, 4, 3]
+    assert told == [("step", {}), ("other", {"dynamic": True})]
+    monkeypatch.undo()
+    assert torch.compile is compile_now
+
+
 def test_it_is_quiet_about_casts_and_loud_about_the_rest(caplog):
     import_bitsandbytes()
     import_bitsandbytes()
