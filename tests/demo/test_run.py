@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvcompress.cli.app import main
 from kvcompress.demo.run import DemoResult, Settings, demo_suite, run
 from kvcompress.errors import KVCompressError
+from tests.bundle.helpers import checked_here
 
 NAMES = [
     "reference, bf16",
@@ -60,7 +61,8 @@ def test_the_whole_job_leaves_a_bundle_and_one_report_per_row(
 ):
     monkeypatch.setattr("kvcompress.demo.run.HELD_OUT", text_file)
     told = []
-    result = run(tmp_path, SMALL, model_dir=small_model_dir, note=told.append)
+    with checked_here():
+        result = run(tmp_path, SMALL, model_dir=small_model_dir, note=told.append)
     assert [report.name for report in result.reports] == NAMES
     assert DemoResult.model_validate_json(Path(result.report).read_text()) == result
     assert (Path(result.bundle) / "kvcompress" / "manifest.json").is_file()

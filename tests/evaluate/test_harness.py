@@ -15,6 +15,7 @@ from kvcompress.evaluate.session import Session
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.runtime.model.families import shape_of
 from kvcompress.runtime.names import as_argument
+from tests.bundle.helpers import checked_here
 
 TASK = """
 task: {name}
@@ -240,7 +241,8 @@ def demo_bundle(demo, demo_model_dir, tmp_path_factory):
     recipe = Recipe(calibration=Calibration(prompts=1, tokens=64))
     run(model, tokenizer, recipe, folder / "profile")
     plan = plan_of(model, HeadPlan(full=True), target="int8")
-    export(demo_model_dir, folder / "profile", folder / "bundle", plan=plan)
+    with checked_here():
+        export(demo_model_dir, folder / "profile", folder / "bundle", plan=plan)
     return folder / "bundle"
 
 

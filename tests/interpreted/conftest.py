@@ -4,7 +4,7 @@ Triton decides on its interpreter when it is imported, so they need a process of
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreted
 
-`tests/kernels/test_interpreted.py` starts one for each file, so that a plain run has them too.
+`tests/kernels/test_interpreted.py` starts one, so that a plain run has them too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs tests/interpreted in processes of their own, where Triton is an interpreter."""
+"""Runs tests/interpreted in a process of its own, where Triton is an interpreter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "tests" / "interpreted").glob("test_*.py"))
+FOLDER = ROOT / "tests" / "interpreted"
 
 
 @pytest.mark.skipif(
@@ -20,10 +20,10 @@ FILES = sorted((ROOT / "tests" / "interpreted").glob("test_*.py"))
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets itself"
 )
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_in_the_interpreter(file):
+def test_in_the_interpreter():
+    """All of them in one process: its imports take longer than most of the tests."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", FOLDER],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,

@@ -38,51 +38,52 @@ class Case:
     hold: bool = False
 
 
-def budgets(most: int = 12):
-    tokens = st.integers(0, most).map(lambda n: Budget(tokens=n))
-    ratios = st.tuples(st.floats(0.05, 1.0), st.integers(0, 3)).map(
+BUDGETS = st.none() | st.one_of(
+    st.integers(0, 12).map(lambda n: Budget(tokens=n)),
+    st.tuples(st.floats(0.05, 1.0), st.integers(0, 3)).map(
         lambda pair: Budget(ratio=pair[0], min_tokens=pair[1])
-    )
-    return st.one_of(tokens, ratios)
-
-
-@st.composite
-def heads(draw):
-    storage = st.sampled_from(["model", "int8", "int4", "fp8"])
-    kinds = {"k_dtype": draw(storage), "v_dtype": draw(storage)}
-    if draw(st.integers(0, 4)) == 0:
-        return HeadPlan(full=True, **kinds)
-    return HeadPlan(
-        special=draw(st.booleans()),
-        punct=draw(st.booleans()),
-        frequent=draw(st.none() | budgets()),
-        local=draw(st.none() | budgets()),
-        cap=draw(st.none() | st.integers(1, 14)),
-        **kinds,
-    )
+    ),
+)
+STORAGE = st.sampled_from(["model", "int8", "int4", "fp8"])
+FULL = st.builds(HeadPlan, full=st.just(True), k_dtype=STORAGE, v_dtype=STORAGE)
+SPARSE = st.builds(
+    HeadPlan,
+    special=st.booleans(),
+    punct=st.booleans(),
+    frequent=BUDGETS,
+    local=BUDGETS,
+    cap=st.none() | st.integers(1, 14),
+    k_dtype=STORAGE,
+    v_dtype=STORAGE,
+)
+HEADS = st.integers(0, 4).flatmap(lambda n: SPARSE if n else FULL)
+KINDS = st.sampled_from(["full", "full", "sliding", "chunked"])
+SCORERS = st.sampled_from(["raw", "mean", "lift", "random", "key_norm"])
+ROWS = st.none() | st.integers(1, 8)
+STRIDES = st.none() | st.integers(2, 9)
 
 
 @st.composite
 def plans(draw):
     kv_heads = draw(st.integers(1, 3))
-    kind = draw(st.sampled_from(["full", "full", "sliding", "chunked"]))
+    kind = draw(KINDS)
     width = None if kind == "full" else draw(st.integers(3, 24))
     shape = ModelShape(
         model_type="tiny", config_hash="0", layers=1, query_heads=kv_heads, kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([4, 6, 16])), sliding_windows=(width,), layer_kinds=(kind,),
         model_dtype_bytes=4, max_position=512,
     )  # fmt: skip
-    scorer = draw(st.sampled_from(["raw", "mean", "lift", "random", "key_norm"]))
-    rows = draw(st.none() | st.integers(1, 8))
+    scorer = draw(SCORERS)
+    rows = draw(ROWS)
     estimates = rows is not None and scorer in SUMS
     return Plan(
         model=shape,
-        heads=(tuple(draw(heads()) for _ in range(kv_heads)),),
+        heads=(tuple(draw(HEADS) for _ in range(kv_heads)),),
         sink_tokens=draw(st.integers(0, 3)),
         recent_tokens=draw(st.integers(1, 6)),
         scorer=scorer,
         score_rows=rows,
-        score_stride=draw(st.none() | st.integers(2, 9)) if estimates else None,
+        score_stride=draw(STRIDES) if estimates else None,
         special_ids=(1,),
         punct_ids=(2,),
         turn_tokens=draw(st.sampled_from([0, 0, 2, 5])),
@@ -90,24 +91,26 @@ def plans(draw):
     )
 
 
-CALLS = st.one_of(
+CALL = st.one_of(
     st.tuples(st.just("decode"), st.integers(1, 9)),
     st.tuples(st.just("turn"), st.integers(2, 16)),
     st.tuples(st.just("draft"), st.integers(1, 6), st.integers(0, 6)),
     st.tuples(st.just("select"), st.integers(0, 5)),
     st.tuples(st.just("copy")),
 )
+CALLS = st.lists(CALL, max_size=5)
+STARTS = st.lists(st.integers(0, 24), max_size=4, unique=True)
 
 
 @st.composite
 def cases(draw):
-    starts = sorted(draw(st.lists(st.integers(0, 24), max_size=4, unique=True)))
+    starts = sorted(draw(STARTS))
     return Case(
         plan=draw(plans()),
         batch=draw(st.integers(1, 3)),
         groups=draw(st.integers(1, 2)),
         spans=tuple(range(a, b) for a, b in zip(starts[::2], starts[1::2], strict=False)),
-        calls=[("prompt", draw(st.integers(1, 40)))] + draw(st.lists(CALLS, max_size=5)),
+        calls=[("prompt", draw(st.integers(1, 40)))] + draw(CALLS),
         seed=draw(st.integers(0, 2**16)),
         hold=draw(st.integers(0, 3)) == 0,
     )
@@ -222,29 +225,28 @@ class Driver:
         if self.layer.has_pending:
             return
         total = accounting.layer_shared_bytes(plan, 0, state.batch)
-        starts = self.starts()
+        starts, all_flags = self.starts(), flags.tolist()
         for row, kept in enumerate(self.kept()):
-            seen = int(real[row].sum())
+            numbered = real[row].nonzero()[:, 0].tolist()
+            seen, places = len(numbered), set(numbered)
             assert state.row_seen[row] == seen
-            numbered = [int(n) for n in real[row].nonzero()]
             sinks = accounting.sinks_of(plan, 0)
             coded_region = numbered[sinks : max(sinks, seen - plan.recent_tokens)]
+            newest = numbered[-plan.recent_tokens :]
+            pinned = {
+                p
+                for p in coded_region
+                if any(p - starts[row] in s for s in self.case.spans)
+                and self.in_sight(p, self.seen, starts[row])
+            }
             for head, tokens in enumerate(kept):
                 assert len(tokens) == len(set(tokens)), "a token is stored twice"
-                assert all(real[row, p] for p in tokens), "padding is stored"
-                newest = numbered[-plan.recent_tokens :]
+                assert places >= set(tokens), "padding is stored"
                 assert set(tokens) >= set(numbered[:sinks]) | set(newest)
-                pinned = {
-                    p
-                    for p in coded_region
-                    if any(p - starts[row] in s for s in self.case.spans)
-                    and self.in_sight(p, self.seen, starts[row])
-                }
                 assert set(tokens) >= pinned, "a protected token is gone"
                 head_plan = plan.heads[0][head]
-                classes = sum(
-                    bool(int(flags[row, p]) & class_mask(head_plan)) for p in coded_region
-                )
+                mask = class_mask(head_plan)
+                classes = sum(bool(all_flags[row][p] & mask) for p in coded_region)
                 room = accounting.capacity_tokens(
                     plan, 0, head_plan, seen, state.budget_length[row], classes, self.case.spans
                 )
@@ -279,9 +281,10 @@ class Driver:
             for layer_kept in self.slots_after_commit():
                 assert layer_kept == sorted(layer_kept), "a fresh layout is not in order"
         elif name == "decode":
-            for _ in range(args[0]):
+            for _ in range(args[0] - 1):
                 self.feed(1)
                 self.check()
+            self.feed(1)
         elif name == "draft":
             self.draft(args[0], min(args))
         elif name == "select":

@@ -250,6 +250,7 @@ class LateScoreQueries:
 
     def __init__(self) -> None:
         self._noted: list[tuple[Softmax, list[_Noted]]] = []  # of each forward, by batch row
+        self._settled = 0  # how many of the first ones have none of the newest `score_rows` left
 
     def note(self, state: LayerState, chunk: Chunk, normaliser: Tensor) -> None:
         """Keep the chunk's rows that vote for their stride, and the newest `score_rows`."""
@@ -259,17 +260,20 @@ class LateScoreQueries:
         self._noted.append((_softmax(chunk), own))
         starts = first_positions(state, chunk).tolist()
         end = chunk.position + chunk.length
-        for _, rows in self._noted:
+        for _, rows in self._noted[self._settled :]:
+            newest = False
             for b, start in enumerate(starts):
                 number = rows[b].position - start
                 last = rows[b].position >= end - near
+                newest |= bool(last.any())
                 rows[b] = rows[b].only(last | votes_for_its_stride(number, stride))
+            self._settled += not newest
 
     def vote(self, state: LayerState, chunk: Chunk, scores: dict[int, Tensor]) -> None:
         """Raise `scores` ``[B, Hg, P + T]`` of the prompt's keys, all of which `chunk` has, and
         forget the queries."""
         near, stride = _near_and_stride(state)
-        noted, self._noted = self._noted, []
+        noted, self._noted, self._settled = self._noted, [], 0
         window, heads = state.settings.window, chunk.key.shape[1]
         if window is not None and window <= near:
             return

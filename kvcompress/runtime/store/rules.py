@@ -11,6 +11,7 @@ relies on those before it. `TENSORS` look at what the tensors hold, and rely on 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 
@@ -60,9 +61,13 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 # ---- the host's numbers
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(LayerState)
+
+
 def _types(state: LayerState, seen: int) -> bool:
-    hints = get_type_hints(LayerState)
-    return type(seen) is int and all(fits(getattr(state, n), hint) for n, hint in hints.items())
+    return type(seen) is int and all(fits(getattr(state, n), hint) for n, hint in _hints().items())
 
 
 def _rows(state: LayerState, seen: int) -> bool:
