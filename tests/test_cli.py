@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvcompress.cli import app, common
+from tests.bundle.helpers import checked_here
 
 RECIPE = """\
 name: small
@@ -103,7 +104,8 @@ def test_help_lists_every_command(run: Run) -> None:
     for arguments in ((), ("--help",), ("-h",)):
         result = run(*arguments)
         assert result.code == 0
-        assert all(f" {name} " in result.out for name in app.COMMANDS)
+        listed = {line.split()[1] for line in result.out.splitlines() if line.startswith("│ ")}
+        assert set(app.COMMANDS) - listed == set(app.HIDDEN)
 
 
 def test_version(run: Run) -> None:
@@ -294,7 +296,12 @@ def test_a_folder_that_is_not_there(run: Run, tmp_path: Path, command: str) -> N
 def test_a_bundle_of_the_program_verifies_and_generates(run: Run, bundle: Path) -> None:
     verified = run("verify", bundle, "--json")
     assert verified.code == 0, verified.err
-    json.loads(verified.out)
+    both = run("inspect", bundle, "--verify", "--json")
+    assert both.code == 0, both.err
+    assert json.loads(both.out) == {
+        "plan": json.loads(run("inspect", bundle, "--json").out),
+        "checks": json.loads(verified.out),
+    }
     call = ("generate", bundle, "-p", "Note: amber river", "--max-new-tokens", 4, "--json")
     made = run(*call)
     assert made.code == 0, made.err
@@ -321,9 +328,18 @@ def test_probe_reports_or_refuses(run: Run, tiny_model_dir: Path, tmp_path: Path
 
     FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
                  architectures=["FalconForCausalLM"]).save_pretrained(tmp_path)  # fmt: skip
-    refused = run("probe", tmp_path, "--random-weights")
-    assert refused.code == 2
-    assert "bypasses transformers' attention interface" in " ".join(refused.out.split())
+    for command in ("doctor", "probe"):
+        refused = run(command, tmp_path, "--random-weights")
+        assert refused.code == 2
+        assert "bypasses transformers' attention interface" in " ".join(refused.out.split())
+
+
+def test_doctor_says_of_a_model_what_probe_said(run: Run, tiny_model_dir: Path) -> None:
+    alone, model = run("doctor", "--json"), run("doctor", tiny_model_dir, "--json")
+    assert alone.code == model.code == 0, model.err
+    found = json.loads(model.out)
+    assert found["installation"] == json.loads(alone.out)
+    assert found["model"] == json.loads(run("probe", tiny_model_dir, "--json").out)
 
 
 @pytest.mark.parametrize("what", ["profile", "bundle"])
@@ -366,7 +382,8 @@ def test_export_solves_the_recipe_that_is_given(run: Run, profile: Path, tmp_pat
 
     recipe = tmp_path / "other.yaml"
     recipe.write_text(OTHER)
-    assert run("export", profile, "-r", recipe, "-o", tmp_path / "b").code == 0
+    with checked_here():
+        assert run("export", profile, "-r", recipe, "-o", tmp_path / "b").code == 0
     assert run("plan", profile, "-r", recipe, "-o", tmp_path / "plan.json").code == 0
     shipped = Plan.load(tmp_path / "b")
     assert shipped == Plan.load(tmp_path / "plan.json") != Plan.load(profile)

@@ -1,4 +1,4 @@
-"""What `kvcompress probe` says of a tiny model of every family, as docs/capabilities.md.
+"""What `kvcompress doctor MODEL` says of a tiny model of every family, as docs/capabilities.md.
 
 python tools/capabilities.py [--markdown FILE]
 """
@@ -22,10 +22,10 @@ def page(served: dict[str, Capabilities], not_served: dict[str, Capabilities]) -
     lines = [
         "# What the cache can do, family by family",
         "",
-        "Made by `make test-parity` from `kvcompress probe` on tiny models with random weights "
-        f"(transformers {version('transformers')}). Every *yes* and *limit* was run and its logits "
-        "compared, budgets, tensor parallel and the profile's last column aside, which follow from "
-        "the layers. [families.md](families.md) has the errors of every way of calling.",
+        "Made by `make test-parity` from what `kvcompress doctor MODEL` says of tiny models with "
+        f"random weights (transformers {version('transformers')}). Every *yes* and *limit* was run "
+        "and its logits compared, budgets, tensor parallel and the profile's last column aside, "
+        "which follow from the layers. [families.md](families.md) has the errors of every way of calling.",
         "",
         "| family | layers | " + " | ".join(names) + " |",
         "|---" * (len(names) + 2) + "|",

@@ -74,7 +74,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
 `transformers.AutoModelForCausalLM.from_pretrained` loads the weights without kvcompress; the KV
-cache is then transformers' own, in full. `kvcompress verify` checks every file of the directory.
+cache is then transformers' own, in full. `kvcompress inspect --verify` checks every file of the
+directory.
 """
 
 
@@ -111,7 +112,7 @@ def _capabilities(rows: Sequence[Mapping[str, str]]) -> str:
     )
     return f"""## What the compressed cache can do with this model
 
-Found by running it (`kvcompress probe`); the error is that of the logits, relative to their norm.
+Found by running it (`kvcompress doctor`); the error is that of the logits, relative to their norm.
 
 | | | error | |
 |---|---|---:|---|

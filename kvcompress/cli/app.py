@@ -19,27 +19,26 @@ from kvcompress.cli import (
     inspect,
     league,
     plan,
-    probe,
     profile,
-    verify,
 )
 from kvcompress.cli import eval as evaluate
 from kvcompress.cli.common import quiet_libraries
 
 COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "demo": demo.command,
-    "probe": probe.command,
     "profile": profile.command,
     "plan": plan.command,
     "export": export.command,
     "inspect": inspect.command,
-    "verify": verify.command,
     "eval": evaluate.command,
     "generate": generate.command,
     "league": league.command,
     "doctor": doctor.command,
     "bench": bench.command,
+    "probe": doctor.probe,
+    "verify": inspect.verify,
 }
+HIDDEN: Final = ("probe", "verify")  # parts of doctor and inspect, for scripts that call them
 GO_ON: Final = {
     "profile": "finished prompts are kept: run the same command again to go on",
     "league": "finished cells are kept: run the same command again to go on",
@@ -57,7 +56,7 @@ def build() -> typer.Typer:
     )
     app.callback()(_root)
     for name, command in COMMANDS.items():
-        app.command(name)(ending.guarded(command))
+        app.command(name, hidden=name in HIDDEN)(ending.guarded(command))
     return app
 
 

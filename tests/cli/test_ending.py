@@ -17,6 +17,8 @@ from kvcompress.plan import Plan
 
 REQUIRED = {
     "probe": ["m"],
+    "doctor": ["m"],
+    "inspect": ["p"],
     "profile": ["m", "-o", "out"],
     "export": ["p", "-o", "out"],
     "verify": ["b"],

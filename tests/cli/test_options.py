@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import typer
 
+from kvcompress.bundle.verify import VerifyReport
 from kvcompress.cli import app
 from kvcompress.cli import progress as progress_of
 from kvcompress.cli.progress import progress
@@ -22,12 +23,12 @@ MODES = {
     "profile": ["m -o out"],
     "plan": ["bytes -o out/p", "uniform -o out/p", "bytes -r recipe.yaml -o out/p"],
     "export": ["p -o out", "p -o out --plan plan.json", "p -o out -r recipe.yaml"],
-    "inspect": ["p"],
+    "inspect": ["p", "b --verify"],
     "verify": ["b"],
     "eval": ["m", "m --workloads hidden", "m --harness task --plan plan.json"],
     "generate": ["b -p text", "b -p text --temperature 1"],
     "league": ["m -o out --recipes recipes", "--render league.json"],
-    "doctor": ["b"],
+    "doctor": ["", "plan.json", "m", "m --random-weights"],
     "bench": ["m"],
 }
 VALUES = {
@@ -43,6 +44,7 @@ VALUES = {
     "recovery": "0.5",
     "context": "96",
     "batch": "3",
+    "verify": None,
     "plan": "plan.json",
     "weights": "nf4",
     "model": "m2",
@@ -142,7 +144,7 @@ def observed(monkeypatch, tmp_path, capfd):
     watch("plan.Plan.load", "a plan")
     watch("bundle.write.export", last=True)
     watch("bundle.inspect.inspect", last=True)
-    watch("bundle.verify.verify", last=True)
+    watch("bundle.verify.verify", VerifyReport("b", "0" * 64, 13, None, 0.0, 0.0, 0.0))
     watch("bundle.read.is_bundle", False)
     watch("evaluate.compare.plan_row", SimpleNamespace(plan="plan", params="params"))
     watch("evaluate.serving.model_shape", shape)
@@ -168,7 +170,7 @@ def observed(monkeypatch, tmp_path, capfd):
         with pytest.raises((SystemExit, Reached)) as end:
             app.main([str(argument) for argument in arguments])
         error = capfd.readouterr().err
-        return list(calls), error if end.type is SystemExit else ""
+        return list(calls), error if end.type is SystemExit and end.value.code else ""
 
     return observe
 
