@@ -25,7 +25,8 @@ def page(served: dict[str, Capabilities], not_served: dict[str, Capabilities]) -
         "Made by `make test-parity` from what `kvcompress doctor MODEL` says of tiny models with "
         f"random weights (transformers {version('transformers')}). Every *yes* and *limit* was run "
         "and its logits compared, budgets, tensor parallel and the profile's last column aside, "
-        "which follow from the layers. [families.md](families.md) has the errors of every way of calling.",
+        "which follow from the layers. [families.md](families.md) has the errors of every way of "
+        "calling.",
         "",
         "| family | layers | " + " | ".join(names) + " |",
         "|---" * (len(names) + 2) + "|",
