@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
+import runpy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,19 +17,25 @@ from kvcompress.kernels.tuning import lookup
 ROOT = Path(__file__).parents[1]
 
 
-def run(script: str, *arguments: str | Path) -> str:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script as the program that it is; gives what it wrote to stderr."""
+
+    def run_(script, *arguments):
+        path = ROOT / "benchmarks" / script
+        monkeypatch.syspath_prepend(path.parent)
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().err
+
+    yield run_
+    sys.modules.pop("gpu", None)
 
 
-def test_gpu(tmp_path):
+def test_gpu(run, tmp_path):
     out = tmp_path / "gpu.json"
     run("gpu.py", out, "--dry")
     results = json.loads(out.read_text(encoding="utf-8"))
@@ -80,7 +86,7 @@ def test_rows_say_why_they_were_not_measured(tmp_path):
         late.row("model", 1, broken, cache="ours")
 
 
-def test_tuning(tmp_path):
+def test_tuning(run, tmp_path):
     out = tmp_path / "table.json"
     shown = run("tune_triton.py", "--dry", "--out", out)
     table = json.loads(out.read_text(encoding="utf-8"))
