@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Final
 from kvcompress.bundle import manifest
 from kvcompress.checkpoint.load import reading
 from kvcompress.checkpoint.tensors import Header, headers, weight_map
-from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.quant.weights import FORMATS
 from kvcompress.strict import shown
+from kvcompress.tokenizer import tokenizer_hash
 
 if TYPE_CHECKING:
     from kvcompress.bundle.read import Bundle

@@ -26,7 +26,6 @@ from kvcompress.bundle.read import is_bundle
 from kvcompress.bundle.source import Source
 from kvcompress.bundle.verify import check_logits
 from kvcompress.errors import BundleError, ProfileError
-from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Plan
 from kvcompress.profile.solve import solve_recipe, with_calibration_of
 from kvcompress.profile.source import weights_hash
@@ -38,6 +37,7 @@ from kvcompress.quant.weights.base import (
     weights_bytes,
 )
 from kvcompress.recipe import BytesPolicy, Recipe, WeightScheme
+from kvcompress.tokenizer import tokenizer_hash
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-LOW_QUANTILE: Final = 0.05  # of rows, as in `kvcompress.profile.recovery`
+LOW_QUANTILE: Final = 0.05  # of rows, as in `kvcompress.profile.measure`
 _ROUNDING: Final = 1e-9  # 0.1 · 30 is not 3
 
 
@@ -103,7 +103,7 @@ def fastgen_choice(
     worst 5 % of the given rows recover, in the worst of its query heads.
 
     Source: FastGen (arXiv 2310.01801), equation 1. Differs from the paper: see
-    `kvcompress.profile.recovery`; the last rows only, a low quantile over rows in place of a norm,
+    `kvcompress.profile.measure`; the last rows only, a low quantile over rows in place of a norm,
     and in every row the best tokens of the past, never of the future.
 
     Args:

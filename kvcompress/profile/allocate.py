@@ -15,9 +15,9 @@ import numpy as np
 
 from kvcompress.errors import PlanError
 from kvcompress.plan import Budget, HeadPlan, KVDtype
+from kvcompress.profile.assemble import Heads, bare_column
 from kvcompress.profile.budget import Choice, spend
 from kvcompress.profile.candidates import FREQUENT_RATIOS, LOCAL_SHARE
-from kvcompress.profile.predict import Heads, bare_column
 from kvcompress.profile.store import ExactSetting, Profile
 from kvcompress.recipe import DuoPolicy, LayersPolicy, StaticCurvePolicy
 

@@ -18,7 +18,6 @@ from typing import Final
 import numpy as np
 
 _FILL_STEPS: Final = 32
-_Array = np.ndarray
 
 
 @dataclass(frozen=True, slots=True)

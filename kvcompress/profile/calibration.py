@@ -6,20 +6,23 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvcompress.errors import CalibrationError
 from kvcompress.profile.builtin import builtin_prompts
 from kvcompress.profile.texts import spread, streams, texts
-from kvcompress.profile.tokens import opening_ids
 from kvcompress.recipe import Calibration
+from kvcompress.tokenizer import opening_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BUILTIN: Final = "builtin"
 _BLOCKS: Final = 4  # drawn from a large file for each prompt
 _CHARACTERS: Final = 8  # of a block for each token of a prompt: about two prompts of English
 
 
-def load_prompts(calibration: Calibration, tokenizer: Any) -> list[list[int]]:
+def load_prompts(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """`calibration.prompts` lists of exactly `calibration.tokens` token ids.
 
     Each begins with what the tokenizer puts before a text, usually its BOS token. They come from
@@ -57,7 +60,7 @@ def _cut(ids: list[int], length: int, rng: random.Random) -> list[list[int]]:
     return [ids[i : i + length] for i in range(start, len(ids) - length + 1, length)]
 
 
-def _ids(tokenizer: Any, run: Sequence[str], opening: list[int]) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, run: Sequence[str], opening: list[int]) -> list[int]:
     """Tokens of texts in a row; what a chat template puts before each is no part of them."""
     ids: list[int] = []
     for text in run:

@@ -18,13 +18,13 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from kvcompress.evict.finish import OUTPUT_NAMES
 from kvcompress.plan import HeadPlan, KVDtype
 from kvcompress.profile.candidates import keep_set
 from kvcompress.profile.collect import LayerRows
 from kvcompress.profile.masks import KeepMasks
 from kvcompress.quant.codec import roundtrip, value_groups
 
-_OUTPUT_NAMES: Final = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj", "out")
 _SMALLEST: Final = 1e-30
 
 
@@ -41,7 +41,7 @@ def output_projection(module: nn.Module, width: int) -> Tensor | None:
             found[name] = child.weight
         elif isinstance(child, Conv1D) and child.weight.shape[0] == width:
             found[name] = child.weight.T
-    named = [found[name] for name in _OUTPUT_NAMES if name in found]
+    named = [found[name] for name in OUTPUT_NAMES if name in found]
     weights = named or list(found.values())[-1:]
     return weights[0].detach() if weights else None
 

@@ -19,15 +19,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from kvcompress.plan import ModelShape
-from kvcompress.profile.collect import Softmax, attend, grouped
-from kvcompress.profile.hf import attention_through
-from kvcompress.profile.rows import held_out_rows
+from kvcompress.profile.collect import attend, held_out_rows
+from kvcompress.profile.hf import LayerInput, attention_through
 from kvcompress.profile.store import PATH
 from kvcompress.recipe import Keep
 from kvcompress.runtime.names import as_argument
@@ -50,7 +50,7 @@ class Sensitivity:
 
 
 def path_sensitivity(
-    model: Any, shape: ModelShape, keep: Keep, ids: list[int], gradients: bool = True
+    model: PreTrainedModel, shape: ModelShape, keep: Keep, ids: list[int], gradients: bool = True
 ) -> Sensitivity:
     """See the module docstring.
 
@@ -69,7 +69,7 @@ def path_sensitivity(
     rows = held_out_rows(len(ids))
     tokens = torch.tensor([ids], device=model.device)
     path = _Path(shape, keep, len(ids))
-    with attention_through(model, path.attend):
+    with attention_through(model, shape, path.attend):
         prefix = DynamicCache(config=model.config)
         with torch.no_grad():
             model.base_model(input_ids=tokens[:, :-rows], **as_argument(prefix), use_cache=True)
@@ -126,30 +126,25 @@ class _Path:
         """``[Hkv, G, W, Dv]`` of every layer in the last forward."""
         return [self._outputs[layer] for layer in range(self.shape.layers)]
 
-    def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, cap: float | None
-    ) -> Tensor:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        window = self.shape.sliding_windows[layer]
-        softmax = Softmax(scaling, cap, window)
-        query, key, value = grouped(q, k), k.float(), v.float()
+    def attend(self, given: LayerInput) -> Tensor:
         if not self.rows:
-            return attend(query, key, value, softmax, None).flatten(0, 1)
-        logits = softmax.logits(query, key)
+            return attend(given)
+        softmax, key, value = given.softmax, given.key, given.value
+        logits = softmax.logits(given.query, key)
         # the newest keys are there; an architecture's own window may have let the first ones go
         first = self.length - key.shape[1]
         position = torch.arange(first, self.length, device=key.device)
         row = torch.arange(self.length - self.rows, self.length, device=key.device)[:, None]
         visible = softmax.visible(key.shape[1] - self.rows, self.rows, key.shape[1], key.device)
-        sinks = 0 if window is not None else self.keep.sink_tokens
+        sinks = 0 if softmax.window is not None else self.keep.sink_tokens
         bare = visible & ((position < sinks) | (position > row - self.keep.recent_tokens))
         out = _output(logits, visible, value)
         if self.alpha:
             out = torch.lerp(out, _output(logits, bare, value), self.alpha)
         if torch.is_grad_enabled() and not out.requires_grad:
             out.requires_grad_()
-        self._outputs[layer] = out
-        return out.flatten(0, 1)
+        self._outputs[given.layer] = out
+        return out
 
 
 def _output(logits: Tensor, seen: Tensor, value: Tensor) -> Tensor:
@@ -158,7 +153,7 @@ def _output(logits: Tensor, seen: Tensor, value: Tensor) -> Tensor:
     return (probability.flatten(1, 2) @ value).unflatten(1, probability.shape[1:3])
 
 
-def why_no_gradients(model: Any, shape: ModelShape, keep: Keep, ids: list[int]) -> str:
+def why_no_gradients(model: PreTrainedModel, shape: ModelShape, keep: Keep, ids: list[int]) -> str:
     """Empty where `path_sensitivity` works for the model, else the reason in one line."""
     try:
         found = path_sensitivity(model, shape, keep, ids[:_TRIAL_TOKENS]).gradients

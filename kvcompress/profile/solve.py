@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from kvcompress.errors import PlanError
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import HeadPlan, Plan, WeightScheme
 from kvcompress.profile.allocate import duo_heads, layers_heads, static_curve_heads
-from kvcompress.profile.assemble import assemble, reads_twice
+from kvcompress.profile.assemble import Heads, assemble, expected, reads_twice, summed_loss
 from kvcompress.profile.candidates import fastgen_ladder, keep_set
-from kvcompress.profile.predict import Heads, expected, summed_loss
 from kvcompress.profile.spending import spend_bytes
 from kvcompress.profile.store import Profile
 from kvcompress.recipe import (
@@ -143,12 +142,11 @@ def _check_trained(profile: Profile, keep: Keep) -> None:
 
 def _measured_otherwise(profile: Profile, keep: Keep) -> str:
     """What of `keep` the profile has other values for, in words; empty where it fits."""
-    own: dict[str, Any] = profile.recipe.keep.model_dump(include={*MEASURED})
-    asked: dict[str, Any] = keep.model_dump(include={*MEASURED})
+    own = profile.recipe.keep
     return "; ".join(
-        f"keep.{name} {_shown(own.get(name))}, asked for is {_shown(asked.get(name))}"
+        f"keep.{name} {_shown(getattr(own, name))}, asked for is {_shown(getattr(keep, name))}"
         for name in MEASURED
-        if own.get(name) != asked.get(name)
+        if getattr(own, name) != getattr(keep, name)
     )
 
 
@@ -156,7 +154,7 @@ def _measure(profile: Profile) -> str:
     return f"measure it: kvcompress profile {profile.model} -r RECIPE -o DIR"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "null" if value is None else str(value)
 
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from kvcompress.accounting import FLAG_BYTES, head_plan_bytes, kv_bytes, prefill_bytes
 from kvcompress.errors import PlanError
 from kvcompress.plan import Budget, HeadPlan, Plan, WeightScheme, uniform
-from kvcompress.profile.assemble import assemble, settings
+from kvcompress.profile.assemble import assemble, expected, settings, summed_nats
 from kvcompress.profile.budget import Choice, minimum_bytes, spend
 from kvcompress.profile.candidates import codes_nothing
-from kvcompress.profile.predict import expected, summed_nats
 from kvcompress.profile.store import ExactSetting, Profile
 from kvcompress.recipe import BytesPolicy, Keep, parse_bytes
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -22,9 +22,12 @@ from torch import Tensor
 from kvcompress.errors import CalibrationError
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import ModelShape
-from kvcompress.profile.progress import Workplace
 from kvcompress.profile.repeat import ScoredContext, contexts_of, score_context
+from kvcompress.profile.workplace import Workplace
 from kvcompress.recipe import Keep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TEACHER: Final = "kvzip_plus"
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -142,7 +145,7 @@ def samples(context: ScoredContext) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    model: Any,
+    model: PreTrainedModel,
     shape: ModelShape,
     prompts: Sequence[list[int]],
     opening_tokens: int,
@@ -184,7 +187,7 @@ def train(
 
 
 def _score(
-    model: Any,
+    model: PreTrainedModel,
     shape: ModelShape,
     ids: list[int],
     opening_tokens: int,
@@ -195,7 +198,7 @@ def _score(
 
 
 def _train_moments(
-    model: Any,
+    model: PreTrainedModel,
     shape: ModelShape,
     prompts: Sequence[list[int]],
     opening_tokens: int,
@@ -228,7 +231,7 @@ def _train_moments(
 
 
 def _held_out_errors(
-    model: Any,
+    model: PreTrainedModel,
     shape: ModelShape,
     ids: list[int],
     opening_tokens: int,
@@ -237,18 +240,19 @@ def _held_out_errors(
     name: str,
 ) -> list[Errors]:
     """Of one prompt, per layer."""
-    kept = place.kept(name)
-    if kept is not None:
-        return [Errors(**{name: t[i] for name, t in kept.items()}) for i in range(shape.layers)]
-    sums: dict[int, Errors] = {}
-
-    def note(context: ScoredContext) -> None:
-        own = Errors.of(context, students[context.layer])
-        before = sums.get(context.layer)
-        sums[context.layer] = own if before is None else before.plus(own)
-
-    _score(model, shape, ids, opening_tokens, note)
-    found = [sums[i] for i in range(shape.layers)]
     names = [f.name for f in fields(Errors)]
-    place.keep(name, {n: torch.stack([getattr(e, n) for e in found]) for n in names})
-    return found
+    layers = range(shape.layers)
+
+    def measured() -> dict[str, Tensor]:
+        sums: dict[int, Errors] = {}
+
+        def note(context: ScoredContext) -> None:
+            own = Errors.of(context, students[context.layer])
+            before = sums.get(context.layer)
+            sums[context.layer] = own if before is None else before.plus(own)
+
+        _score(model, shape, ids, opening_tokens, note)
+        return {n: torch.stack([getattr(sums[i], n) for i in layers]) for n in names}
+
+    kept = place.step(name, measured)
+    return [Errors(**{n: kept[n][i] for n in names}) for i in layers]

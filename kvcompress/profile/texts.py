@@ -6,11 +6,14 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvcompress.errors import CalibrationError, KVCompressError
 from kvcompress.recipe import Calibration
 from kvcompress.runtime.model.chat import conversation_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FILES: Final = (".txt", ".jsonl", ".parquet")
 CHAT_COLUMNS: Final = ("messages", "conversations")  # taken where there is no column of text
@@ -18,10 +21,10 @@ _DEFAULT_COLUMN: Final = Calibration().text_column
 _SHUFFLED_ROWS: Final = 10_000  # of a data set that streams: its rows are mixed in a buffer
 _ROLES: Final = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 
-Row = Mapping[str, Any]
+Row = Mapping[str, object]
 
 
-def texts(calibration: Calibration, tokenizer: Any) -> Iterator[str]:
+def texts(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Every text of ``calibration.data`` in its order; of a data set, in an order by the seed.
 
     Raises:
@@ -142,7 +145,7 @@ def _checked(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def _column(
-    rows: Iterable[tuple[str, Row]], calibration: Calibration, tokenizer: Any
+    rows: Iterable[tuple[str, Row]], calibration: Calibration, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
     """The text of each row: its text column, or a conversation as the chat template writes it."""
 
@@ -173,7 +176,7 @@ def _chosen(where: str, row: Row, column: str) -> str:
     raise CalibrationError(f"{where}: no column {column!r} (there: {there}); {hint}")
 
 
-def _text(where: str, column: str, value: Any, tokenizer: Any) -> str:
+def _text(where: str, column: str, value: object, tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(value, str):
         return value
     messages = _messages(value)
@@ -186,7 +189,7 @@ def _text(where: str, column: str, value: Any, tokenizer: Any) -> str:
         raise CalibrationError(f"{where}: {column}: {error}") from None
 
 
-def _messages(value: Any) -> list[dict[str, str]] | None:
+def _messages(value: object) -> list[dict[str, str]] | None:
     """A conversation as role and content; None for anything else.
 
     OpenAI's form is {role, content}, ShareGPT's {from, value}; content may come in parts of text.

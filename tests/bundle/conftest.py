@@ -11,13 +11,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcompress.bundle.write import ExportReport, export
-from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Budget, HeadPlan, Plan
 from kvcompress.profile.source import weights_hash
 from kvcompress.profile.store import Profile, Provenance
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Recipe
 from kvcompress.runtime.model.families import shape_of
+from kvcompress.tokenizer import tokenizer_hash
 from tests.bundle.helpers import Exported
 
 if TYPE_CHECKING:
