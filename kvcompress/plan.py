@@ -12,7 +12,7 @@ or everything (`full`). Growing a budget or adding a part only ever adds tokens.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -42,7 +42,7 @@ from kvcompress.rules import (
     Recall,
     Threshold,
 )
-from kvcompress.strict import NotStrictError, load_json, read_text, shown
+from kvcompress.strict import Json, NotStrictError, load_json, read_text, shown
 
 __all__ = [
     "Budget",
@@ -265,7 +265,7 @@ class Plan(StrictModel):
         return self.recall is not None and self.model.kind(layer) == "full"
 
     @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:
         return without_unset_stride(handler(self))
 
     def to_json(self) -> str:
@@ -326,7 +326,7 @@ def check_stride(scorer: str, rows: int | None, stride: int | None) -> None:
         )
 
 
-def without_unset_stride(data: dict[str, Any]) -> dict[str, Any]:
+def without_unset_stride(data: dict[str, Json]) -> dict[str, Json]:
     """`data` without a `score_stride` of None: what does not use it is written as it always was, so
     that files and caches that are bound to its text stay valid."""
     if data.get("score_stride", 0) is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 import yaml
 from pydantic import (
@@ -35,7 +35,7 @@ from kvcompress.plan import (
     without_unset_stride,
 )
 from kvcompress.registry import SUMS
-from kvcompress.strict import YAML_LIMIT_BYTES, NotStrictError, load_yaml, read_text
+from kvcompress.strict import YAML_LIMIT_BYTES, Json, NotStrictError, load_yaml, read_text
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -100,7 +100,7 @@ class Keep(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _sums_are_estimated(cls, data: Any) -> Any:
+    def _sums_are_estimated(cls, data: Json) -> Json:
         if not isinstance(data, dict) or "score_rows" in data:
             return data
         if data.get("scorer", "lift") not in tuple(SUMS):
@@ -115,7 +115,7 @@ class Keep(StrictModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:
         return without_unset_stride(handler(self))
 
 
@@ -313,7 +313,7 @@ class Recipe(StrictModel):
         return recipe
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: Json) -> Json:
     """YAML lists as the tuples that the strict schema wants."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}

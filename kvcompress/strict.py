@@ -13,9 +13,12 @@ import re
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn, TypeAlias
 
 import yaml
+
+# the value of a JSON or YAML document: nobody knows what it is until it has been checked
+Json: TypeAlias = Any
 
 DEPTH_LIMIT: Final = 64
 YAML_LIMIT_BYTES: Final = 1 << 16
@@ -63,7 +66,7 @@ def read_text(path: Path, limit_bytes: int) -> str:
 
 
 # ---- JSON
-def load_json(text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES, *, ours: bool = True) -> Any:
+def load_json(text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES, *, ours: bool = True) -> Json:
     """The value of a JSON document in UTF-8.
 
     Args:
@@ -96,7 +99,7 @@ def load_json(text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES, *, ours: b
     return value
 
 
-def _encodable(value: Any) -> bool:
+def _encodable(value: Json) -> bool:
     """Whether no text in it is one that no file can hold as UTF-8."""
     if isinstance(value, str):
         return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
@@ -105,7 +108,7 @@ def _encodable(value: Any) -> bool:
     return not isinstance(value, list) or all(map(_encodable, value))
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     made = dict(pairs)
     if len(made) != len(pairs):
         twice = next(k for k, n in Counter(key for key, _ in pairs).items() if n > 1)
@@ -113,7 +116,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> NoReturn:
     raise NotStrictError(f"{name} is no JSON number")
 
 
@@ -151,7 +154,7 @@ _TWO_WAYS: Final = {
 }
 
 
-def load_yaml(text: str, limit_bytes: int = YAML_LIMIT_BYTES) -> tuple[Any, list[str]]:
+def load_yaml(text: str, limit_bytes: int = YAML_LIMIT_BYTES) -> tuple[Json, list[str]]:
     """The value of a YAML document, and its problems, each with its line.
 
     Returns:
@@ -193,11 +196,12 @@ def _check_events(text: str) -> None:
             raise NotStrictError(f"line {line}: the tag {shown(tag)}; write the plain value")
 
 
-def _line(place: Any) -> int:
-    return int(place.start_mark.line) + 1
+def _line(place: yaml.Event | yaml.Node) -> int:
+    assert place.start_mark is not None
+    return place.start_mark.line + 1
 
 
-def _value(node: yaml.Node, problems: list[str]) -> Any:
+def _value(node: yaml.Node, problems: list[str]) -> Json:
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, problems) for item in node.value]
     if isinstance(node, yaml.MappingNode):
@@ -206,8 +210,8 @@ def _value(node: yaml.Node, problems: list[str]) -> Any:
     return _scalar(node, problems)
 
 
-def _mapping(node: yaml.MappingNode, problems: list[str]) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
+def _mapping(node: yaml.MappingNode, problems: list[str]) -> dict[str, Json]:
+    made: dict[str, Json] = {}
     for key_node, value_node in node.value:
         line = _line(key_node)
         if not isinstance(key_node, yaml.ScalarNode):
@@ -222,7 +226,7 @@ def _mapping(node: yaml.MappingNode, problems: list[str]) -> dict[Any, Any]:
     return made
 
 
-def _scalar(node: yaml.ScalarNode, problems: list[str]) -> Any:
+def _scalar(node: yaml.ScalarNode, problems: list[str]) -> Json:
     text: str = node.value
     if node.style is not None:  # quoted, or a block of text
         return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -88,14 +88,14 @@ def plan_of(recipe: Recipe, shape: ModelShape) -> Plan:
             f"attach: the recipe {recipe.name} {needs}; run kvcompress profile and kvcompress "
             "export with it, then kvcompress.load"
         )
-    settings: dict[str, Any] = {name: getattr(keep, name) for name in type(keep).model_fields}
+    settings: dict[str, object] = {name: getattr(keep, name) for name in type(keep).model_fields}
     try:
         return uniform(shape, policy.head, target=f"recipe {recipe.name}", **settings)
     except ValidationError as error:
         raise PlanError(f"attach: the recipe {recipe.name}: {explain(error)}") from None
 
 
-def _shape(model: Any) -> ModelShape:
+def _shape(model: object) -> ModelShape:
     found = base_of(model)
     return shape_of(found.config, found.dtype)
 

@@ -16,7 +16,7 @@ from kvcompress.quant.weights.base import WeightFormat, linear_layers, misfits, 
 from kvcompress.recipe import WeightScheme
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
 
 def scheme_of(
@@ -39,7 +39,7 @@ def scheme_of(
 
 
 def kept_layers(
-    skeleton: nn.Module, weight_format: WeightFormat, profile: Profile, plan: Plan
+    skeleton: PreTrainedModel, weight_format: WeightFormat, profile: Profile, plan: Plan
 ) -> tuple[str, ...]:
     """Linear layers that stay in 16 bits, the output head apart."""
     unfit = misfits(skeleton, weight_format)

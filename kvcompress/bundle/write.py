@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import kvcompress
 from kvcompress import atomic
@@ -24,7 +24,7 @@ from kvcompress.bundle.card import model_card, size
 from kvcompress.bundle.manifest import BaseModelEntry, Manifest, WeightsEntry
 from kvcompress.bundle.read import is_bundle
 from kvcompress.bundle.source import Source
-from kvcompress.bundle.verify import check_logits
+from kvcompress.bundle.verify import VerifyReport, check_logits
 from kvcompress.errors import BundleError, ProfileError
 from kvcompress.plan import Plan
 from kvcompress.profile.solve import solve_recipe, with_calibration_of
@@ -41,6 +41,8 @@ from kvcompress.tokenizer import tokenizer_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kvcompress.checkpoint.load import DeviceMap
 
 _NEEDS: Final = ("torch>=2.9", "transformers>=5.17")
 _SHARD: Final = "5GB"
@@ -99,7 +101,7 @@ def export(
     weights: WeightScheme | None = None,
     overwrite: bool = False,
     measured: Mapping[str, float] | None = None,
-    device_map: Any = None,
+    device_map: DeviceMap = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
     """Write a bundle, check it in a fresh process and put it in place.
@@ -137,21 +139,20 @@ def export(
         files.same_permissions(staged)
         note("checking the bundle in a fresh process")
         checked = _check_in_fresh_process(staged, target, expected)
+    assert checked.reload_error is not None, "the fresh process was given the logits to expect"
     entries = manifest.parse((target / manifest.MANIFEST).read_bytes(), str(target))
     return ExportReport(
         path=str(out),
-        digest=checked["digest"],
+        digest=checked.digest,
         weights_format=job.format.name,
         weights_bytes=entries.weights.size_bytes,
         base_weights_bytes=_bf16_bytes(job.source),
         bundle_bytes=sum(entries.sizes_bytes.values()),
         kept=job.kept,
-        planned_bytes=job.profile.planned_weight_bytes(job.plan.weights)
-        if job.plan.weights
-        else None,
+        planned_bytes=mixed.planned_bytes(job.profile, job.plan),
         tensor_bytes=mixed.tensor_bytes(target),
-        reload_error=checked["reload_error"],
-        lossless_error=checked["lossless_error"],
+        reload_error=checked.reload_error,
+        lossless_error=checked.lossless_error,
     )
 
 
@@ -265,7 +266,9 @@ def _one_line(target: Path) -> Iterator[None]:
         raise BundleError(f"{target}: the weights cannot be written: {error}") from error
 
 
-def _write_weights(job: _Job, staged: Path, device_map: Any) -> tuple[Tensor, list[dict[str, str]]]:
+def _write_weights(
+    job: _Job, staged: Path, device_map: DeviceMap
+) -> tuple[Tensor, list[dict[str, str]]]:
     """Save the weights, then return `check_logits` and `probe` of the model they came from."""
     from kvcompress.runtime.check.probe import as_rows, probe
 
@@ -345,7 +348,7 @@ def _write_rest(job: _Job, staged: Path, found: list[dict[str, str]]) -> None:
     (staged / manifest.MANIFEST).write_text(written.to_json(), encoding="utf-8")
 
 
-def _check_in_fresh_process(staged: Path, target: Path, expected: Tensor) -> dict[str, Any]:
+def _check_in_fresh_process(staged: Path, target: Path, expected: Tensor) -> VerifyReport:
     """Load what was written where nothing of this process can help it."""
     from safetensors.torch import save_file
 
@@ -370,9 +373,8 @@ def _check_in_fresh_process(staged: Path, target: Path, expected: Tensor) -> dic
         lines = result.stderr.strip().split("\n")
         reason = lines[-1].removeprefix("error: ").replace(str(staged), str(target))
         raise BundleError(f"the written bundle failed its check, nothing was changed: {reason}")
-    report: dict[str, Any] = json.loads(result.stdout.strip().split("\n")[-1])
-    return report
+    return VerifyReport(**json.loads(result.stdout.strip().split("\n")[-1]))
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

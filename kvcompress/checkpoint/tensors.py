@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvcompress.checkpoint.settings import INDEX, INDEX_BYTES
 from kvcompress.errors import UnsupportedModelError
@@ -109,7 +110,7 @@ def check_size(name: str, files: list[Path], skeleton: nn.Module) -> None:
         )
 
 
-def check_report(name: str, report: dict[str, Any], exact: bool) -> None:
+def check_report(name: str, report: Mapping[str, Collection[object] | None], exact: bool) -> None:
     """What transformers says of a load: it fills what is missing with random numbers.
 
     Raises:

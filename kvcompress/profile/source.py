@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.checkpoint import load as checkpoint
 from kvcompress.checkpoint.load import Checkpoint, build, find, load_config, load_tokenizer
@@ -45,7 +45,7 @@ def _loaded(found: Checkpoint, config: PretrainedConfig, device: str) -> PreTrai
     return checkpoint.load_model(found, config, device_map=device)
 
 
-def random_model(model: str, layers: int | None = None) -> PreTrainedModel:
+def random_model(model: str, layers: int | None = None) -> Any:
     """The architecture of a model with made-up float32 weights, for questions of mechanics.
 
     Args:
@@ -82,8 +82,8 @@ def _refuse_unless_causal(model: str, config: PretrainedConfig) -> None:
             f"{model}: {kind} is an encoder-decoder model; give a decoder-only language model"
         )
     saved = config.architectures or []
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if causal is None or (saved and causal.__name__ not in saved):
+    causal = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "__name__", None)
+    if causal is None or (saved and causal not in saved):
         raise UnsupportedModelError(
             f"{model}: {', '.join(saved) or kind} is not a causal language model; give one that "
             "generates text"
@@ -98,7 +98,8 @@ def check_vocabulary(
     Raises:
         CalibrationError: if a prompt has a token that the model does not embed.
     """
-    size = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    size = weight.shape[0]  # type: ignore[index]
     largest = max(map(max, prompts))
     if largest >= size:
         raise CalibrationError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kvcompress.accounting import kv_bytes
 from kvcompress.plan import Plan
@@ -13,6 +13,9 @@ from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.cache.spans import Span
 from kvcompress.runtime.names import as_argument, cache_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Completion:
 
 
 def complete(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
     max_new_tokens: int,
@@ -68,7 +71,7 @@ def complete(
         else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )
     torch.manual_seed(seed)
-    output = model.generate(
+    output = cast(Any, model.generate)(
         **inputs,
         **sampling,
         max_new_tokens=max_new_tokens,
@@ -80,7 +83,7 @@ def complete(
     assert isinstance(cache, CompressedCache)
     new_ids = output.sequences[0, prompt_tokens:]
     return Completion(
-        text=tokenizer.decode(new_ids, skip_special_tokens=True),
+        text=str(tokenizer.decode(new_ids, skip_special_tokens=True)),
         prompt_tokens=prompt_tokens,
         new_tokens=len(new_ids),
         kv_cache_bytes=cache.nbytes(),

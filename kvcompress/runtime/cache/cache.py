@@ -59,7 +59,7 @@ class CompressedCache(Cache):
         PlanError: for relative positions that can outgrow the plan's `max_position`.
     """
 
-    filled_by: weakref.ref[Any] | None = None  # the model whose forward was told last
+    filled_by: weakref.ref[PreTrainedModel] | None = None  # the model whose forward was told last
 
     def __init__(
         self,
@@ -104,17 +104,17 @@ class CompressedCache(Cache):
         # an assistant's cache: `generate` may take back one token more than the assistant drafted
         self.assists = False
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "filled_by": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Unpickled in inference mode, tensors could not be changed outside of it."""
         self.__dict__.update(state)
         if torch.is_inference_mode_enabled():
             self.__dict__.update(deepcopy(self).__dict__)
 
     @leaving_plain_tensors
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+    def __deepcopy__(self, memo: dict[int, object]) -> CompressedCache:
         memo[id(self.plan)] = self.plan
         memo[id(self.params)] = self.params
         memo[id(self._config)] = self._config
@@ -318,7 +318,7 @@ class CompressedCache(Cache):
         self.seen_text = SeenText()
         self._second_reading = SecondReading(self.plan)
 
-    def reorder_cache(self, beam_idx: Any) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._settle()
         super().reorder_cache(beam_idx)
         self.seen_text.select_rows(beam_idx.tolist())

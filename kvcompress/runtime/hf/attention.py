@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, cast
+from typing import Any, Final, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -90,19 +90,19 @@ class _NoGradient(torch.autograd.Function):
     """Hands its first input on; a backward pass through it is an error, never a silent zero."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+    def forward(ctx: object, out: Tensor, query: Tensor) -> Tensor:
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: object, *gradients: Tensor) -> NoReturn:
         raise KVCompressError(
             "no gradient flows through the compressed cache; train with use_cache=False"
         )
 
 
-def _layer_of(module: Any, key: Tensor, cache: Any) -> CompressedLayer | None:
+def _layer_of(module: torch.nn.Module, key: Tensor, cache: object) -> CompressedLayer | None:
     """The cache layer that holds these keys: they carry it, unless the model made them anew."""
     layer = getattr(key, "_kvc_layer", None)
     if layer is None and isinstance(cache, CompressedCache):
-        layer = cache.layers[module.layer_idx]
+        layer = cache.layers[cast(int, module.layer_idx)]
     return layer if isinstance(layer, CompressedLayer) else None

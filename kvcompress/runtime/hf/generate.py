@@ -17,11 +17,12 @@ from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.new import new_cache
-from kvcompress.runtime.names import CACHE, release, with_one_cache
+from kvcompress.runtime.names import CACHE, Arguments, release, with_one_cache
 from kvcompress.runtime.static.cache import StaticCompressedCache
 
 # what would keep `generate` from the compressed cache, and the value that means "not asked for"
@@ -32,7 +33,7 @@ _BYPASSES: Final = {"use_cache": (None, True), "cache_implementation": (None,)}
 class _Running:
     """A call of `generate`: what transformers has asked for so far."""
 
-    model: Any
+    model: PreTrainedModel
     own_loop: bool  # the caller's function decodes, transformers only prepares
     cache_prepared: bool = False
     prompt_fed: bool = False
@@ -41,7 +42,7 @@ class _Running:
 _RUNNING: ContextVar[_Running | None] = ContextVar("kvcompress_generate", default=None)
 
 
-def override(model: Any) -> None:
+def override(model: PreTrainedModel) -> None:
     """Put our functions in place of the model's methods.
 
     Raises:
@@ -56,13 +57,13 @@ def override(model: Any) -> None:
     model.__dict__.update({name: partial(f, model) for name, f in _OVERRIDES.items()})
 
 
-def restore(model: Any) -> None:
+def restore(model: PreTrainedModel) -> None:
     """Undo `override`."""
     for name in _OVERRIDES:
         model.__dict__.pop(name, None)
 
 
-def check_forward(model: Any, cache: Any) -> None:
+def check_forward(model: PreTrainedModel, cache: object) -> None:
     """Refuse a forward inside of `generate` for which transformers did not ask us.
 
     Raises:
@@ -85,7 +86,7 @@ def check_forward(model: Any, cache: Any) -> None:
         )
 
 
-def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _generate(model: PreTrainedModel, *args: object, **kwargs: object) -> object:
     """`generate` with the arguments that lead to the compressed cache."""
     kwargs = with_one_cache(kwargs)
     own_loop = kwargs.get("custom_generate")
@@ -100,12 +101,12 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_bypass(model, config, kwargs)
     token = _RUNNING.set(_Running(model, own_loop is not None))
     try:
-        return type(model).generate(model, *args, **kwargs)
+        return _original(model, "generate")(model, *args, **kwargs)
     finally:
         _RUNNING.reset(token)
 
 
-def _refuse_bypass(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
+def _refuse_bypass(model: PreTrainedModel, config: object, kwargs: Arguments) -> None:
     """What a checkpoint says of caches is about transformers' own; what the caller says counts."""
     for name, harmless in _BYPASSES.items():
         value = kwargs.get(name)
@@ -121,7 +122,11 @@ def _refuse_bypass(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _prepare_cache(
-    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    model_kwargs: Arguments,
+    *args: object,
+    **kwargs: object,
 ) -> None:
     """`generate` asks for a cache: ours, unless the caller passed another kind."""
     running, given = _RUNNING.get(), model_kwargs.get(CACHE)
@@ -138,22 +143,22 @@ def _prepare_cache(
             cache.assists = True
             cache.activate_past_recording()
         return
-    original: Callable[..., None] = type(model)._prepare_cache_for_generation
+    original = _original(model, "_prepare_cache_for_generation")
     original(model, generation_config, model_kwargs, *args, **kwargs)
 
 
 def _prefill(
-    model: Any,
+    model: PreTrainedModel,
     input_ids: Tensor,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+    generation_config: GenerationConfig,
+    model_kwargs: Arguments,
+    *args: object,
+    **kwargs: object,
+) -> object:
     """`generate` feeds the prompt, at once or in chunks: the cache learns where it ends."""
     cache = model_kwargs.get(CACHE)
     _note_prompt(model)
-    original: Callable[..., Any] = type(model)._prefill
+    original = _original(model, "_prefill")
     if not isinstance(cache, CompressedCache):
         return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
     _check_text(cache, input_ids, generation_config, model_kwargs)
@@ -163,24 +168,33 @@ def _prefill(
     return out
 
 
-def _drafts(model: Any, **kwargs: Any) -> Any:
+def _drafts(model: PreTrainedModel, **kwargs: Any) -> object:
     """Assisted decoding and prompt lookup feed the prompt together with the first draft."""
     model_kwargs = kwargs["model_kwargs"]
     cache = model_kwargs.get(CACHE)
     _note_prompt(model)
     if isinstance(cache, CompressedCache):
         _check_text(cache, kwargs["input_ids"], kwargs["generation_config"], model_kwargs)
-    return type(model)._get_candidate_generator(model, **kwargs)
+    return _original(model, "_get_candidate_generator")(model, **kwargs)
 
 
-def _note_prompt(model: Any) -> None:
+def _original(model: PreTrainedModel, name: str) -> Callable[..., object]:
+    """The method of transformers in whose place `override` put ours."""
+    method: Callable[..., object] = getattr(type(model), name)
+    return method
+
+
+def _note_prompt(model: PreTrainedModel) -> None:
     running = _RUNNING.get()
     if running is not None and running.model is model:
         running.prompt_fed = True
 
 
 def _check_text(
-    cache: CompressedCache, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    cache: CompressedCache,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: Arguments,
 ) -> None:
     """A prompt on a cache that holds tokens: either the whole text, which has to begin with them,
     or the new tokens alone, with a mask of the whole text.
@@ -211,13 +225,13 @@ def _check_text(
         cache.check_prefix(input_ids)
 
 
-def _refuse_generate_batch(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
+def _refuse_generate_batch(model: PreTrainedModel, *args: object, **kwargs: object) -> NoReturn:
     raise KVCompressError(
         "generate_batch uses its own paged cache and would run uncompressed; call generate instead"
     )
 
 
-_OVERRIDES: Final[dict[str, Callable[..., Any]]] = {
+_OVERRIDES: Final[dict[str, Callable[..., object]]] = {
     "generate": _generate,
     "_prepare_cache_for_generation": _prepare_cache,
     "_prefill": _prefill,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final, get_args
+from typing import TYPE_CHECKING, Final, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from kvcompress.plan import ModelShape
 from kvcompress.quant.keystats import Convention, Rotation
 from kvcompress.runtime.names import as_argument
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROBE_POSITIONS: Final = (1, 17, 61)
 # relative error of a key turned back; 16-bit models round cosines, keys and products
@@ -37,7 +40,7 @@ class LayerRotation:
 
 
 def find_rotations(
-    model: Any, shape: ModelShape, token: int, last_position: int | None = None
+    model: PreTrainedModel, shape: ModelShape, token: int, last_position: int | None = None
 ) -> list[LayerRotation]:
     """The rotary embedding of each layer.
 
@@ -95,7 +98,7 @@ def _explain(
     )
 
 
-def _candidates(model: Any, head_dim: int) -> list[Rotation]:
+def _candidates(model: PreTrainedModel, head_dim: int) -> list[Rotation]:
     """Every distinct frequency buffer of the model, in both conventions."""
     distinct: list[Tensor] = []
     for name, buffer in model.named_buffers():
@@ -108,7 +111,7 @@ def _candidates(model: Any, head_dim: int) -> list[Rotation]:
 
 
 @torch.no_grad()
-def _probe(model: Any, token: int, position: int) -> dict[int, Tensor]:
+def _probe(model: PreTrainedModel, token: int, position: int) -> dict[int, Tensor]:
     """Keys ``[Hkv, D]`` of each layer that holds some, for one token at `position`."""
     from transformers import DynamicCache
 

@@ -20,7 +20,7 @@ import json
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def load_cache(
     dtype = dtype if model is None else model.dtype
     planned: list[CompressedCache] = []
 
-    def new(host: Any) -> CompressedCache:
+    def new(host: strict.Json) -> CompressedCache:
         spans = contents.spans_of(host["protect"])
         return kind(plan, params, config, spans, host["compress"])
 
@@ -162,7 +162,7 @@ def _dtype(name: str) -> torch.dtype:
     return known[name]
 
 
-def _linear_layers(cache: CompressedCache, model: PreTrainedModel | None) -> Sequence[Any]:
+def _linear_layers(cache: CompressedCache, model: PreTrainedModel | None) -> Sequence[object]:
     """The layers of a cache of one token, where some are transformers' own: only a forward tells
     what states theirs have."""
     if model is None or not any(isinstance(own, LinearAttentionLayer) for own in cache.layers):
