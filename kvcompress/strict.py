@@ -1,8 +1,8 @@
-"""Reading JSON and YAML that somebody else wrote: bounded in size and depth, and never two ways.
+"""Parsing JSON and YAML that somebody else wrote, bounded in size and depth.
 
-Both readers refuse what readers disagree on: repeated keys, numbers beyond 64 bits, NaN and
-infinity, and in YAML aliases, merge keys, tags, and plain words that YAML 1.1 and 1.2 read
-differently (``yes``, ``010``, ``1:30``). All errors are one line with the place in it.
+Other parsers disagree on some documents, and ours refuse those: repeated keys, numbers beyond 64
+bits, NaN and infinity, and in YAML aliases, merge keys, tags, and plain words that YAML 1.1 and 1.2
+take differently (``yes``, ``010``, ``1:30``). Every error is one line with the place in it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class NotStrictError(ValueError):
 
 
 def shown(value: object, most: int = 80) -> str:
-    """Something that a file said, for a line of ours."""
+    """A text from a foreign file, made fit for one of our messages: printable and short."""
     text = (value if isinstance(value, str) else repr(value))[: most + 1]
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return plain if len(plain) <= most else plain[: most - 1] + "…"
 
 
 def read_bytes(path: Path, limit_bytes: int) -> bytes:
-    """A file's bytes, of which there may be so many.
+    """The bytes of a file, at most `limit_bytes` of them.
 
     Raises:
         NotStrictError: where it is larger, or cannot be read.
@@ -70,8 +70,8 @@ def load_json(text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES, *, ours: b
     """The value of a JSON document in UTF-8.
 
     Args:
-        ours: whether we wrote it; configurations of other programs may hold NaN and infinity, and
-            whole numbers of any size.
+        ours: whether kvcompress wrote the document. Configurations of other programs may hold NaN,
+            infinity and whole numbers of any size; ours may not.
 
     Raises:
         NotStrictError: saying what is wrong.
@@ -100,7 +100,7 @@ def load_json(text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES, *, ours: b
 
 
 def _encodable(value: Json) -> bool:
-    """Whether no text in it is one that no file can hold as UTF-8."""
+    """Whether every text in it can be written as UTF-8: half of a surrogate pair cannot."""
     if isinstance(value, str):
         return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
     if isinstance(value, dict):

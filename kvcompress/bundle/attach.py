@@ -1,4 +1,4 @@
-"""Whatever says what to keep, put on a model in memory."""
+"""`kvcompress.attach`: a plan, in whichever form the caller has it, put on a model in memory."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def attach(model: Model, plan: Keeps, params: KVParams | None = None) -> Model:
 
 
 def plan_of(recipe: Recipe, shape: ModelShape) -> Plan:
-    """The plan of a recipe that needs nothing but the model's shape.
+    """The plan of a recipe that can be solved from the model's shape alone.
 
     Raises:
-        PlanError: for every other recipe, with what it needs.
+        PlanError: for every other recipe, saying what else it needs.
     """
     policy, keep = recipe.policy, recipe.keep
     needs: str | None = None

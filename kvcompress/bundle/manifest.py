@@ -33,7 +33,11 @@ _REFUSED_NAMES: Final = frozenset(("adapter_config.json",))  # would pull in wei
 
 
 def checked_path(path: str) -> str:
-    """A relative path with forward slashes that stays inside the bundle and names plain data."""
+    """`path`, if it is relative, has forward slashes, stays inside the bundle and names plain data.
+
+    Raises:
+        ValueError: saying which of these it is not.
+    """
     pure = PurePosixPath(path)
     if pure.is_absolute() or "\\" in path or ":" in path or "\0" in path:
         raise ValueError("must be relative, with forward slashes")

@@ -38,8 +38,9 @@ class Bundle:
     """A bundle whose files were all checked.
 
     Attributes:
-        digest: sha256 of manifest.json, and through it of everything; pin it to pin the bundle.
-        checkpoint: the bundle as a model directory, its settings looked at; weights are unread.
+        digest: sha256 of manifest.json, which holds the sha256 of every other file: pinning this
+            one number pins the bundle.
+        checkpoint: the bundle as a model directory; its settings are checked, its weights unread.
         tokenizer: pads on the left, as generation in batches needs.
     """
 
@@ -191,7 +192,7 @@ def _check_needs(root: Path, listed: Manifest) -> None:
 
 
 def _release(text: str) -> tuple[int, ...]:
-    """``2.11.0+cu130`` as (2, 11): what comes after the numbers does not order our needs."""
+    """``2.11.0+cu130`` as (2, 11); suffixes and final zeros do not matter to a smallest version."""
     numbers = []
     for part in text.split("+")[0].split("."):
         if not part.isdigit():

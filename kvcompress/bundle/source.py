@@ -30,9 +30,10 @@ class Source:
     """A model that can be compressed, without its weights.
 
     Attributes:
-        id: name on the Hub, or the directory's own name: where it lay is nobody's business.
-        skeleton: the model on the meta device.
-        legal: licence texts to hand on.
+        id: name on the Hub, or the directory's own name without the folders above it, which a
+            bundle must not reveal.
+        skeleton: the model on the meta device, so without weights.
+        legal: files with licence texts, which the bundle gets copies of.
         license: the keys about the licence in the model's own card.
     """
 

@@ -1,7 +1,7 @@
-"""Proof that a bundle works: what was written decodes and generates, plain and compressed.
+"""Running a bundle to see that it works: it decodes and generates, plain and compressed.
 
-`python -m kvcompress.bundle.verify BUNDLE --expected FILE` is the fresh process in which an export
-reloads its own work.
+An export runs `python -m kvcompress.bundle.verify BUNDLE --expected FILE` as a fresh process that
+reloads what was written.
 """
 
 from __future__ import annotations

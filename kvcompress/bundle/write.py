@@ -1,4 +1,4 @@
-"""Export: from a finished profile to a bundle, in one step that either happens or does not."""
+"""Export: from a finished profile to a bundle. It appears whole, or nothing is changed."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def _prepare(
 
 
 def _check_counted(profile: Path, recipe: Recipe, weights: WeightScheme | None) -> None:
-    """Refuse other weights than those that a memory target counted: the plan would not meet it."""
+    """Refuse other weights than a memory target counted, with which the plan would not meet it."""
     policy, own = recipe.policy, recipe.weights
     if not isinstance(policy, BytesPolicy) or policy.memory is None or own == "bf16":
         return
@@ -222,7 +222,7 @@ def _check_fit(profile: Path, found: Source, plan: Plan) -> None:
 
 
 def _check_weights(profile: Path, job: _Job) -> None:
-    """Refuse another model of the same architecture: its heads do not do what the profile says."""
+    """Refuse another model of the same architecture, to whose heads the profile does not apply."""
     if weights_hash(job.source.load("cpu", dtype="auto")) != job.profile.provenance.weights_hash:
         raise BundleError(
             f"{profile}: it profiled other weights than those of {job.source.location}; "
@@ -235,7 +235,8 @@ def _bf16_bytes(found: Source) -> int:
 
 
 def _check_space(target: Path, job: _Job) -> None:
-    """Refuse early what cannot end well; the estimate is a little low, never too high."""
+    """Refuse before any weight is loaded where the disk has too little room. The estimate may be a
+    little low but is never too high."""
     folder = next(parent for parent in target.parents if parent.exists())
     heads = output_heads(job.source.skeleton)
     needed_bytes = weights_bytes(job.source.skeleton, job.format, (*job.kept, *heads))
@@ -249,7 +250,8 @@ def _check_space(target: Path, job: _Job) -> None:
 
 @contextmanager
 def _one_line(target: Path) -> Iterator[None]:
-    """What can fail while writing, as an error that names the bundle and not a temporary file."""
+    """Within the block, an error of the system becomes one that names the bundle and not the hidden
+    directory in which it is written."""
     from safetensors import SafetensorError
 
     todo = "free some space and export again; nothing was changed"
@@ -287,7 +289,8 @@ def _write_weights(
 
 
 def _write_index(staged: Path) -> None:
-    """An index even for one file: some loaders read every stray safetensors file without it."""
+    """Write the index even for one file: without it some loaders read every safetensors file they
+    find."""
     from safetensors import safe_open
 
     path = staged / manifest.INDEX
@@ -314,7 +317,7 @@ def _patch_config(path: Path) -> None:
 
 
 def _write_rest(job: _Job, staged: Path, found: list[dict[str, str]]) -> None:
-    """Everything but the weights; the manifest comes last because it hashes the others."""
+    """Write everything but the weights, the manifest last, because it hashes all other files."""
     (staged / manifest.FOLDER).mkdir()
     for path in job.source.legal:
         shutil.copyfile(path, staged / path.name)

@@ -1,6 +1,8 @@
-"""The only calls of transformers' loaders: files on this machine, no code of the model's own.
+"""The only calls of transformers' loaders. They read files of this machine and run no code of a
+model's own.
 
-transformers raises whatever a damaged file provokes; here it becomes one line that names the model.
+A damaged file makes transformers raise an error of any kind; here it becomes one line that names
+the model.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Checkpoint:
 
     @property
     def place(self) -> dict[str, bool | str]:
-        """What every loader of transformers is told: no network, no code of the model's own."""
+        """Options for every loader of transformers: no network, no code of the model's own."""
         gguf = {} if self.gguf is None else {"gguf_file": self.gguf}
         return {"trust_remote_code": False, "local_files_only": True, **gguf}
 
@@ -111,7 +113,7 @@ def load_config(found: Checkpoint) -> PretrainedConfig:
 
 
 def _refuse_shadows(found: Checkpoint, config: PretrainedConfig) -> None:
-    """Parts of a configuration are checked by the class of the whole, which has the methods."""
+    """Refuse keys that would replace a method: a configuration becomes attributes of its class."""
     parts = [found.settings, *(v for v in found.settings.values() if isinstance(v, dict))]
     for part in parts:
         for key in part:
@@ -217,8 +219,8 @@ def load_model(
 
 
 def _unpacked(config: PretrainedConfig) -> tuple[str, PretrainedConfig]:
-    """Who packed the weights, and a copy of the configuration that has fp8 unpacked: packed, its
-    layers would run on kernels from the Hub."""
+    """The method that packed the weights, and a copy of the configuration in which fp8 weights are
+    unpacked while they load. Packed fp8 layers would run on kernels from the Hub."""
     config = copy.deepcopy(config)
     found = getattr(config, "quantization_config", None)
     packed = found if isinstance(found, dict) else {}
@@ -229,7 +231,7 @@ def _unpacked(config: PretrainedConfig) -> tuple[str, PretrainedConfig]:
 
 
 def _gguf_options(found: Checkpoint, options: dict[str, object]) -> dict[str, object]:
-    """Its blocks are unpacked: packed, they would run on kernels from the Hub."""
+    """Options that unpack the file's blocks; packed ones would run on kernels from the Hub."""
     import torch
     import transformers
 
@@ -247,7 +249,7 @@ def _gguf_options(found: Checkpoint, options: dict[str, object]) -> dict[str, ob
 
 @contextmanager
 def reading(name: str, what: str) -> Iterator[None]:
-    """Turn what transformers raises on a file into one line.
+    """Within the block, turn an error of transformers into one line.
 
     Raises:
         UnsupportedModelError: for any error inside but our own.

@@ -1,6 +1,6 @@
-"""What the JSON files of a model directory may say before transformers sees them.
+"""Checks of a model directory's JSON files, made before transformers reads them.
 
-transformers obeys many keys of a config.json: some make it fetch and run code (an attention kernel
+transformers obeys many keys of a config.json. Some make it fetch and run code (an attention kernel
 by the name of its repository), some replace its own methods, some make it build without end.
 """
 
@@ -34,7 +34,7 @@ _IMPLEMENTATIONS: Final = {
     "attn_implementation": frozenset(("eager", "sdpa")),
     "experts_implementation": frozenset(("eager", "batched_mm", "grouped_mm")),
 }
-# what patches modules, names other weight files, or asks for kernels and other machines
+# keys that patch modules, name other weight files, or ask for kernels and other machines
 _FOREIGN: Final = frozenset(
     ("distributed_config", "fusion_config", "kernel_config", "transformers_weights", "use_kernels")
 )
@@ -191,7 +191,7 @@ def _is_bitsandbytes(value: dict[str, object]) -> bool:
     return any(value.get(key) is True for key in ("load_in_4bit", "load_in_8bit"))
 
 
-# by name, so that a test can take one away and see that something is then let in
+# by name, so that a test can take one away and see which configuration is then accepted
 CONFIG_CHECKS: Final[dict[str, Callable[[Path, dict[str, object]], None]]] = {
     "implementations": _implementations,
     "foreign keys": _no_foreign,

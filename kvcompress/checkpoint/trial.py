@@ -1,5 +1,7 @@
-"""A token of a model that was just loaded: settings of a wrong type are only met when they are
-used, and weights that are numbers may still overflow."""
+"""Generating one token with a model that was just loaded.
+
+Settings of a wrong type raise only when they are used, and finite weights may still overflow.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _IDS: Final = (7, 38, 69, 100)
-# whatever its generation_config.json says: one token, by the largest logit
+# one token, that of the largest logit, whatever the model's generation_config.json says
 _PLAIN: Final[dict[str, object]] = {
     "max_new_tokens": 1,
     "do_sample": False,

@@ -1,4 +1,4 @@
-"""The end of a prompt: what happens to scores once all tokens stand side by side."""
+"""The end of a prompt: scores are pooled and finished, with all tokens at hand."""
 
 from __future__ import annotations
 

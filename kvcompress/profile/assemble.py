@@ -23,7 +23,7 @@ def assemble(
     predicted_loss: float | None,
     weights: tuple[WeightScheme, ...] = (),
 ) -> Plan:
-    """The plan; a loss in another unit than nats is left out of it.
+    """A plan of these heads. It carries the predicted loss only where that is in nats.
 
     Raises:
         PlanError: if the heads and the settings do not go together.
@@ -42,7 +42,7 @@ def assemble(
 
 
 def reads_twice(keep: Keep) -> bool:
-    """Whether the scorer's votes are those of a repetition, which the profile does not make."""
+    """Whether the scorer needs every prompt read twice, which the profile does not do."""
     return "repeat" in scorer(keep.scorer).needs
 
 

@@ -1,7 +1,9 @@
-"""Run prompts through a model, one forward each, and hand every layer's attention to an observer.
+"""Run prompts through a model, one forward each, and show every layer's attention to an observer.
 
-Queries are taken in chunks of at most 128 rows, so memory is O(Hq · 128 · S) for one layer at a
-time and no [Hq, S, S] matrix ever exists. What an observer keeps has to be small.
+A row is one query of the prompt. Rows are taken in chunks of at most 128, so memory is
+O(Hq · 128 · S) for one layer at a time, and no [Hq, S, S] matrix ever exists. An observer should
+keep little of what it sees. The newest rows of a prompt are held out: they measure how well the
+tokens were chosen, so they have no vote in the choice.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ _FEWEST_ROWS, _MOST_ROWS = 64, 128
 
 
 def held_out_rows(length_tokens: int) -> int:
-    """Newest query rows of a prompt that are measured and never vote: 64 to 128, at most half."""
+    """How many of a prompt's newest rows are held out: 64 to 128, at most half of the prompt."""
     return min(max(_FEWEST_ROWS, min(_MOST_ROWS, length_tokens // 16)), length_tokens // 2)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRows:
-    """One layer on one prompt: its held-out rows and what the earlier rows say of each token.
+    """One layer on one prompt: its held-out rows, and each token's rank by the rows before them.
 
     Attributes:
         module: the attention module.
@@ -45,8 +47,8 @@ class LayerRows:
         key, value: ``[Hkv, S, D]`` float32.
         output: ``[Hkv, G, W, Dv]`` exact attention output of those rows.
         prompt_tokens: S − W, the first held-out row.
-        ranks: ``[W / 8, Hkv, S]``, rank of each token before every eighth held-out row, from the
-            rows before it alone; larger is kept, unseen tokens are −inf.
+        ranks: ``[W / 8, Hkv, S]`` rank of each token before every eighth held-out row, from the
+            rows before it alone. Tokens of larger rank stay; unseen tokens have −inf.
         residual: ``[W, hidden]`` float32, the residual stream where the layer reads it.
     """
 
@@ -63,7 +65,7 @@ class LayerRows:
 
 
 class RunningScores:
-    """Scores ``[Hkv, S]`` of a layer's tokens, raised row by row; a rank only knows earlier rows.
+    """Scores ``[Hkv, S]`` of a layer's tokens, which grow as rows vote one after the other.
 
     Args:
         prompt_tokens: rows of the prompt proper; `keep.score_rows` counts back from there.
@@ -182,7 +184,7 @@ class RowSink(Protocol):
 
 
 def attend(given: LayerInput, sink: RowSink | None = None) -> Tensor:
-    """Exact attention ``[Hkv, G, S, Dv]`` in float32, chunk by chunk; `sink` sees each chunk."""
+    """Exact attention ``[Hkv, G, S, Dv]`` in float32, by chunks, each shown to `sink`."""
     query, key, value, softmax = given.query, given.key, given.value, given.softmax
     heads, groups, length, _ = query.shape
     out = query.new_empty(heads, groups, length, value.shape[-1])
@@ -270,7 +272,7 @@ def inputs_of(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
 def key_moments(
     model: PreTrainedModel, shape: ModelShape, rotations: Sequence[Rotation | None], ids: list[int]
 ) -> list[KeyStats]:
-    """Moments of one prompt's keys, per layer, each layer's rotary embedding undone."""
+    """Moments of one prompt's keys in each layer, once the layer's rotary embedding is undone."""
     found: dict[int, KeyStats] = {}
 
     def run(given: LayerInput) -> Tensor:
@@ -288,6 +290,6 @@ def key_moments(
 
 @torch.inference_mode()
 def forward(model: PreTrainedModel, ids: list[int]) -> None:
-    """One prompt through the decoder; its logits are not wanted."""
+    """Run one prompt through the decoder, without the head that makes logits."""
     tokens = torch.tensor([ids], device=model.device)
     model.base_model(input_ids=tokens, use_cache=False)

@@ -1,12 +1,13 @@
 """One prompt, one forward: recovery and loss of every head.
 
-FastGen's recovery says how much of a head's attention a keep-set retains.
-For a row of attention A and the renormalised attention Â over kept tokens of mass m,
-‖A − Â‖₁ = (1 − m) + Σ_kept a (1/m − 1) = 2 (1 − m): both readings of the criterion follow from m.
+FastGen's recovery says how much of a head's attention a keep-set retains. Take a row of attention
+A whose kept tokens have mass m, and Â, the same row renormalised over them. Then
+‖A − Â‖₁ = (1 − m) + Σ_kept a (1/m − 1) = 2 (1 − m), so both readings of FastGen's criterion follow
+from m.
 
-Source: arXiv 2310.01801, equation 1. Differs from the paper: measured on the last 64 to 128 rows
-only, which never vote for `frequent`; a low quantile over rows, because a mean is dominated by rows
-that sinks satisfy; the minimum over the query heads that share a KV head.
+Source: arXiv 2310.01801, equation 1. Differs from the paper: only the last 64 to 128 rows are
+measured, and they never vote for `frequent`. A low quantile over rows is taken, because sinks
+satisfy most rows and would dominate a mean; then the minimum over the query heads of a KV head.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ LOW_QUANTILE: Final = 0.05
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured, the same for every prompt.
+    """The settings of a measurement, the same for every prompt.
 
     Attributes:
-        chain: FastGen's keep-sets.
-        heads: candidates whose loss is wanted.
-        fewer: the same for further settings with fewer sinks and recent tokens.
-        params: key constants that stored keys are coded with, and what the scorer was trained to.
+        ladder: FastGen's keep-sets, whose recovery is measured.
+        heads: candidates whose loss is measured.
+        fewer: further settings with fewer sinks and recent tokens, and their candidates.
+        params: key constants that stored keys are coded with, and the scorer's trained weights.
         gradients: whether losses are in nats, see `losses`.
     """
 
@@ -45,7 +46,7 @@ class Setup:
     keep: Keep
     special_ids: tuple[int, ...]
     punct_ids: tuple[int, ...]
-    chain: tuple[HeadPlan, ...]
+    ladder: tuple[HeadPlan, ...]
     heads: tuple[HeadPlan, ...]
     fewer: tuple[tuple[Keep, tuple[HeadPlan, ...]], ...]
     params: KVParams
@@ -54,10 +55,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class PromptResult:
-    """float32, on the CPU.
+    """What one prompt gave, in float32 on the CPU.
 
     Attributes:
-        recovery: ``[L, Hkv, len(chain)]``.
+        recovery: ``[L, Hkv, len(ladder)]``.
         loss: ``[L, Hkv, C]`` of `Setup.heads`, then of every entry of `Setup.fewer`.
         shares: ``[2]`` share of special and of punctuation tokens.
         path_nats: see `Sensitivity`.
@@ -81,7 +82,7 @@ def measure_prompt(model: PreTrainedModel, setup: Setup, ids: list[int]) -> Prom
         masks = KeepMasks(rows, setup.keep, special, punct)
         logits = rows.softmax.logits(rows.query, rows.key)
         attention = logits.masked_fill_(~masks.visible, -torch.inf).softmax(-1)
-        reached = [head_recovery(kept_mass(attention, masks.kept(h))) for h in setup.chain]
+        reached = [head_recovery(kept_mass(attention, masks.kept(h))) for h in setup.ladder]
         recovery[rows.layer] = torch.stack(reached, -1).cpu()
         center = setup.params.k_center[rows.layer]
         scale = setup.params.k_scale[rows.layer]
@@ -124,8 +125,8 @@ def head_recovery(mass: Tensor) -> Tensor:
 
 
 def over_prompts(recovery: Tensor) -> Tensor:
-    """``[L, Hkv, C]`` from ``[prompts, L, Hkv, C]``: what all but the worst prompts reach.
+    """``[L, Hkv, C]`` recovery that all but the worst prompts reach, of ``[prompts, L, Hkv, C]``.
 
-    A keep-set later in the chain holds the earlier ones and is given at least their recovery.
+    A later keep-set of the ladder holds the earlier ones and is given at least their recovery.
     """
     return torch.quantile(recovery, LOW_QUANTILE, dim=0).cummax(-1).values

@@ -1,7 +1,7 @@
-"""KVzip's scores of a context, collected from one forward of [context ; request ; context].
+"""KVzip's scores of a context, from one forward of [context ; request ; context].
 
-Rows behind the context vote on its keys, exactly as the scorer of that name says; queries are taken
-in chunks, so that no square matrix of attention exists. Nothing is cached.
+The rows behind the context vote on its keys, as KVzip's scorer says. Queries are taken in chunks,
+so that no square matrix of attention exists. No cache is kept.
 """
 
 from __future__ import annotations

@@ -296,7 +296,7 @@ def _profile(
         special_share=float(shares[0]),
         punct_share=float(shares[1]),
         rotations=tuple(r.note for r in rotations),
-        chain=setup.chain,
+        chain=setup.ladder,
         recovery=_table(recovery),
         recovery_l1=_table(l1_distance(recovery)),
         candidates=setup.heads,

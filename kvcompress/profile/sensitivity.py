@@ -1,4 +1,4 @@
-"""What a change of a head's attention output does to the model's predictions.
+"""The effect of a head's attention output on the model's predictions.
 
 A prompt's held-out rows are predicted from two extremes: the full cache, and sinks and recent
 tokens alone in every head. Between them lies the path of outputs ``o + α (o_bare − o)``. The
@@ -8,9 +8,9 @@ with respect to every head's output, averaged over the path, is the sensitivity 
 the output of head h costs about ``u_h · δ`` nats, and the change to `bare` in all heads together
 costs what the path integral says, KL(full ‖ bare).
 
-The gradient at the full cache alone does not do: where the model is sure of a token, predictions
-are flat, though dropping what made it sure costs everything; and of heads that find the same
-token each seems superfluous as long as the others are there.
+The gradient at the full cache alone would mislead. Where the model is sure of a token, its
+predictions are flat, though dropping the evidence for it costs everything. And where several heads
+find the same token, each of them seems superfluous as long as the others are there.
 
 Source: the path integral of arXiv 1703.01365, equation 3 (integrated gradients), on head outputs.
 """
@@ -37,7 +37,7 @@ _TRIAL_TOKENS: Final = 128
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One prompt's.
+    """Sensitivities on one prompt.
 
     Attributes:
         gradients: per layer ``[Hkv, G, W, Dv]`` float32, in nats per unit of output; None where
@@ -104,7 +104,7 @@ def _kl(full: Tensor, other: Tensor) -> Tensor:
 
 
 def _gradients(lost: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-    """Of `lost` with respect to each of `outputs`, zero where it does not depend on it."""
+    """Gradient of `lost` with respect to each output, zero where it does not depend on it."""
     found = torch.autograd.grad(lost, outputs, allow_unused=True, materialize_grads=True)
     return list(found)
 

@@ -1,4 +1,4 @@
-"""The model and tokenizer that a profile is taken of."""
+"""Loading the model and tokenizer that a profile is taken of."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_source(
     Raises:
         UnsupportedModelError: if there is no such model, or it is not a causal language model.
     """
-    found, config = _causal(model)  # before anything big is read
+    found, config = _causal(model)  # refuses before anything big is read
     tokenizer = load_tokenizer(found)
     return _loaded(found, config, device), tokenizer
 

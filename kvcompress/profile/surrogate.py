@@ -2,7 +2,7 @@
 
 Teacher: log s⁺ of `evict.scorers.kvzip`, of both halves of every calibration prompt, read twice.
 Student: per layer and KV head, ridge regression of log s⁺ on the input of the attention module, in
-closed form from moments, which are all that is ever kept: no hidden state, no token.
+closed form from moments. Only the moments are ever kept, no hidden state and no token.
 
 With x the inputs, C and c the covariances of x with itself and with log s⁺, and Λ = λ · diag(C):
     w = (C + Λ)⁻¹ c,  b = mean of log s⁺ − w · mean of x
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TEACHER: Final = "kvzip_plus"
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-FLOOR: Final = 1e-8  # lower scores count as this: their order is of no use, and lines would bend
+FLOOR: Final = 1e-8  # lower scores count as this: their order is useless and would bend the fit
 KEPT: Final = "surrogate"
 _HELD_OUT_SHARE: Final = 4
 _STILL: Final = 1e-12  # of a channel's mean square
@@ -77,11 +77,12 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Of several students on held-out tokens of one layer, float64.
+    """Sums of the errors of several students on held-out tokens of one layer, float64.
 
     Attributes:
         squared: ``[students, Hkv]`` Σ of squared errors.
-        count, total, total_squared: of the log scores themselves, the latter two ``[Hkv]``.
+        count, total, total_squared: number, sum ``[Hkv]`` and sum of squares ``[Hkv]`` of the log
+            scores themselves.
     """
 
     squared: Tensor
@@ -112,7 +113,7 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """What the training gives.
+    """The trained weights and how well they predict.
 
     Attributes:
         weights: per layer ``[Hkv, hidden + 1]`` float32, the constant last.
@@ -239,7 +240,7 @@ def _held_out_errors(
     place: Workplace,
     name: str,
 ) -> list[Errors]:
-    """Of one prompt, per layer."""
+    """Errors on one prompt, per layer."""
     names = [f.name for f in fields(Errors)]
     layers = range(shape.layers)
 

@@ -1,4 +1,4 @@
-"""Texts of a calibration file or data set, one row at a time, each checked before it is used."""
+"""Texts of a calibration file or data set, one entry at a time, each checked before it is used."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _parquet(path: Path, column: str) -> Iterator[tuple[str, Row]]:
 
 
 def _data_set(calibration: Calibration) -> Iterator[tuple[str, Row]]:
-    """Rows of a data set that streams, mixed by the seed: nobody can read all of a large one."""
+    """Rows of a data set, streamed and mixed by the seed, as a large one cannot be read whole."""
     import datasets
 
     name = calibration.data
@@ -132,7 +132,8 @@ def _data_set(calibration: Calibration) -> Iterator[tuple[str, Row]]:
 
 
 def _checked(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Texts that a tokenizer can take: half of a surrogate pair, which JSON can spell, is none."""
+    """The texts, once it is sure that a tokenizer can take them. JSON can spell half of a surrogate
+    pair, which no tokenizer takes."""
     for where, text in rows:
         try:
             text.encode()

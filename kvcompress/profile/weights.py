@@ -1,9 +1,8 @@
-"""What weight formats cost, decoder layer by decoder layer.
+"""The loss of each weight format in each decoder layer.
 
-The linear layers of one decoder layer are replaced by what they read as in a format, every other
-layer stays as it is, and the KL of the predictions of the held-out rows is taken to the model as it
-is. Rounding is simulated on the weights: int8 kernels, which round activations too, lose a little
-more.
+The profiler rounds the linear layers of one decoder layer to a format, leaves all other layers as
+they are, and takes the KL of the held-out rows' predictions to those of the unrounded model. Only
+weights are rounded: int8 kernels round activations too and lose a little more.
 """
 
 from __future__ import annotations

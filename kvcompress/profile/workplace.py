@@ -1,4 +1,5 @@
-"""A profile in the making: finished prompts on disk, so that a stopped run goes on where it was."""
+"""The directory of a profile that is not finished: completed steps lie on disk, so that a run that
+was stopped goes on where it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One completion, with what its cache held at the end."""
+"""One completion of a prompt, and the bytes that its cache held at the end."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Completion:
     """Text that was generated, and the bytes that its cache measured.
 
     Attributes:
-        pays_from_tokens: length from about which on the plan's cache is smaller than one in 16
-            bits, to a few tokens, as budgets are rounded; None where it is not at any length that
-            the model was made for.
+        pays_from_tokens: from about this length on, the plan's cache is smaller than one in 16
+            bits. It is exact to a few tokens, as budgets are rounded. None where no length that the
+            model was made for is long enough.
     """
 
     text: str

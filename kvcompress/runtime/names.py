@@ -1,8 +1,8 @@
-"""What transformers calls things, and what it changes from release to release.
+"""Names that transformers changes from release to release.
 
 The cache argument of a forward was called `past_key_values` until transformers 5.23 and is called
-`cache` since 5.24, which drops the old name in 5.40. We take both, on every release, by keyword and
-by position, and hand on the one that the installed release knows.
+`cache` since 5.24; the old name goes in 5.40. On every release we accept both, by keyword and by
+position, and pass on the name that the installed release knows.
 """
 
 from __future__ import annotations

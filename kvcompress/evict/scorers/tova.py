@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.evict.scorers.base import Rows, Scorer
 
-_SILENT = -1.0  # said by no row: attention is never negative
+_SILENT = -1.0  # no row has voted: attention is never negative
 
 
 class LatestScorer(Scorer):

@@ -1,4 +1,4 @@
-"""What a weight format has to say about itself."""
+"""The interface of a weight format."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class WeightFormat:
             every device.
         linear_bytes: bytes of the weight of a linear layer with (out_features, in_features),
             scales and tables included, labels of the format aside.
-        roundtrip: what a float32 weight ``[out, in]`` reads as once stored.
-        dtypes: of the tensors that its files may hold, as safetensors names them.
-        matches: whether the `quantization_config` of a config.json says this format.
+        roundtrip: the value that a float32 weight ``[out, in]`` has once it was stored and read.
+        dtypes: dtypes that tensors of its files may have, by safetensors' names.
+        matches: whether the `quantization_config` of a config.json describes this format.
     """
 
     name: WeightScheme

@@ -46,8 +46,8 @@ class CompressedCache(Cache):
     Args:
         plan: of this very model; see `kvcompress.attach`.
         params: key centre and scale; None is centre 0 and scale 1.
-        config: of the model; needed where some layers keep something other than keys and values,
-            as linear attention does. `kvcompress.new_cache(model)` passes it.
+        config: the model's configuration, needed where some layers keep something other than keys
+            and values, as linear attention does. `kvcompress.new_cache(model)` passes it.
         protect: half-open ranges of tokens that are never evicted, numbered from a row's first
             real token; one list for every row, or a list of such lists, one per row.
         compress: ``per_chunk`` evicts after every forward, so that a long prompt that is fed in
@@ -129,7 +129,7 @@ class CompressedCache(Cache):
         """The layers that hold keys and values, in order."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
-    # ---- what the model's forward tells
+    # ---- told by the model's forward
     @between_graphs
     def note_forward(
         self,
@@ -144,8 +144,8 @@ class CompressedCache(Cache):
             input_ids: ``[B, T]``, None where the caller passes embeddings.
             length: T.
             attention_mask: ``[B, seen + T]``, or None.
-            logits_to_keep: rows of logits that the caller wants; while the cache records, all but
-                the first of them belong to drafted tokens.
+            logits_to_keep: how many logits the caller wants; while the cache records drafts, all
+                but the first of them belong to drafted tokens.
         """
         uses = any(layer.settings.uses_classes for layer in self.compressed_layers)
         if uses and input_ids is None and length > 1:
@@ -324,7 +324,7 @@ class CompressedCache(Cache):
         self.seen_text.select_rows(beam_idx.tolist())
 
     def _settle(self) -> None:
-        """Rows are about to move: what is held is compressed as one prompt first."""
+        """Compress the prompt that is held before rows move."""
         if any(layer.has_pending for layer in self.compressed_layers) and not self._drafts_wait:
             self.end_prefill()
 

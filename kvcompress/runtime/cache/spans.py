@@ -1,4 +1,4 @@
-"""What a caller names by tokens: protected spans, and the classes that a plan keeps."""
+"""Spans of tokens that a caller protects, and the token classes that a plan keeps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the compressed cache can do for a model, found by running it: a few short forwards.
+"""Finding out what the compressed cache can do for a model, by a few short forwards.
 
-Nothing here depends on a list of model names. A family that works today and changes tomorrow is
-noticed by its numbers, and one that we never heard of is served if they are right.
+No list of model names decides. A family that changes is noticed by its numbers, and one that we
+never heard of is served if its numbers are right.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Finding:
     """One thing that users ask of a cache, and whether this model's can do it.
 
     Attributes:
-        error: ‖a − b‖ / ‖b‖ of the logits against the same thing done the plain way; None where
+        error: distance of the logits to those of the plain way, see `compare.distance`; None where
             nothing was run.
     """
 
@@ -184,7 +184,7 @@ class _Runs:
         return judged if judged.status == "no" else finding
 
     def relative(self) -> Finding:
-        """A window that holds everything: numbering the tokens anew must then change nothing."""
+        """Relative positions under a window that holds every token must change nothing."""
         name = "relative positions (streams)"
         head = HeadPlan(local=Budget(tokens=PROMPT + STEPS), k_dtype="model", v_dtype="model")
         plan, before = uniform(self.shape, head, positions="relative"), attached(self.model)
@@ -202,7 +202,7 @@ class _Runs:
         return self.judged(name, found, wanted, "keys can be turned: contexts without end")
 
     def static(self) -> Finding:
-        """Fixed arrays against growing ones; whether they compile is for torch to say."""
+        """Fixed arrays against growing ones, without compiling them."""
         name = "fixed arrays (compiled)"
         plan = attached(self.model)
         assert plan is not None
@@ -300,7 +300,7 @@ class _Runs:
 
 
 def _by_architecture(model: PreTrainedModel, shape: ModelShape) -> list[Finding]:
-    """What follows from the kinds of layers alone."""
+    """Findings that follow from the kinds of layers, without a run."""
     kinds = {shape.kind(layer) for layer in range(shape.layers)}
     plain = kinds <= {"full", "sliding"}
     learned = any(name.endswith(".sinks") for name, _ in model.named_parameters())

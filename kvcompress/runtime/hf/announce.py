@@ -1,8 +1,8 @@
-"""Every forward of the model is announced to its cache before its layers run.
+"""Hooks that announce every forward of a model to its cache before the layers run.
 
-A layer that attends for a forward that was not announced raises, see
-`kvcompress.runtime.layer.base.StoringLayer.update`: nothing that depends on the announcement can be
-lost in silence when transformers changes.
+A layer raises where it attends for a forward that nobody announced, see
+`kvcompress.runtime.layer.base.StoringLayer.update`. So if a release of transformers stops calling
+the hooks, the user gets an error and no wrong text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Call = tuple[tuple[object, ...], Arguments]
 
 
 def announce(model: PreTrainedModel, args: tuple[object, ...], kwargs: Arguments) -> Call:
-    """Forward pre-hook: the cache learns what comes, the attention function learns the cache."""
+    """Forward pre-hook: tell the cache which tokens come, and pass it to the attention function."""
     own = record_of_hooked(model)
     given = by_keyword(own.arguments, args, kwargs)
     if given.get(CACHE) is None and _wants_a_cache(model, given):
@@ -55,9 +55,10 @@ def announce(model: PreTrainedModel, args: tuple[object, ...], kwargs: Arguments
 
 
 def _check_ids(model: PreTrainedModel, cache: CompressedCache, ids: Tensor) -> None:
-    """Refuse tokens that the model has no embedding for, as another model's tokenizer makes them:
-    the lookup would end in an IndexError, or take a GPU down. A decoded token is not looked at: it
-    comes from the model, and a GPU would have to be waited for.
+    """Refuse tokens that the model has no embedding for, such as another model's tokenizer makes.
+
+    Their lookup would end in an IndexError, or take a GPU down. A decoded token is not checked: it
+    comes from the model itself, and reading it would wait for the GPU.
 
     Raises:
         KVCompressError: naming the first of them.
@@ -113,7 +114,7 @@ def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def hand_over_input(module: torch.nn.Module, args: tuple[object, ...], kwargs: Arguments) -> Call:
-    """Pre-hook of an attention module: its attention function learns the module's input."""
+    """Pre-hook of an attention module: give the module's input to its attention function."""
     if "kvc_cache" in kwargs:
         kwargs["kvc_hidden"] = kwargs.get("hidden_states", args[0] if args else None)
     return args, kwargs

@@ -1,4 +1,4 @@
-"""The attention function that transformers calls in place of its own."""
+"""The attention function that transformers calls for a model with a plan."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def _attention(
 
 
 def _without_gradient(attend: Callable[[], Tensor], query: Tensor) -> Tensor:
-    """What is stored belongs to no graph: outside of no_grad the output refuses a gradient."""
+    """Attend without recording a graph, as stored codes have none. Where the caller records one, a
+    backward pass through the output raises."""
     if not (torch.is_grad_enabled() and query.requires_grad):
         return attend()
     with torch.no_grad():
@@ -101,7 +102,8 @@ class _NoGradient(torch.autograd.Function):
 
 
 def _layer_of(module: torch.nn.Module, key: Tensor, cache: object) -> CompressedLayer | None:
-    """The cache layer that holds these keys: they carry it, unless the model made them anew."""
+    """The cache layer that holds these keys. The keys carry it as an attribute, which is lost where
+    the model computes new tensors from them; then the module's own number tells the layer."""
     layer = getattr(key, "_kvc_layer", None)
     if layer is None and isinstance(cache, CompressedCache):
         layer = cache.layers[cast(int, module.layer_idx)]

@@ -1,10 +1,10 @@
 """transformers' `generate` on a model with a plan: it uses the compressed cache, or an error says
 why not.
 
-`attach` puts functions of this file in place of the model's methods. `generate` itself only
-looks at the arguments; transformers does the rest, and asks us for the cache (`_prepare_cache`) and
-to feed the prompt (`_prefill`, or `_drafts` where a draft comes with it). That it asked is checked
-before every forward, so that a release that no longer asks is noticed at once.
+`attach` puts functions of this file in place of the model's methods. Our `generate` only checks the
+arguments and calls transformers' own, which then calls us back: for the cache (`_prepare_cache`)
+and to feed the prompt (`_prefill`, or `_drafts` where a draft comes with it). Before every forward
+we check that it did call back, so that a release that no longer does so is noticed at once.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.names import CACHE, Arguments, release, with_one_cache
 from kvcompress.runtime.static.cache import StaticCompressedCache
 
-# what would keep `generate` from the compressed cache, and the value that means "not asked for"
+# arguments that keep `generate` from the compressed cache, and their values that do not ask for it
 _BYPASSES: Final = {"use_cache": (None, True), "cache_implementation": (None,)}
 
 
 @dataclass(slots=True)
 class _Running:
-    """A call of `generate`: what transformers has asked for so far."""
+    """A call of `generate` that runs now, and the callbacks that transformers has made so far."""
 
     model: PreTrainedModel
     own_loop: bool  # the caller's function decodes, transformers only prepares
@@ -64,7 +64,7 @@ def restore(model: PreTrainedModel) -> None:
 
 
 def check_forward(model: PreTrainedModel, cache: object) -> None:
-    """Refuse a forward inside of `generate` for which transformers did not ask us.
+    """Refuse a forward inside of `generate` before which transformers did not call us back.
 
     Raises:
         KVCompressError: naming the release and the method that it did not call.
@@ -107,7 +107,8 @@ def _generate(model: PreTrainedModel, *args: object, **kwargs: object) -> object
 
 
 def _refuse_bypass(model: PreTrainedModel, config: object, kwargs: Arguments) -> None:
-    """What a checkpoint says of caches is about transformers' own; what the caller says counts."""
+    """Refuse arguments of the caller that go past the compressed cache. A checkpoint's own settings
+    are about transformers' caches and do not count."""
     for name, harmless in _BYPASSES.items():
         value = kwargs.get(name)
         if name not in kwargs and config is not None:
@@ -135,7 +136,7 @@ def _prepare_cache(
     if isinstance(given, StaticCompressedCache):
         given.check_length(generation_config.max_length - 1)  # the last token is not fed back
     if given is None or isinstance(given, CompressedCache):
-        # what a checkpoint says of transformers' own caches, see `_refuse_bypass`
+        # a checkpoint's settings are about transformers' own caches, see `_refuse_bypass`
         generation_config.use_cache, generation_config.cache_implementation = True, None
     if given is None:
         cache = model_kwargs[CACHE] = new_cache(model)
@@ -196,8 +197,8 @@ def _check_text(
     generation_config: GenerationConfig,
     model_kwargs: Arguments,
 ) -> None:
-    """A prompt on a cache that holds tokens: either the whole text, which has to begin with them,
-    or the new tokens alone, with a mask of the whole text.
+    """Check a prompt for a cache that holds tokens already. It may be the whole text, which must
+    begin with the tokens of the cache, or the new tokens alone with a mask of the whole text.
 
     Raises:
         KVCompressError: for a prompt that is neither.

@@ -1,4 +1,4 @@
-"""What a model with a plan attached carries."""
+"""The record that a model with a plan carries."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _ATTRIBUTE: Final = "_kvcompress_attached"
 
 
 class Attached:
-    """What `attach` changed on a model, so that `detach` can undo it.
+    """The changes that `attach` made to a model, so that `detach` can undo them.
 
     Args:
         kind: the model's class.
-        wake: makes transformers know the attention function; a model that was pickled may wake up
-            in a process that never attached a plan. Pickled by its name.
+        wake: registers the attention function with transformers. A model may be unpickled in a
+            process that never attached a plan, and calls it then. It is pickled by its name.
 
     Attributes:
         arguments: names of the arguments of the model's forward, in order.
@@ -77,7 +77,7 @@ def base_of(model: object) -> PreTrainedModel:
 
 
 def _unwrapped(model: Any) -> tuple[Any, Any]:
-    """What torch.compile and PEFT have wrapped, and PEFT's configuration, None without one."""
+    """The model inside the wrappers of torch.compile and PEFT, and PEFT's configuration or None."""
     tuning = None
     while True:
         if hasattr(model, "_orig_mod"):
@@ -89,13 +89,13 @@ def _unwrapped(model: Any) -> tuple[Any, Any]:
 
 
 def record(model: object) -> Attached | None:
-    """What is attached to a model, None without a plan."""
+    """The record of a model, None where it has no plan."""
     found: Attached | None = _unwrapped(model)[0].__dict__.get(_ATTRIBUTE)
     return found
 
 
 def record_of_hooked(model: PreTrainedModel) -> Attached:
-    """What is attached to a model whose pre-hook runs."""
+    """The record of a model whose pre-hook runs, which therefore has one."""
     found: Attached = model.__dict__[_ATTRIBUTE]
     return found
 
@@ -105,7 +105,7 @@ def set_record(model: PreTrainedModel, value: Attached) -> None:
 
 
 def take_record(model: object) -> tuple[PreTrainedModel, Attached | None]:
-    """The model inside of a wrapper, and what was attached to it, which is removed."""
+    """The model inside its wrappers, and its record, which is removed from it."""
     inner = _unwrapped(model)[0]
     return inner, inner.__dict__.pop(_ATTRIBUTE, None)
 
@@ -117,7 +117,7 @@ def attached(model: object) -> tuple[Plan, KVParams | None] | None:
 
 
 def own_part(model: object) -> tuple[Plan, KVParams | None]:
-    """The plan and key constants of the KV heads that this process holds; caches are made of them.
+    """The plan and key constants of the KV heads that this process holds, for new caches.
 
     Raises:
         KVCompressError: if no plan is attached.

@@ -10,13 +10,14 @@ from kvcompress.errors import KVCompressError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TWO: Final = ("Yes.", "42 of them")  # what users could say first: the template writes the rest
+_TWO: Final = ("Yes.", "42 of them")  # two first messages of a user that share no beginning
 
 
 def system_span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> range:
     """The tokens that the system messages at the head of `messages` become, for ``protect=[…]``.
 
-    They are what the chat template writes alike before any two different user messages.
+    The chat template writes two conversations that differ only in the user's message; the tokens
+    before the first difference are the system messages.
 
     Raises:
         KVCompressError: if the tokenizer has no chat template, or no system message leads.
@@ -58,8 +59,8 @@ def conversation_text(
 ) -> str:
     """The whole conversation.
 
-    A template without a system role gets the system message at the head of the first user message,
-    which is what the makers of such models tell their users to do.
+    Where the template has no system role, the system message goes to the head of the first user
+    message, as the makers of such models advise.
 
     Raises:
         KVCompressError: if the tokenizer has no chat template, or its template refuses the roles.

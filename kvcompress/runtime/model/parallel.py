@@ -65,7 +65,7 @@ def mesh_of(
 
 
 def shard_plan(plan: Plan, rank: int, size: int) -> Plan:
-    """What process `rank` of `size` keeps: its block of the heads of every layer.
+    """The plan of process `rank` of `size`: its block of the heads of every layer.
 
     The model's `config_hash` stays that of the whole model; `target` names the block.
 

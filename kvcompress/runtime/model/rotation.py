@@ -1,4 +1,4 @@
-"""Which rotary embedding a layer applies, found by probing, and turning vectors by it."""
+"""Finding the rotary embedding of each layer by probing, and turning vectors by it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _COARSE: Final = 2e-2
 
 @dataclass(frozen=True)
 class LayerRotation:
-    """What the probe found for one layer.
+    """The rotary embedding that the probe found for one layer.
 
     Attributes:
-        note: for the profile and for messages.
+        note: the finding in words, for the profile and for messages.
         explained: whether the layer's keys are known to be turned by `rotation` and by nothing
             else, or not to depend on their position where it is None.
         silent: whether the probed keys were all zero, so that another token may tell more.
@@ -158,10 +158,4 @@ def turn(vectors: Tensor, angle: Tensor, rotation: Rotation) -> Tensor:
     Whole turns are taken off in float64; sines and products are in the dtype of `vectors`.
     """
     rest = torch.remainder(angle, 2 * math.pi).to(vectors.dtype)
-    cos, sin = rest.cos(), rest.sin()
-    first, second = (p.to(vectors.device) for p in rotation.pairs())
-    a, b = vectors[..., first], vectors[..., second]
-    turned = vectors.clone()
-    turned[..., first] = a * cos - b * sin
-    turned[..., second] = b * cos + a * sin
-    return turned
+    return rotation.turn_by(vectors, rest.cos(), rest.sin())

@@ -1,8 +1,9 @@
-"""A cache as tensors and JSON, and back; what comes back is checked before it is used.
+"""A cache as tensors and JSON, and back.
 
-A cache of the saved layout is built on the meta device first, from the counters alone. It says
-which tensors a file has to hold, and what its JSON would be: a file that says anything else is
-refused before a tensor is read. `kvcompress.runtime.store.rules` has the rules for both.
+Loading builds a cache of the saved layout on the meta device first, from the counters alone. That
+cache tells which tensors the file must hold and how its JSON must read. A file that differs is
+refused before any tensor is read. `kvcompress.runtime.store.rules` has the rules for counters and
+tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from kvcompress.runtime.cache.cache import CompressedCache
     from kvcompress.strict import Json
 
-# fields that the plan and the saved capacities give back
+# fields that are not saved: loading computes them from the plan and the saved capacities
 REBUILT: Final[dict[type, frozenset[str]]] = {
     LayerState: frozenset({"settings"}),
     Group: frozenset({"heads", "index", "rules"}),
@@ -44,10 +45,10 @@ _META: Final = torch.device("meta")
 
 # ---- from a cache to tensors and JSON
 def take_cache(cache: CompressedCache, tensors: dict[str, Tensor]) -> dict[str, Json]:
-    """What JSON holds of a cache; its tensors go to `tensors`.
+    """The JSON part of a cache; its tensors are put into `tensors`.
 
     Raises:
-        CacheFileError: for a cache in the middle of something, or one that could not be loaded.
+        CacheFileError: for a cache that holds a prompt or drafts, or could not be loaded again.
     """
     spans = cache.compressed_layers[0]._spans
     return {
@@ -75,7 +76,7 @@ def _take_layer(layer: object, name: str, tensors: dict[str, Tensor]) -> Json:
 
 
 def _take_linear(layer: LinearAttentionLayer, name: str, tensors: dict[str, Tensor]) -> Json:
-    """transformers' own layer, whose states are of a fixed size."""
+    """The JSON part of transformers' own layer, whose states have a fixed size."""
     for kind in LINEAR_STATES:
         for index, state in getattr(layer, kind).items():
             if state is not None:
@@ -93,7 +94,7 @@ def _take_linear(layer: LinearAttentionLayer, name: str, tensors: dict[str, Tens
 
 
 def _take(value: object, name: str, tensors: dict[str, Tensor]) -> Json:
-    """What JSON holds of `value`; its tensors go to `tensors`."""
+    """The JSON part of `value`; its tensors are put into `tensors`."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return None
@@ -159,7 +160,7 @@ def skeleton(
 
 
 def spans_of(host: Json) -> Spans:
-    """What `protect` of a cache was, for rows or for all."""
+    """The protected spans of the saved cache, for all rows or a list with one entry per row."""
     return _plain(host)
 
 
