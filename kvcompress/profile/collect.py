@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.evict.finish import finished, output_weight
 from kvcompress.evict.score_queries import pair_weight
-from kvcompress.evict.scorers import Rows, Scorer, Tokens, scorer
+from kvcompress.evict.scorers import QueryRows, Scorer, Tokens, scorer
 from kvcompress.plan import ModelShape
 from kvcompress.profile.hf import LayerInput, Softmax, attention_through, decoder_layers
 from kvcompress.quant.keystats import KeyStats, Rotation
@@ -112,7 +112,7 @@ class RunningScores:
         weight = self.scorer.row_weight(row) * (row >= self.first_vote) / groups
         if not bool(weight.any()):
             return
-        rows = Rows(weight.expand(heads, -1), row.expand(heads, -1), row)
+        rows = QueryRows(weight.expand(heads, -1), row.expand(heads, -1), row)
         near, stride = self.keep.score_rows, self.keep.score_stride
         if near is not None and stride is not None:
             key = torch.arange(seen, device=row.device)

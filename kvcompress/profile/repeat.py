@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress.evict.scorers import Rows, Scorer, scorer
+from kvcompress.evict.scorers import QueryRows, Scorer, scorer
 from kvcompress.plan import ModelShape
 from kvcompress.profile.collect import attend, forward, inputs_of, tokens_of
 from kvcompress.profile.hf import LayerInput, attention_through
@@ -130,7 +130,7 @@ class _Repetition:
         heads, groups, count, _ = probability.shape
         row = torch.arange(first_row, first_row + count, device=probability.device)
         weight = torch.full_like(self.norm[row], 1 / groups)
-        rows = Rows(
+        rows = QueryRows(
             weight.expand(heads, -1), row.expand(heads, -1), row, self.norm[row].expand(heads, -1)
         )
         votes = self.scorer.collect(probability[..., : self.length], rows)

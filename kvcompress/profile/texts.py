@@ -21,7 +21,7 @@ _DEFAULT_COLUMN: Final = Calibration().text_column
 _SHUFFLED_ROWS: Final = 10_000  # of a data set that streams: its rows are mixed in a buffer
 _ROLES: Final = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 
-Row = Mapping[str, object]
+Entry = Mapping[str, object]
 
 
 def texts(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -77,7 +77,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         raise CalibrationError(f"{path}: cannot read it ({error.strerror})") from None
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+def _jsonl(path: Path) -> Iterator[tuple[str, Entry]]:
     for where, line in _lines(path):
         if not line.strip():
             continue
@@ -92,7 +92,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         yield where, row
 
 
-def _parquet(path: Path, column: str) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path, column: str) -> Iterator[tuple[str, Entry]]:
     import pyarrow.parquet as parquet
     from pyarrow import ArrowException
 
@@ -111,7 +111,7 @@ def _parquet(path: Path, column: str) -> Iterator[tuple[str, Row]]:
         raise CalibrationError(f"{path}: not a readable parquet file ({reason})") from None
 
 
-def _data_set(calibration: Calibration) -> Iterator[tuple[str, Row]]:
+def _data_set(calibration: Calibration) -> Iterator[tuple[str, Entry]]:
     """Rows of a data set, streamed and mixed by the seed, as a large one cannot be read whole."""
     import datasets
 
@@ -146,7 +146,7 @@ def _checked(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def _column(
-    rows: Iterable[tuple[str, Row]], calibration: Calibration, tokenizer: PreTrainedTokenizerBase
+    rows: Iterable[tuple[str, Entry]], calibration: Calibration, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
     """The text of each row: its text column, or a conversation as the chat template writes it."""
 
@@ -161,7 +161,7 @@ def _column(
     return _checked(found())
 
 
-def _chosen(where: str, row: Row, column: str) -> str:
+def _chosen(where: str, row: Entry, column: str) -> str:
     """The column to read, by the first row."""
     if column in row:
         return column

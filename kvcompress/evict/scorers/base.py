@@ -23,8 +23,8 @@ _NEWEST: Final = 2.0**30  # above any score, below the tiers of `kvcompress.evic
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Some query rows, as `Scorer.collect` sees them.
+class QueryRows:
+    """Some queries of a batch row, as `Scorer.collect` sees them; a query row is one token's query.
 
     Attributes:
         weight: ``[S, n]`` float32, `Scorer.row_weight` over the number of query heads that share a
@@ -130,7 +130,7 @@ class Scorer:
         votes = self.uses_attention or "repeat" in self.needs
         return torch.full_like(row_index, float(votes), dtype=torch.float32)
 
-    def collect(self, probability: Tensor, rows: Rows) -> Tensor:
+    def collect(self, probability: Tensor, rows: QueryRows) -> Tensor:
         """Votes ``[S, C]`` of the rows on each key, from attention weights ``[S, G, n, C]``."""
         return torch.einsum("sgnc,sn->sc", probability, rows.weight)
 
