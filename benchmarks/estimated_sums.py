@@ -32,8 +32,8 @@ from kvcompress.evict.score_queries import pair_weight
 from kvcompress.league.profiles import Profiles
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
 from kvcompress.profile.calibration import load_prompts
-from kvcompress.profile.collect import forward, grouped
-from kvcompress.profile.hf import attention_through
+from kvcompress.profile.collect import forward
+from kvcompress.profile.hf import LayerInput, attention_through
 from kvcompress.profile.solve import solve
 from kvcompress.profile.source import load_source
 from kvcompress.profile.store import PARAMS_FILE
@@ -97,10 +97,8 @@ def agreement(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
     names = {f"{s}: {named(v)}": (s, v, None) for s in SCORERS for v in RANKED}
     names |= {f"{s}: {NEAR_TOO}": (s, (64, 32), 0) for s in SCORERS}
 
-    def run(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None
-    ) -> Tensor:
-        logits = grouped(q, k) @ k.float().mT[:, None] * scaling
+    def run(given: LayerInput) -> Tensor:
+        logits = given.query @ given.key.mT[:, None] * given.softmax.scaling
         hidden = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
         attention = logits.masked_fill(hidden, -torch.inf).softmax(-1)
         exact = {s: _inner(ranks(attention.mean(1), s, EXACT)) for s in SCORERS}
@@ -109,9 +107,10 @@ def agreement(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
             values = [_spearman(own, exact[scorer])]
             values += [_overlap(own, exact[scorer], share) for share in SHARES]
             found.setdefault(name, []).append(values)
-        return (attention @ v.float()[:, None]).flatten(0, 1)
+        return attention @ given.value[:, None]
 
-    with attention_through(model, run):
+    shape = shape_of(model.config, model.dtype)
+    with attention_through(model, shape, run):
         for ids in load_prompts(Calibration(prompts=6, tokens=1024, seed=5), tokenizer):
             forward(model, ids)
     keys = ("rank_correlation", *(f"best_1_in_{share}" for share in SHARES))

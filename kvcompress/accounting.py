@@ -1,4 +1,6 @@
-"""Bytes of a compressed cache, from the plan alone; equal to the tensors that the runtime holds.
+"""Bytes of a compressed cache, computed from the plan alone.
+
+They equal the bytes of the tensors that the runtime holds, which tests check.
 
 One layer of the cache holds, for `batch` rows:
   exact     sinks and recent tokens of every KV head in the model's dtype, their positions (int32),
@@ -37,7 +39,8 @@ def round_up(value: int, step: int) -> int:
 
 
 def keeps_scores(head: HeadPlan) -> bool:
-    """Whether the head chooses its victims by score; the others drop the oldest, or nothing."""
+    """Whether the head drops the token with the lowest score; other heads drop their oldest token,
+    or nothing."""
     mixed = head.local is not None or head.cap is not None
     return head.frequent is not None or (keeps_classes(head) and mixed)
 
@@ -128,7 +131,7 @@ def row_head_bytes(
 
     Args:
         head: as the plan has it, which decides how a slot is stored.
-        chosen: what the plan's rule made of it for the row; None: `head`.
+        chosen: the head that the plan's rule chose for the row; None is `head` itself.
     """
     exact = sinks_of(plan, layer) + plan.recent_tokens
     capacity = capacity_tokens(
@@ -159,7 +162,7 @@ def head_bytes(plan: Plan, layer: int, head: int, context_tokens: int, batch: in
 
 
 def layer_shared_bytes(plan: Plan, layer: int, batch: int) -> int:
-    """What the heads of a layer share: positions and flags of the exact slots, row starts."""
+    """Bytes that the heads of a layer share: positions and flags of the exact slots, row starts."""
     if not plan.heads[layer] or plan.recalls(layer):
         return 0
     exact = sinks_of(plan, layer) + plan.recent_tokens
@@ -180,7 +183,7 @@ def kv_bytes(plan: Plan, context_tokens: int, batch: int) -> int:
 
 
 def prefill_bytes(shape: ModelShape, context_tokens: int, batch: int) -> int:
-    """Full K and V of the one layer that prefill holds before it is compressed."""
+    """Uncompressed keys and values of one layer: a prompt is compressed layer by layer."""
     vector = (shape.head_dim + shape.v_dim) * shape.model_dtype_bytes
     return batch * shape.kv_heads * context_tokens * vector
 
@@ -227,9 +230,9 @@ class RecallBlocks:
     """Blocks of each row in a layer with a recall tier.
 
     Attributes:
-        window: that the device may hold.
-        used: of them in use, the newest one perhaps in part.
-        host: on the host.
+        window: blocks that the device may hold.
+        used: blocks on the device, of which the newest may be filled in part.
+        host: blocks on the host.
     """
 
     window: list[int]
@@ -238,7 +241,7 @@ class RecallBlocks:
 
     @property
     def allocated(self) -> int:
-        """Of each row on the device."""
+        """Blocks on the device for which each row has room."""
         return max(self.used)
 
     @property
@@ -288,7 +291,7 @@ def recall_head_bytes(
 
 
 def host_slots(blocks: int) -> int:
-    """Blocks for which the host has room, given those it holds: at most an eighth more, or 7."""
+    """Blocks for which the host has room while it holds `blocks`: at most an eighth more, or 7."""
     return round_up(blocks, max(GROW_BLOCKS, 2 ** max(0, blocks.bit_length() - 4)))
 
 

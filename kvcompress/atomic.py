@@ -1,9 +1,9 @@
 """Writing a file or a directory so that readers see the old one or the new one, whole.
 
-What is written goes to a name beside the target and takes its place in one step. The name beside it
-carries the target's; an open lock tells the litter of a killed process from a living one's, and the
-next write of the same target clears it. Of two writers of a file the last one wins; a directory has
-one at a time, and the second is told.
+A writer works under a hidden name beside the target and renames it into place in one step. It holds
+a lock on the hidden file while it lives, so the next writer of the same target can tell what a
+killed process left from what a living one is writing, and removes the former. Of two writers of a
+file the last one wins. A directory has one writer at a time; a second one gets an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RENAME_EXCHANGE: Final = 2
 
 
 class NotReplaceableError(OSError):
-    """A target that is neither absent nor what it is to be replaced by."""
+    """Something else lies at the target: a directory where a file is to be put, or a device."""
 
 
 def write_file(path: Path | str, data: str | bytes) -> None:
@@ -133,7 +133,7 @@ def _beside(target: Path) -> tuple[Path, int]:
         handle = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if _lock(handle) and staged.exists():
             return staged, handle
-        os.close(handle)  # another writer took it for litter before it was locked
+        os.close(handle)  # another writer removed it as a dead process's before it was locked
 
 
 def _prefix(target: Path) -> str:
@@ -141,7 +141,7 @@ def _prefix(target: Path) -> str:
 
 
 def _clear(target: Path) -> None:
-    """Remove what killed writers of the same target left."""
+    """Remove the hidden files that killed writers of the same target left."""
     for left in target.parent.glob(_escaped(_prefix(target)) + "*"):
         try:
             handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -172,7 +172,7 @@ def _lock(handle: int) -> bool:
 
 # ---- directories
 def _create_directory(target: Path) -> tuple[Path, int]:
-    """A new directory of our own, locked; refused where another process has one."""
+    """A new hidden directory, locked; an error where another process is writing one."""
     staged = target.with_name(f".{target.name}{_MARK}new")
     while True:
         try:
@@ -190,7 +190,7 @@ def _create_directory(target: Path) -> tuple[Path, int]:
 
 
 def _clear_directory(staged: Path, target: Path) -> None:
-    """Remove what a dead process left.
+    """Remove the hidden directory of a dead process.
 
     Raises:
         OSError: where a living one holds it.
@@ -260,7 +260,8 @@ def _replace_in_two_steps(staged: Path, target: Path) -> None:
 
 
 def _finish_two_steps(target: Path) -> None:
-    """Mend a kill between the two steps, and clear what one after them left."""
+    """Finish for a process that was killed: between the two steps the old directory goes back,
+    after them it is removed."""
     old = _old(target)
     if old.exists() and not target.exists():
         old.rename(target)

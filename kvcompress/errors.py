@@ -26,7 +26,7 @@ class BundleError(KVCompressError):
 
 
 class UnsupportedModelError(KVCompressError):
-    """A model whose attention this runtime cannot compress correctly."""
+    """A model whose cache this runtime cannot compress correctly."""
 
 
 class PositionRangeWarning(UserWarning):

@@ -1,4 +1,7 @@
-"""What one KV head keeps, and budgets. Pure data; `kvcompress.plan` puts them together."""
+"""What one KV head keeps: its parts, their budgets and its storage. Pure data.
+
+`kvcompress.plan` puts the heads of a model together.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +58,10 @@ class HeadPlan(StrictModel):
     """What one KV head keeps, beyond the plan's sinks and recent tokens, and how it stores it.
 
     Attributes:
-        cap: most tokens that the head's parts may hold together, protected spans aside. Beyond it
-            `frequent` tokens go first, then the oldest punctuation, then the oldest local tokens,
-            then the oldest special tokens. None: class tokens always find room.
+        cap: most tokens that the head's parts may hold together, protected spans aside. Where they
+            would hold more, the head drops `frequent` tokens first, then its oldest punctuation,
+            then its oldest local tokens, then its oldest special tokens. None: special tokens and
+            punctuation always find room.
     """
 
     full: bool = False

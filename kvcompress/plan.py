@@ -12,7 +12,7 @@ or everything (`full`). Growing a budget or adding a part only ever adds tokens.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -42,7 +42,7 @@ from kvcompress.rules import (
     Recall,
     Threshold,
 )
-from kvcompress.strict import NotStrictError, load_json, read_text, shown
+from kvcompress.strict import Json, NotStrictError, load_json, read_text, shown
 
 __all__ = [
     "Budget",
@@ -62,22 +62,25 @@ __all__ = [
     "Threshold",
     "WeightScheme",
     "explain",
+    "parsed",
     "uniform",
 ]
 
-SCHEMA_VERSION: Final = 1
+Model = TypeVar("Model", bound=StrictModel)
+
 _PROBLEMS: Final = 20  # that one message names
 _FILE_BYTES: Final = 2**26
 
-# what a layer keeps: keys and values of all, of a window or of an aligned block of tokens; one MLA
-# latent; the keys and values of another layer; the recurrent state of linear attention; nothing
+# A layer stores keys and values of all tokens (full), of the newest ones (sliding) or of an aligned
+# block (chunked); one MLA latent for each token; nothing, where it reads another layer's keys
+# (shared); the recurrent state of linear attention; or nothing at all.
 LayerKind = Literal["full", "sliding", "chunked", "latent", "shared", "linear", "none"]
 HOLDS_KV: Final = frozenset({"full", "sliding", "chunked", "latent"})
 ScorerName = Annotated[str, AfterValidator(known_scorer)]
 Stride = Annotated[int, Field(ge=2, le=2**20)]
 # Each head holds its sinks and recent tokens in arrays that are made at once, for every row.
 Slots = Annotated[int, Field(ge=0, le=2**15)]
-# Larger than any model's: a file that says more is damaged, and would be believed for gigabytes.
+# Larger than any model's. A file that says more is damaged, and believing it would take gigabytes.
 Layers = Annotated[int, Field(gt=0, le=2**12)]
 Heads = Annotated[int, Field(gt=0, le=2**12)]
 Channels = Annotated[int, Field(gt=0, le=2**14)]
@@ -93,8 +96,8 @@ class ModelShape(StrictModel):
     Attributes:
         config_hash: sha256 of the architecture's settings, see `model.families.config_hash`.
         kv_heads, head_dim: of the cache; a latent layer has one head, as wide as its latent.
-        value_dim: channels of a value where they differ from the key's, as in latent layers, whose
-            second tensor is the rotated key part. None: `head_dim`.
+        value_dim: channels of a value; None is `head_dim`. They differ in latent layers, which
+            store the rotated part of their keys in the place of values.
         sliding_windows: per layer the architecture's own window in tokens, None where it has none.
         layer_kinds: per layer; empty where every layer is full or sliding.
         kv_sources: per layer the layer whose keys it reads; empty where each reads its own.
@@ -135,7 +138,8 @@ class ModelShape(StrictModel):
         return "full" if self.sliding_windows[layer] is None else "sliding"
 
     def heads_of(self, layer: int) -> int:
-        """KV heads that the layer itself stores: none where it shares or keeps a state."""
+        """KV heads that the layer itself stores: none where it reads another layer's keys, or
+        keeps a recurrent state."""
         return self.kv_heads if self.kind(layer) in HOLDS_KV else 0
 
     def readers(self, layer: int) -> tuple[int, ...]:
@@ -158,10 +162,11 @@ class Plan(StrictModel):
     Attributes:
         heads: ``heads[layer][kv_head]``.
         scorer: ranks `frequent` tokens; see `kvcompress.evict.scorers`.
-        score_rows: only the last so many prompt rows vote at prefill; None is all of them.
-        score_stride: with it the sums of all rows are estimated: beside those last rows every row
-            votes for its newest `score_rows` keys, and one row in so many for the others, as often;
-            see `kvcompress.evict.score_queries`. None estimates nothing.
+        score_rows: at the end of a prompt only its last `score_rows` query rows vote on which
+            tokens stay; None lets all of them vote.
+        score_stride: s estimates the sums over all rows instead of computing them. Every row votes
+            for its newest `score_rows` keys; for the other keys one row in s votes, and its vote
+            counts s times. See `kvcompress.evict.score_queries`. None estimates nothing.
         special_ids, punct_ids: token ids of the two classes, bound to `tokenizer_hash`.
         max_position: last position for which the key constants were derived.
         positions: ``original`` keeps the position that each token had; ``relative`` numbers the
@@ -169,15 +174,15 @@ class Plan(StrictModel):
             never show the model a distance that it was not trained on (StreamingLLM, section 3.2).
         pool_tokens: odd width of the window over which scores of a prompt's neighbouring tokens are
             averaged (SnapKV, arXiv 2404.14469, section 4.2); 1 leaves them alone.
-        per_request: what is decided for each row at the end of its prompt; None: nothing. Under
-            `FastGenChoice` every head's keep-set is the largest of FastGen's chain but full.
-        repeat_ids: tokens that ask a model to repeat what it read, for a scorer that needs that.
+        per_request: the rule that decides for each row when its prompt ends; None has no rule.
+            Under `FastGenChoice` every head's keep-set is the largest of FastGen's ladder but full.
+        repeat_ids: tokens that ask the model to repeat what it read, for a scorer that needs it.
         turn_tokens: coded tokens that every turn of a conversation keeps in each head before its
             other tokens compete with later turns.
         recall: a tier of host memory, in every layer without a window of its own; None: no tier.
         target: one line that says what the plan was solved for.
-        predicted_loss: KL to the full cache, in nats per token, that the profile expects; of use
-            to compare plans of one profile. None where it cannot tell.
+        predicted_loss: KL to the full cache that the profile expects, in nats per token. It
+            compares plans of one profile. None where the profile cannot tell.
         weights: format of the linear layers of each decoder layer; empty where all have the
             format that the bundle names.
     """
@@ -265,7 +270,7 @@ class Plan(StrictModel):
         return self.recall is not None and self.model.kind(layer) == "full"
 
     @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:
         return without_unset_stride(handler(self))
 
     def to_json(self) -> str:
@@ -279,12 +284,9 @@ class Plan(StrictModel):
             PlanError: naming every key that is wrong, or a newer schema.
         """
         try:
-            load_json(text)  # pydantic's own reader takes NaN, and a key twice
-            return cls.model_validate_json(text)
+            return parsed(cls, text)
         except NotStrictError as error:
             raise PlanError(f"{where}: {error}") from None
-        except ValidationError as error:
-            raise PlanError(f"{where}: {explain(error)}") from None
 
     @classmethod
     def load(cls, path: Path | str) -> Plan:
@@ -326,12 +328,25 @@ def check_stride(scorer: str, rows: int | None, stride: int | None) -> None:
         )
 
 
-def without_unset_stride(data: dict[str, Any]) -> dict[str, Any]:
-    """`data` without a `score_stride` of None: what does not use it is written as it always was, so
-    that files and caches that are bound to its text stay valid."""
+def without_unset_stride(data: dict[str, Json]) -> dict[str, Json]:
+    """`data` without a `score_stride` of None. A plan that does not use it is written as it was
+    before there was one, so that files and caches that hold a hash of its text stay valid."""
     if data.get("score_stride", 0) is None:
         del data["score_stride"]
     return data
+
+
+def parsed(kind: type[Model], text: str | bytes) -> Model:
+    """The value of this kind that a JSON document holds.
+
+    Raises:
+        NotStrictError: in one line, naming every key that is wrong.
+    """
+    load_json(text)  # pydantic's own reader takes NaN, and a key twice
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise NotStrictError(explain(error)) from None
 
 
 def explain(error: ValidationError) -> str:

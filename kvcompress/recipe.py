@@ -1,10 +1,10 @@
-"""The recipe: what is wanted, as a YAML file that a team keeps under review."""
+"""The recipe: a YAML file in which a team says what it wants of a compressed model."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 import yaml
 from pydantic import (
@@ -35,11 +35,11 @@ from kvcompress.plan import (
     without_unset_stride,
 )
 from kvcompress.registry import SUMS
-from kvcompress.strict import YAML_LIMIT_BYTES, NotStrictError, load_yaml, read_text
+from kvcompress.strict import YAML_LIMIT_BYTES, Json, NotStrictError, load_yaml, read_text
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
-# who votes on a prompt where a recipe does not say, see `kvcompress.evict.score_queries`
+# the query rows that vote where a recipe does not say, see `kvcompress.evict.score_queries`
 ESTIMATED_ROWS: Final = 64
 ESTIMATED_STRIDE: Final = 32
 
@@ -83,8 +83,9 @@ class Calibration(StrictModel):
 class Keep(StrictModel):
     """Settings that every head shares; see `Plan`.
 
-    Where neither `score_rows` nor `score_stride` is given, a scorer that adds attention up has its
-    sums estimated (`ESTIMATED_ROWS`, `ESTIMATED_STRIDE`); ``score_rows: null`` has all rows vote.
+    A recipe that gives neither `score_rows` nor `score_stride` has the sums of a scorer that adds
+    attention up estimated (`ESTIMATED_ROWS`, `ESTIMATED_STRIDE`). ``score_rows: null`` lets all
+    rows vote.
     """
 
     sink_tokens: Slots = 4
@@ -100,7 +101,7 @@ class Keep(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _sums_are_estimated(cls, data: Any) -> Any:
+    def _sums_are_estimated(cls, data: Json) -> Json:
         if not isinstance(data, dict) or "score_rows" in data:
             return data
         if data.get("scorer", "lift") not in tuple(SUMS):
@@ -115,7 +116,7 @@ class Keep(StrictModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Json]:
         return without_unset_stride(handler(self))
 
 
@@ -149,8 +150,8 @@ class LayersPolicy(StrictModel):
     """A `frequent` budget per layer, the same for all heads of a layer.
 
     Attributes:
-        shape: ``pyramid`` gives early layers more (arXiv 2406.02069), ``funnel`` late ones
-            (arXiv 2305.17118), ``calibrated`` whichever of them the profile predicts less loss of.
+        shape: ``pyramid`` gives early layers more (arXiv 2406.02069), ``funnel`` gives late layers
+            more (arXiv 2305.17118), ``calibrated`` takes the one with the smaller predicted loss.
         tokens, ratio: budget of the mean head, exactly one of them.
         beta: the smallest layer's budget is 1/beta of the mean.
         local: window of every head, beyond the recent tokens.
@@ -216,8 +217,8 @@ class BytesPolicy(StrictModel):
         dtypes: (key, value) storage pairs that the planner may choose from.
         keep_sets: ``full`` only chooses bits, ``local`` full heads and windows, which need no
             scores, ``all`` also chosen tokens.
-        fewer_exact: whether every head may hold fewer sinks and recent tokens than `keep` says,
-            which are the dearest of small budgets.
+        fewer_exact: whether the planner may give every head fewer sinks and recent tokens than
+            `keep` says. They are uncoded, so they cost most of a small budget.
         budgets: ``ratio`` lets budgets grow with the prompt, ``tokens`` fixes them at what
             `context` grants, so that shorter prompts have as much. Relative positions, which a
             growing budget could outgrow, always have the latter.
@@ -313,7 +314,7 @@ class Recipe(StrictModel):
         return recipe
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: Json) -> Json:
     """YAML lists as the tuples that the strict schema wants."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}

@@ -1,7 +1,8 @@
-"""Scorers by name, one line each: ``module:instance``. Pure data, so that recipes can be checked
-without loading torch; `kvcompress.evict.scorers.scorer` imports what a name stands for.
+"""Scorers by name, one line each: ``module:instance``.
 
-A scorer of the user's own is registered as the object that it is, for this process.
+The table is pure data, so that a recipe can be checked without loading torch;
+`kvcompress.evict.scorers.scorer` imports the instance. A user's own scorer is registered as an
+object, for this process.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ SCORERS: Final[dict[str, str]] = {
     "surrogate": f"{_HERE}.surrogate:SURROGATE",
 }
 
-# of these, the ones whose scores are weighted sums of attention: a plan may have sums estimated
+# scorers whose scores are weighted sums of attention; a plan may estimate these sums
 SUMS: Final = frozenset({"raw", "mean", "lift", "value", "critical"})
 
 
-OWN: Final[dict[str, object]] = {}  # of the user, see `kvcompress.register_scorer`
+OWN: Final[dict[str, object]] = {}  # scorers of the user, see `kvcompress.register_scorer`
 
 
 def known_scorer(name: str) -> str:

@@ -1,4 +1,7 @@
-"""What a plan decides while it runs: for each request, and for tokens that leave the device."""
+"""Rules that a plan follows while a model runs.
+
+Some decide for each request when its prompt ends; `Recall` moves tokens to host memory.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +54,11 @@ PerRequest = Annotated[PooledBudget | Threshold | FastGenChoice, Field(discrimin
 
 
 class Recall(StrictModel):
-    """Tokens that leave the device go to host memory, and their best blocks come back for a step.
+    """Old tokens move to host memory in blocks; the best blocks come back for each step.
 
     A row keeps its sinks, its recent tokens and a window of coded tokens on the device. Older
-    coded tokens lie on the host in blocks; a digest of each block and KV head stays on the device.
+    coded tokens lie on the host. For each of their blocks and KV heads a digest, a vector or two
+    that stand for the block's keys, stays on the device and ranks the block.
 
     Attributes:
         resident: tokens of a row on the device, sinks and recent ones included; rounded down to

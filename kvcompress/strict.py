@@ -1,8 +1,8 @@
-"""Reading JSON and YAML that somebody else wrote: bounded in size and depth, and never two ways.
+"""Parsing JSON and YAML that somebody else wrote, bounded in size and depth.
 
-Both readers refuse what readers disagree on: repeated keys, numbers beyond 64 bits, NaN and
-infinity, and in YAML aliases, merge keys, tags, and plain words that YAML 1.1 and 1.2 read
-differently (``yes``, ``010``, ``1:30``). All errors are one line with the place in it.
+Other parsers disagree on some documents, and ours refuse those: repeated keys, numbers beyond 64
+bits, NaN and infinity, and in YAML aliases, merge keys, tags, and plain words that YAML 1.1 and 1.2
+take differently (``yes``, ``010``, ``1:30``). Every error is one line with the place in it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import re
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn, TypeAlias
 
 import yaml
+
+# the value of a JSON or YAML document: nobody knows what it is until it has been checked
+Json: TypeAlias = Any
 
 DEPTH_LIMIT: Final = 64
 YAML_LIMIT_BYTES: Final = 1 << 16
@@ -32,14 +35,14 @@ class NotStrictError(ValueError):
 
 
 def shown(value: object, most: int = 80) -> str:
-    """Something that a file said, for a line of ours."""
+    """A text from a foreign file, made fit for one of our messages: printable and short."""
     text = (value if isinstance(value, str) else repr(value))[: most + 1]
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return plain if len(plain) <= most else plain[: most - 1] + "…"
 
 
 def read_bytes(path: Path, limit_bytes: int) -> bytes:
-    """A file's bytes, of which there may be so many.
+    """The bytes of a file, at most `limit_bytes` of them.
 
     Raises:
         NotStrictError: where it is larger, or cannot be read.
@@ -63,12 +66,12 @@ def read_text(path: Path, limit_bytes: int) -> str:
 
 
 # ---- JSON
-def load_json(text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES, *, ours: bool = True) -> Any:
+def load_json(text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES, *, ours: bool = True) -> Json:
     """The value of a JSON document in UTF-8.
 
     Args:
-        ours: whether we wrote it; configurations of other programs may hold NaN and infinity, and
-            whole numbers of any size.
+        ours: whether kvcompress wrote the document. Configurations of other programs may hold NaN,
+            infinity and whole numbers of any size; ours may not.
 
     Raises:
         NotStrictError: saying what is wrong.
@@ -96,8 +99,8 @@ def load_json(text: str | bytes, limit_bytes: int = JSON_LIMIT_BYTES, *, ours: b
     return value
 
 
-def _encodable(value: Any) -> bool:
-    """Whether no text in it is one that no file can hold as UTF-8."""
+def _encodable(value: Json) -> bool:
+    """Whether every text in it can be written as UTF-8: half of a surrogate pair cannot."""
     if isinstance(value, str):
         return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
     if isinstance(value, dict):
@@ -105,7 +108,7 @@ def _encodable(value: Any) -> bool:
     return not isinstance(value, list) or all(map(_encodable, value))
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     made = dict(pairs)
     if len(made) != len(pairs):
         twice = next(k for k, n in Counter(key for key, _ in pairs).items() if n > 1)
@@ -113,7 +116,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> NoReturn:
     raise NotStrictError(f"{name} is no JSON number")
 
 
@@ -151,7 +154,7 @@ _TWO_WAYS: Final = {
 }
 
 
-def load_yaml(text: str, limit_bytes: int = YAML_LIMIT_BYTES) -> tuple[Any, list[str]]:
+def load_yaml(text: str, limit_bytes: int = YAML_LIMIT_BYTES) -> tuple[Json, list[str]]:
     """The value of a YAML document, and its problems, each with its line.
 
     Returns:
@@ -193,11 +196,12 @@ def _check_events(text: str) -> None:
             raise NotStrictError(f"line {line}: the tag {shown(tag)}; write the plain value")
 
 
-def _line(place: Any) -> int:
-    return int(place.start_mark.line) + 1
+def _line(place: yaml.Event | yaml.Node) -> int:
+    assert place.start_mark is not None
+    return place.start_mark.line + 1
 
 
-def _value(node: yaml.Node, problems: list[str]) -> Any:
+def _value(node: yaml.Node, problems: list[str]) -> Json:
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, problems) for item in node.value]
     if isinstance(node, yaml.MappingNode):
@@ -206,8 +210,8 @@ def _value(node: yaml.Node, problems: list[str]) -> Any:
     return _scalar(node, problems)
 
 
-def _mapping(node: yaml.MappingNode, problems: list[str]) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
+def _mapping(node: yaml.MappingNode, problems: list[str]) -> dict[str, Json]:
+    made: dict[str, Json] = {}
     for key_node, value_node in node.value:
         line = _line(key_node)
         if not isinstance(key_node, yaml.ScalarNode):
@@ -222,7 +226,7 @@ def _mapping(node: yaml.MappingNode, problems: list[str]) -> dict[Any, Any]:
     return made
 
 
-def _scalar(node: yaml.ScalarNode, problems: list[str]) -> Any:
+def _scalar(node: yaml.ScalarNode, problems: list[str]) -> Json:
     text: str = node.value
     if node.style is not None:  # quoted, or a block of text
         return text

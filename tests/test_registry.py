@@ -8,7 +8,7 @@ import torch
 
 from kvcompress.errors import PlanError
 from kvcompress.evict.keepset import PUNCT_SCORE, SPECIAL_SCORE
-from kvcompress.evict.scorers import SCORERS, Rows, newest, scorer
+from kvcompress.evict.scorers import SCORERS, QueryRows, newest, scorer
 from tests.evict.prompts import prompt, ranks_of, scores_of
 
 NAMES = sorted(SCORERS)
@@ -102,7 +102,7 @@ def test_class_tokens_stay_class_tokens_when_votes_are_added(name):
     """A merge that replaces is guarded by the runtime; every other leaves the sentinels alone."""
     found = scorer(name)
     score = torch.tensor([[SPECIAL_SCORE, PUNCT_SCORE, 1.0]])
-    rows = Rows(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1))
+    rows = QueryRows(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1))
     votes = found.collect(torch.rand(1, 2, 1, 3), rows)
     if name != "tova":
         assert torch.equal(found.merge(score, votes)[0, :2], score[0, :2])

@@ -1,9 +1,9 @@
-"""Whatever says what to keep, put on a model in memory."""
+"""`kvcompress.attach`: a plan, in whichever form the caller has it, put on a model in memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -68,10 +68,10 @@ def attach(model: Model, plan: Keeps, params: KVParams | None = None) -> Model:
 
 
 def plan_of(recipe: Recipe, shape: ModelShape) -> Plan:
-    """The plan of a recipe that needs nothing but the model's shape.
+    """The plan of a recipe that can be solved from the model's shape alone.
 
     Raises:
-        PlanError: for every other recipe, with what it needs.
+        PlanError: for every other recipe, saying what else it needs.
     """
     policy, keep = recipe.policy, recipe.keep
     needs: str | None = None
@@ -88,14 +88,14 @@ def plan_of(recipe: Recipe, shape: ModelShape) -> Plan:
             f"attach: the recipe {recipe.name} {needs}; run kvcompress profile and kvcompress "
             "export with it, then kvcompress.load"
         )
-    settings: dict[str, Any] = {name: getattr(keep, name) for name in type(keep).model_fields}
+    settings: dict[str, object] = {name: getattr(keep, name) for name in type(keep).model_fields}
     try:
         return uniform(shape, policy.head, target=f"recipe {recipe.name}", **settings)
     except ValidationError as error:
         raise PlanError(f"attach: the recipe {recipe.name}: {explain(error)}") from None
 
 
-def _shape(model: Any) -> ModelShape:
+def _shape(model: object) -> ModelShape:
     found = base_of(model)
     return shape_of(found.config, found.dtype)
 

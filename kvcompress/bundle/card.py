@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import yaml
 
@@ -15,7 +14,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def model_card(
     base_id: str,
-    license_keys: Mapping[str, Any],
+    license_keys: Mapping[str, str],
     plan: Plan,
     weights: str,
     weights_bytes: int,

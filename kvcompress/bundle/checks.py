@@ -1,7 +1,7 @@
-"""What the parts of a bundle have to agree on once each of them could be read.
+"""Facts on which the parts of a bundle must agree, checked once each part could be read.
 
-Every check looks at one fact and gives the problem, or None. They stand in a list by name, so that
-a test can take one away and see what is then let in.
+Every check looks at one fact and returns the problem, or None. The checks have names, so that a
+test can take one away and see which bundle is then accepted.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Final
 from kvcompress.bundle import manifest
 from kvcompress.checkpoint.load import reading
 from kvcompress.checkpoint.tensors import Header, headers, weight_map
-from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.quant.weights import FORMATS
 from kvcompress.strict import shown
+from kvcompress.tokenizer import tokenizer_hash
 
 if TYPE_CHECKING:
     from kvcompress.bundle.read import Bundle
@@ -133,7 +133,7 @@ def _profile_model(bundle: Bundle) -> str | None:
 
 
 def _profile_tokenizer(bundle: Bundle) -> str | None:
-    if bundle.plan.tokenizer_hash is None:  # such a plan names no tokens, whatever was profiled
+    if bundle.plan.tokenizer_hash is None:  # such a plan names no tokens
         return None
     if bundle.profile.tokenizer_hash == bundle.manifest.tokenizer_hash:
         return None
@@ -172,7 +172,7 @@ def _repeat_ids(bundle: Bundle) -> str | None:
 
 
 def _trained(bundle: Bundle) -> str | None:
-    """What was trained for a scorer reads hidden states, and a constant beside them."""
+    """A trained scorer has one weight for each channel of the hidden state, and a constant."""
     hidden = getattr(bundle.config.get_text_config(decoder=True), "hidden_size", None)
     wanted = {hidden + 1} if isinstance(hidden, int) else set()
     for name, parts in bundle.params.scorer.items():

@@ -18,8 +18,8 @@ _HASH_THREADS: Final = 4
 def tree(root: Path) -> dict[str, Path]:
     """Every file below `root` by its relative path, hidden ones at the top left out.
 
-    Hidden top-level entries (.git, .gitattributes, .cache) belong to the tool that carries the
-    bundle around; no loader reads them.
+    Hidden entries at the top (.git, .gitattributes, .cache) belong to git or to the Hub's client,
+    and no loader reads them.
 
     Raises:
         BundleError: for a link, a socket or anything else that is not a plain file.

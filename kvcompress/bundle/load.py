@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvcompress.bundle.read import Bundle, load_weights, open_bundle
 
@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kvcompress.checkpoint.load import DeviceMap
+
 
 def load(
-    bundle: Path | str, device_map: Any = None, dtype: torch.dtype | None = None
+    bundle: Path | str, device_map: DeviceMap = None, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Check a bundle, load it and attach its plan; `model.generate` then works as usual.
 

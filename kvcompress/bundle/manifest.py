@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kvcompress.errors import BundleError
 from kvcompress.plan import ByteCount, StrictModel, explain
 from kvcompress.recipe import WeightScheme
-from kvcompress.strict import NotStrictError, load_json
+from kvcompress.strict import Json, NotStrictError, load_json
 
 SCHEMA: Final = 1
 FOLDER: Final = "kvcompress"
@@ -33,7 +33,11 @@ _REFUSED_NAMES: Final = frozenset(("adapter_config.json",))  # would pull in wei
 
 
 def checked_path(path: str) -> str:
-    """A relative path with forward slashes that stays inside the bundle and names plain data."""
+    """`path`, if it is relative, has forward slashes, stays inside the bundle and names plain data.
+
+    Raises:
+        ValueError: saying which of these it is not.
+    """
     pure = PurePosixPath(path)
     if pure.is_absolute() or "\\" in path or ":" in path or "\0" in path:
         raise ValueError("must be relative, with forward slashes")
@@ -137,7 +141,7 @@ def parse(text: bytes, where: str) -> Manifest:
         BundleError: for anything that is not a schema-1 manifest, a newer schema by name.
     """
     try:
-        data: Any = load_json(text, LIMIT_BYTES)
+        data: Json = load_json(text, LIMIT_BYTES)
     except NotStrictError as error:
         raise BundleError(f"{where}: {error}; the file is damaged, copy the bundle again") from None
     schema = data.get("schema") if isinstance(data, dict) else None

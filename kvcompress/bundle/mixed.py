@@ -16,13 +16,14 @@ from kvcompress.quant.weights.base import WeightFormat, linear_layers, misfits, 
 from kvcompress.recipe import WeightScheme
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
 
 def scheme_of(
     profile: Path, stored: Profile, plan: Plan, weights: WeightScheme | None
 ) -> WeightScheme | None:
-    """The format beside 16 bits that the plan or the caller asks for; None where neither does."""
+    """The format that the plan's layers mix with bf16, or else the one that the caller asks for;
+    None where neither names one."""
     if not plan.weights:
         return weights
     if weights is not None:
@@ -39,7 +40,7 @@ def scheme_of(
 
 
 def kept_layers(
-    skeleton: nn.Module, weight_format: WeightFormat, profile: Profile, plan: Plan
+    skeleton: PreTrainedModel, weight_format: WeightFormat, profile: Profile, plan: Plan
 ) -> tuple[str, ...]:
     """Linear layers that stay in 16 bits, the output head apart."""
     unfit = misfits(skeleton, weight_format)
@@ -54,7 +55,7 @@ def kept_layers(
 
 
 def planned_bytes(profile: Profile, plan: Plan) -> int | None:
-    """Bytes of the weights that the plan counted; None where it leaves them open."""
+    """Bytes of the weights as the plan counted them; None where it leaves the format open."""
     return profile.planned_weight_bytes(plan.weights) if plan.weights else None
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvcompress.bundle import files, manifest
 from kvcompress.bundle.checks import problem_of
 from kvcompress.bundle.manifest import Manifest
-from kvcompress.checkpoint.load import Checkpoint, load_config, load_model, load_tokenizer
+from kvcompress.bundle.source import as_bundle_error
+from kvcompress.checkpoint.load import (
+    Checkpoint,
+    DeviceMap,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from kvcompress.checkpoint.settings import vetted
-from kvcompress.errors import BundleError, UnsupportedModelError
+from kvcompress.errors import BundleError
 from kvcompress.plan import Plan
 from kvcompress.profile.store import Profile
 from kvcompress.quant.keystats import KVParams
@@ -33,8 +38,9 @@ class Bundle:
     """A bundle whose files were all checked.
 
     Attributes:
-        digest: sha256 of manifest.json, and through it of everything; pin it to pin the bundle.
-        checkpoint: the bundle as a model directory, its settings looked at; weights are unread.
+        digest: sha256 of manifest.json, which holds the sha256 of every other file: pinning this
+            one number pins the bundle.
+        checkpoint: the bundle as a model directory; its settings are checked, its weights unread.
         tokenizer: pads on the left, as generation in batches needs.
     """
 
@@ -94,7 +100,7 @@ def open_bundle(path: Path | str) -> Bundle:
     profile = Profile.load(root / manifest.FOLDER)
     recipe = Recipe.load(root / manifest.RECIPE)
     params = load_params(root / manifest.PARAMS, plan)
-    with _as_bundle_error():
+    with as_bundle_error():
         checkpoint = Checkpoint(str(root), root, vetted(root))
         config = load_config(checkpoint)
         tokenizer = load_tokenizer(checkpoint, padding_side="left")
@@ -110,31 +116,22 @@ def open_bundle(path: Path | str) -> Bundle:
         config=config,
         tokenizer=tokenizer,
     )
-    with _as_bundle_error():
+    with as_bundle_error():
         problem = problem_of(opened)
     if problem is not None:
         raise BundleError(problem)
     return opened
 
 
-@contextmanager
-def _as_bundle_error() -> Iterator[None]:
-    """What is wrong with the bundle as a model directory is wrong with the bundle."""
-    try:
-        yield
-    except UnsupportedModelError as error:
-        raise BundleError(str(error)) from None
-
-
 def load_weights(
-    bundle: Bundle, device_map: Any = None, dtype: torch.dtype | None = None
+    bundle: Bundle, device_map: DeviceMap = None, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """The bundle's model as plain transformers loads it, with its own full cache.
 
     Raises:
         BundleError: where a tensor is missing, unknown, of another shape or dtype, or not finite.
     """
-    with _as_bundle_error():
+    with as_bundle_error():
         return load_model(
             bundle.checkpoint,
             bundle.config,
@@ -195,7 +192,7 @@ def _check_needs(root: Path, listed: Manifest) -> None:
 
 
 def _release(text: str) -> tuple[int, ...]:
-    """``2.11.0+cu130`` as (2, 11): what comes after the numbers does not order our needs."""
+    """``2.11.0+cu130`` as (2, 11); suffixes and final zeros do not matter to a smallest version."""
     numbers = []
     for part in text.split("+")[0].split("."):
         if not part.isdigit():

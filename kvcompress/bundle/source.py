@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.bundle.manifest import SUFFIXES
 from kvcompress.checkpoint import load as checkpoint
-from kvcompress.checkpoint.load import Checkpoint
+from kvcompress.checkpoint.load import Checkpoint, DeviceMap
 from kvcompress.errors import BundleError, UnsupportedModelError
 from kvcompress.strict import NotStrictError, load_yaml, read_text
 
@@ -28,9 +30,10 @@ class Source:
     """A model that can be compressed, without its weights.
 
     Attributes:
-        id: name on the Hub, or the directory's own name: where it lay is nobody's business.
-        skeleton: the model on the meta device.
-        legal: licence texts to hand on.
+        id: name on the Hub, or the directory's own name without the folders above it, which a
+            bundle must not reveal.
+        skeleton: the model on the meta device, so without weights.
+        legal: files with licence texts, which the bundle gets copies of.
         license: the keys about the licence in the model's own card.
     """
 
@@ -41,24 +44,28 @@ class Source:
     tokenizer: PreTrainedTokenizerBase
     skeleton: PreTrainedModel
     legal: tuple[Path, ...]
-    license: dict[str, Any]
+    license: dict[str, str]
 
-    def load(self, device_map: Any, **options: Any) -> PreTrainedModel:
+    def load(self, device_map: DeviceMap, **options: Any) -> PreTrainedModel:
         """The model with its weights; `options` are further ones of `from_pretrained`.
 
         Raises:
             BundleError: if they cannot be read, or some of them are not there.
         """
-        try:
+        place = device_map or "cpu"
+        with as_bundle_error():
             return checkpoint.load_model(
-                self.checkpoint,
-                self.config,
-                tried=False,
-                device_map=device_map or "cpu",
-                **options,
+                self.checkpoint, self.config, tried=False, device_map=place, **options
             )
-        except UnsupportedModelError as error:
-            raise BundleError(str(error)) from None
+
+
+@contextmanager
+def as_bundle_error() -> Iterator[None]:
+    """Within the block, what is wrong with a model directory is reported as wrong with a bundle."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise BundleError(str(error)) from None
 
 
 def find(model: Path | str) -> Source:
@@ -69,12 +76,10 @@ def find(model: Path | str) -> Source:
         UnsupportedModelError: if it is not a causal language model that the runtime serves.
     """
     location = str(model)
-    try:
+    with as_bundle_error():
         found = checkpoint.find(model)
         config = checkpoint.load_config(found)
         tokenizer = checkpoint.load_tokenizer(found)
-    except UnsupportedModelError as error:
-        raise BundleError(str(error)) from None
     if getattr(config, "quantization_config", None) is not None:
         raise BundleError(
             f"{location}: its weights are quantized already; give the model in 16 or 32 bits"
@@ -108,7 +113,7 @@ def _skeleton(found: Checkpoint, config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _license(card: Path) -> dict[str, Any]:
+def _license(card: Path) -> dict[str, str]:
     """``license``, ``license_name`` and ``license_link`` of a model card, where it has them."""
     try:
         found = _FRONT_MATTER.match(read_text(card, _CARD_BYTES))

@@ -1,7 +1,7 @@
-"""Proof that a bundle works: what was written decodes and generates, plain and compressed.
+"""Running a bundle to see that it works: it decodes and generates, plain and compressed.
 
-`python -m kvcompress.bundle.verify BUNDLE --expected FILE` is the fresh process in which an export
-reloads its own work.
+An export runs `python -m kvcompress.bundle.verify BUNDLE --expected FILE` as a fresh process that
+reloads what was written.
 """
 
 from __future__ import annotations
@@ -13,24 +13,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final
+
+import torch
 
 from kvcompress.bundle.load import serve
 from kvcompress.bundle.read import Bundle, load_weights, open_bundle
 from kvcompress.errors import BundleError, KVCompressError
 from kvcompress.plan import HeadPlan, Plan, uniform
+from kvcompress.runtime.check.compare import (
+    distance,
+    fixed_ids,
+    generated,
+    same_text_steps,
+    tolerance,
+)
 from kvcompress.runtime.names import as_argument, cache_of
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
 
+    from kvcompress.checkpoint.load import DeviceMap
     from kvcompress.quant.keystats import KVParams
 
 CHECK_TOKENS: Final = 48
 _STEPS: Final = 8
-# Rounding in 16 bits moves logits by about 1 %; wrong scales or a wrong mask by far more.
-_TOLERANCE: Final = {2: 0.05, 4: 1e-4}
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,9 @@ class VerifyReport:
     generate_error: float
 
 
-def verify(path: Path | str, expected: Path | None = None, device_map: Any = None) -> VerifyReport:
+def verify(
+    path: Path | str, expected: Path | None = None, device_map: DeviceMap = None
+) -> VerifyReport:
     """Check hashes and schema, then run the bundle.
 
     Args:
@@ -72,13 +83,15 @@ def verify(path: Path | str, expected: Path | None = None, device_map: Any = Non
     everything = HeadPlan(full=True, k_dtype="model", v_dtype="model")
     lossless = uniform(bundle.plan.model, everything, max_position=bundle.plan.max_position)
     with _attached(model, lossless, None):
-        lossless_error = _distance(_decode_compressed(bundle, model), plain)
+        lossless_error = distance(_decode_compressed(bundle, model), plain)
     _demand(bundle, model, lossless_error, "a compressed cache that keeps everything")
     with _attached(model, bundle.plan, bundle.params):
-        plan_error = _distance(_decode_compressed(bundle, model), plain)
+        plan_error = distance(_decode_compressed(bundle, model), plain)
     serve(model, bundle)
     with _attached(model, lossless, None):
-        generate_error = _apart(_generate(bundle, model), written)
+        again = _generate(bundle, model)
+    same = same_text_steps(again[0], written[0])
+    generate_error = distance(again[1][:same], written[1][:same])
     _demand(bundle, model, generate_error, "generate with a cache that keeps everything")
     with _attached(model, bundle.plan, bundle.params):
         _generate(bundle, model)
@@ -93,29 +106,16 @@ def verify(path: Path | str, expected: Path | None = None, device_map: Any = Non
     )
 
 
-def check_ids(model: PreTrainedModel) -> Tensor:
-    """Fixed token ids [1, CHECK_TOKENS] spread over the vocabulary."""
-    import torch
-
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    ids = (7 + 31 * torch.arange(CHECK_TOKENS)) % weight.shape[0]
-    return ids[None].to(model.device)
-
-
 def check_logits(model: PreTrainedModel) -> Tensor:
     """float32 logits [CHECK_TOKENS, vocabulary] of one plain forward."""
-    import torch
-
     with torch.inference_mode():
-        return model(input_ids=check_ids(model), use_cache=False).logits[0].float().cpu()
+        ids = fixed_ids(model, CHECK_TOKENS)
+        return model(input_ids=ids, use_cache=False).logits[0].float().cpu()
 
 
-def _decode(model: PreTrainedModel, cache: Any) -> Tensor:
+def _decode(model: PreTrainedModel, cache: Cache | None) -> Tensor:
     """Logits [_STEPS, vocabulary] of single-token steps, which read what the prompt stored."""
-    import torch
-
-    ids = check_ids(model)
+    ids = fixed_ids(model, CHECK_TOKENS)
     start = ids.shape[1] - _STEPS
     rows = []
     with torch.inference_mode():
@@ -151,46 +151,21 @@ def _decode_compressed(bundle: Bundle, model: PreTrainedModel) -> Tensor:
 
 
 def _generate(bundle: Bundle, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """What `model.generate` makes of `check_ids`: ids [steps], logits [steps, vocabulary].
+    """Ids [steps] and logits [steps, vocabulary] of a short `model.generate`.
 
     Raises:
         BundleError: where logits are not finite, or a plan is attached and its cache was not used.
     """
-    import torch
-
     from kvcompress.runtime.cache.cache import CompressedCache
     from kvcompress.runtime.model.attached import attached
 
-    ids, call = check_ids(model), cast(Any, model.generate)
-    with torch.inference_mode():
-        output = call(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=_STEPS,
-            do_sample=False,
-            num_beams=1,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    ours = isinstance(cache_of(output), CompressedCache)
-    if ours != (attached(model) is not None):
+    ids, logits, cache = generated(model, fixed_ids(model, CHECK_TOKENS), _STEPS)
+    if isinstance(cache, CompressedCache) != (attached(model) is not None):
         raise BundleError(
             f"{bundle.path}: generate used another cache than the plan's; report this as a bug"
         )
-    logits = torch.stack([step[0].float().cpu() for step in output.logits])
     _demand_finite(bundle, logits)
-    return output.sequences[0, ids.shape[1] :].cpu(), logits
-
-
-def _apart(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> float:
-    """Distance of the logits as far as both had the same text before them.
-
-    Another token may be chosen where two are nearly equal; what follows it is another text.
-    """
-    steps = min(len(found[0]), len(wanted[0]))
-    differs = (found[0][:steps] != wanted[0][:steps]).nonzero()
-    same = int(differs[0]) + 1 if len(differs) else steps
-    return _distance(found[1][:same], wanted[1][:same])
+    return ids.cpu(), logits.cpu()
 
 
 def _demand_finite(bundle: Bundle, logits: Tensor) -> None:
@@ -201,22 +176,18 @@ def _demand_finite(bundle: Bundle, logits: Tensor) -> None:
 def _reload_error(bundle: Bundle, model: PreTrainedModel, expected: Path) -> float:
     from safetensors.torch import load_file
 
-    error = _distance(check_logits(model), load_file(expected)["logits"])
+    error = distance(check_logits(model), load_file(expected)["logits"])
     _demand(bundle, model, error, "the reloaded model")
     return error
 
 
 def _demand(bundle: Bundle, model: PreTrainedModel, error: float, what: str) -> None:
-    limit = _TOLERANCE[min(4, max(2, model.dtype.itemsize))]
+    limit = tolerance(model.dtype)
     if not error <= limit:
         raise BundleError(
             f"{bundle.path}: logits of {what} differ by {error:.3g} of their size, allowed are "
             f"{limit:g}; export again with other weights and report this as a bug"
         )
-
-
-def _distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

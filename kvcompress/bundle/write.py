@@ -1,4 +1,4 @@
-"""Export: from a finished profile to a bundle, in one step that either happens or does not."""
+"""Export: from a finished profile to a bundle. It appears whole, or nothing is changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import kvcompress
 from kvcompress import atomic
@@ -24,9 +24,8 @@ from kvcompress.bundle.card import model_card, size
 from kvcompress.bundle.manifest import BaseModelEntry, Manifest, WeightsEntry
 from kvcompress.bundle.read import is_bundle
 from kvcompress.bundle.source import Source
-from kvcompress.bundle.verify import check_logits
+from kvcompress.bundle.verify import VerifyReport, check_logits
 from kvcompress.errors import BundleError, ProfileError
-from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Plan
 from kvcompress.profile.solve import solve_recipe, with_calibration_of
 from kvcompress.profile.source import weights_hash
@@ -38,9 +37,12 @@ from kvcompress.quant.weights.base import (
     weights_bytes,
 )
 from kvcompress.recipe import BytesPolicy, Recipe, WeightScheme
+from kvcompress.tokenizer import tokenizer_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kvcompress.checkpoint.load import DeviceMap
 
 _NEEDS: Final = ("torch>=2.9", "transformers>=5.17")
 _SHARD: Final = "5GB"
@@ -99,7 +101,7 @@ def export(
     weights: WeightScheme | None = None,
     overwrite: bool = False,
     measured: Mapping[str, float] | None = None,
-    device_map: Any = None,
+    device_map: DeviceMap = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
     """Write a bundle, check it in a fresh process and put it in place.
@@ -137,21 +139,20 @@ def export(
         files.same_permissions(staged)
         note("checking the bundle in a fresh process")
         checked = _check_in_fresh_process(staged, target, expected)
+    assert checked.reload_error is not None, "the fresh process was given the logits to expect"
     entries = manifest.parse((target / manifest.MANIFEST).read_bytes(), str(target))
     return ExportReport(
         path=str(out),
-        digest=checked["digest"],
+        digest=checked.digest,
         weights_format=job.format.name,
         weights_bytes=entries.weights.size_bytes,
         base_weights_bytes=_bf16_bytes(job.source),
         bundle_bytes=sum(entries.sizes_bytes.values()),
         kept=job.kept,
-        planned_bytes=job.profile.planned_weight_bytes(job.plan.weights)
-        if job.plan.weights
-        else None,
+        planned_bytes=mixed.planned_bytes(job.profile, job.plan),
         tensor_bytes=mixed.tensor_bytes(target),
-        reload_error=checked["reload_error"],
-        lossless_error=checked["lossless_error"],
+        reload_error=checked.reload_error,
+        lossless_error=checked.lossless_error,
     )
 
 
@@ -194,7 +195,7 @@ def _prepare(
 
 
 def _check_counted(profile: Path, recipe: Recipe, weights: WeightScheme | None) -> None:
-    """Refuse other weights than those that a memory target counted: the plan would not meet it."""
+    """Refuse other weights than a memory target counted, with which the plan would not meet it."""
     policy, own = recipe.policy, recipe.weights
     if not isinstance(policy, BytesPolicy) or policy.memory is None or own == "bf16":
         return
@@ -221,7 +222,7 @@ def _check_fit(profile: Path, found: Source, plan: Plan) -> None:
 
 
 def _check_weights(profile: Path, job: _Job) -> None:
-    """Refuse another model of the same architecture: its heads do not do what the profile says."""
+    """Refuse another model of the same architecture, to whose heads the profile does not apply."""
     if weights_hash(job.source.load("cpu", dtype="auto")) != job.profile.provenance.weights_hash:
         raise BundleError(
             f"{profile}: it profiled other weights than those of {job.source.location}; "
@@ -234,7 +235,8 @@ def _bf16_bytes(found: Source) -> int:
 
 
 def _check_space(target: Path, job: _Job) -> None:
-    """Refuse early what cannot end well; the estimate is a little low, never too high."""
+    """Refuse before any weight is loaded where the disk has too little room. The estimate may be a
+    little low but is never too high."""
     folder = next(parent for parent in target.parents if parent.exists())
     heads = output_heads(job.source.skeleton)
     needed_bytes = weights_bytes(job.source.skeleton, job.format, (*job.kept, *heads))
@@ -248,7 +250,8 @@ def _check_space(target: Path, job: _Job) -> None:
 
 @contextmanager
 def _one_line(target: Path) -> Iterator[None]:
-    """What can fail while writing, as an error that names the bundle and not a temporary file."""
+    """Within the block, an error of the system becomes one that names the bundle and not the hidden
+    directory in which it is written."""
     from safetensors import SafetensorError
 
     todo = "free some space and export again; nothing was changed"
@@ -265,7 +268,9 @@ def _one_line(target: Path) -> Iterator[None]:
         raise BundleError(f"{target}: the weights cannot be written: {error}") from error
 
 
-def _write_weights(job: _Job, staged: Path, device_map: Any) -> tuple[Tensor, list[dict[str, str]]]:
+def _write_weights(
+    job: _Job, staged: Path, device_map: DeviceMap
+) -> tuple[Tensor, list[dict[str, str]]]:
     """Save the weights, then return `check_logits` and `probe` of the model they came from."""
     from kvcompress.runtime.check.probe import as_rows, probe
 
@@ -284,7 +289,8 @@ def _write_weights(job: _Job, staged: Path, device_map: Any) -> tuple[Tensor, li
 
 
 def _write_index(staged: Path) -> None:
-    """An index even for one file: some loaders read every stray safetensors file without it."""
+    """Write the index even for one file: without it some loaders read every safetensors file they
+    find."""
     from safetensors import safe_open
 
     path = staged / manifest.INDEX
@@ -311,7 +317,7 @@ def _patch_config(path: Path) -> None:
 
 
 def _write_rest(job: _Job, staged: Path, found: list[dict[str, str]]) -> None:
-    """Everything but the weights; the manifest comes last because it hashes the others."""
+    """Write everything but the weights, the manifest last, because it hashes all other files."""
     (staged / manifest.FOLDER).mkdir()
     for path in job.source.legal:
         shutil.copyfile(path, staged / path.name)
@@ -345,7 +351,7 @@ def _write_rest(job: _Job, staged: Path, found: list[dict[str, str]]) -> None:
     (staged / manifest.MANIFEST).write_text(written.to_json(), encoding="utf-8")
 
 
-def _check_in_fresh_process(staged: Path, target: Path, expected: Tensor) -> dict[str, Any]:
+def _check_in_fresh_process(staged: Path, target: Path, expected: Tensor) -> VerifyReport:
     """Load what was written where nothing of this process can help it."""
     from safetensors.torch import save_file
 
@@ -370,9 +376,8 @@ def _check_in_fresh_process(staged: Path, target: Path, expected: Tensor) -> dic
         lines = result.stderr.strip().split("\n")
         reason = lines[-1].removeprefix("error: ").replace(str(staged), str(target))
         raise BundleError(f"the written bundle failed its check, nothing was changed: {reason}")
-    report: dict[str, Any] = json.loads(result.stdout.strip().split("\n")[-1])
-    return report
+    return VerifyReport(**json.loads(result.stdout.strip().split("\n")[-1]))
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

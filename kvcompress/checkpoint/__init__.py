@@ -1,1 +1,1 @@
-"""Model directories as input: the one place where a model, its settings or tokenizer are loaded."""
+"""Model directories as input. Only this package loads models, their settings and tokenizers."""

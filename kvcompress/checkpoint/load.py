@@ -1,6 +1,8 @@
-"""The only calls of transformers' loaders: files on this machine, no code of the model's own.
+"""The only calls of transformers' loaders. They read files of this machine and run no code of a
+model's own.
 
-transformers raises whatever a damaged file provokes; here it becomes one line that names the model.
+A damaged file makes transformers raise an error of any kind; here it becomes one line that names
+the model.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from kvcompress.checkpoint import settings, tensors
 from kvcompress.checkpoint.packed import check_packed, import_bitsandbytes
@@ -20,7 +22,11 @@ from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.strict import shown
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# where the weights go, as `from_pretrained` takes it; None is the CPU
+DeviceMap: TypeAlias = "str | torch.device | dict[str, str | int | torch.device] | None"
 
 # everything of a model on the Hub but its weights, and nothing that Python would run
 _SMALL: Final = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*")
@@ -41,14 +47,14 @@ class Checkpoint:
 
     name: str
     folder: Path
-    settings: dict[str, Any]
+    settings: dict[str, object]
     gguf: str | None = None
 
     @property
-    def place(self) -> dict[str, Any]:
-        """What every loader of transformers is told: no network, no code of the model's own."""
-        place: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-        return place if self.gguf is None else {**place, "gguf_file": self.gguf}
+    def place(self) -> dict[str, bool | str]:
+        """Options for every loader of transformers: no network, no code of the model's own."""
+        gguf = {} if self.gguf is None else {"gguf_file": self.gguf}
+        return {"trust_remote_code": False, "local_files_only": True, **gguf}
 
 
 def find(model: Path | str) -> Checkpoint:
@@ -107,7 +113,7 @@ def load_config(found: Checkpoint) -> PretrainedConfig:
 
 
 def _refuse_shadows(found: Checkpoint, config: PretrainedConfig) -> None:
-    """Parts of a configuration are checked by the class of the whole, which has the methods."""
+    """Refuse keys that would replace a method: a configuration becomes attributes of its class."""
     parts = [found.settings, *(v for v in found.settings.values() if isinstance(v, dict))]
     for part in parts:
         for key in part:
@@ -118,7 +124,7 @@ def _refuse_shadows(found: Checkpoint, config: PretrainedConfig) -> None:
                 )
 
 
-def load_tokenizer(found: Checkpoint, **options: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(found: Checkpoint, **options: object) -> PreTrainedTokenizerBase:
     """Its tokenizer; `options` are further ones of `from_pretrained`.
 
     Raises:
@@ -140,7 +146,7 @@ def load_tokenizer(found: Checkpoint, **options: Any) -> PreTrainedTokenizerBase
         return tokenizer
 
 
-def build(found: Checkpoint, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+def build(found: Checkpoint, config: PretrainedConfig, **options: object) -> PreTrainedModel:
     """The architecture with made-up weights, on the default device.
 
     Raises:
@@ -161,7 +167,7 @@ def load_model(
     *,
     exact: bool = False,
     tried: bool = True,
-    **options: Any,
+    **options: object,
 ) -> PreTrainedModel:
     """The model with its weights: all of them there, of their shapes, and finite.
 
@@ -213,19 +219,19 @@ def load_model(
 
 
 def _unpacked(config: PretrainedConfig) -> tuple[str, PretrainedConfig]:
-    """Who packed the weights, and a copy of the configuration that has fp8 unpacked: packed, its
-    layers would run on kernels from the Hub."""
+    """The method that packed the weights, and a copy of the configuration in which fp8 weights are
+    unpacked while they load. Packed fp8 layers would run on kernels from the Hub."""
     config = copy.deepcopy(config)
-    found: Any = getattr(config, "quantization_config", None)
-    packed: dict[str, Any] = found if isinstance(found, dict) else {}
+    found = getattr(config, "quantization_config", None)
+    packed = found if isinstance(found, dict) else {}
     method = packed.get("quant_method", "bitsandbytes") if packed else ""
     if method == "fp8":
         config.quantization_config = {**packed, "dequantize": True}
     return method, config
 
 
-def _gguf_options(found: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
-    """Its blocks are unpacked: packed, they would run on kernels from the Hub."""
+def _gguf_options(found: Checkpoint, options: dict[str, object]) -> dict[str, object]:
+    """Options that unpack the file's blocks; packed ones would run on kernels from the Hub."""
     import torch
     import transformers
 
@@ -236,14 +242,14 @@ def _gguf_options(found: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
         )
     if options.get("dtype") == "auto":
         options["dtype"] = torch.bfloat16
-    made: dict[str, Any] = {"dtype": torch.bfloat16}
+    made: dict[str, object] = {"dtype": torch.bfloat16}
     kind = getattr(transformers, "GgufConfig", None)  # releases before it always unpack
     return made if kind is None else {**made, "quantization_config": kind(dequantize=True)}
 
 
 @contextmanager
 def reading(name: str, what: str) -> Iterator[None]:
-    """Turn what transformers raises on a file into one line.
+    """Within the block, turn an error of transformers into one line.
 
     Raises:
         UnsupportedModelError: for any error inside but our own.

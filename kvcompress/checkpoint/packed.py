@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes packs: its kernels trust the sizes that a file gave them."""
+"""Checks of weights that bitsandbytes packed, because its kernels trust the sizes in a file."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def import_bitsandbytes() -> None:
     """Import bitsandbytes, where it is installed, so that it runs no code from the Hub and does not
     log a line for every matrix product.
 
-    On a processor with AVX512-BF16 its import fetches a compiled kernel from the Hub and runs it,
-    where the package `kernels` is installed (bitsandbytes 0.50). That package is hidden meanwhile;
-    bitsandbytes then takes the kernels that it brings along.
+    On a processor with AVX512-BF16, bitsandbytes 0.50 fetches a compiled kernel from the Hub at
+    import if the package `kernels` is installed, and runs it. We hide that package during the
+    import; bitsandbytes then takes the kernels that it brings along.
 
     Its import also has torch compile four steps of optimizers. That alone imports torch's compiler,
     which takes seconds; the steps are compiled when somebody takes the first of them.

@@ -1,6 +1,6 @@
-"""What the JSON files of a model directory may say before transformers sees them.
+"""Checks of a model directory's JSON files, made before transformers reads them.
 
-transformers obeys many keys of a config.json: some make it fetch and run code (an attention kernel
+transformers obeys many keys of a config.json. Some make it fetch and run code (an attention kernel
 by the name of its repository), some replace its own methods, some make it build without end.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.strict import NotStrictError, load_json, read_bytes, shown
@@ -34,7 +34,7 @@ _IMPLEMENTATIONS: Final = {
     "attn_implementation": frozenset(("eager", "sdpa")),
     "experts_implementation": frozenset(("eager", "batched_mm", "grouped_mm")),
 }
-# what patches modules, names other weight files, or asks for kernels and other machines
+# keys that patch modules, name other weight files, or ask for kernels and other machines
 _FOREIGN: Final = frozenset(
     ("distributed_config", "fusion_config", "kernel_config", "transformers_weights", "use_kernels")
 )
@@ -57,7 +57,7 @@ _BOUNDS: Final[dict[str, int]] = {
 QUANTIZED: Final = frozenset(("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq"))
 
 
-def vetted(folder: Path) -> dict[str, Any]:
+def vetted(folder: Path) -> dict[str, object]:
     """The config.json of a model directory, once all its settings were looked at.
 
     Raises:
@@ -85,7 +85,7 @@ def vetted(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_config(path: Path, config: dict[str, Any]) -> None:
+def check_config(path: Path, config: dict[str, object]) -> None:
     """Refuse what a configuration must not say.
 
     Raises:
@@ -95,7 +95,7 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
         check(path, config)
 
 
-def _read(path: Path, limit_bytes: int) -> dict[str, Any] | None:
+def _read(path: Path, limit_bytes: int) -> dict[str, object] | None:
     if not path.exists():
         return None
     try:
@@ -107,7 +107,7 @@ def _read(path: Path, limit_bytes: int) -> dict[str, Any] | None:
     return value
 
 
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+def _entries(value: object) -> Iterator[tuple[str, object]]:
     """Every (key, value) of all objects in `value`."""
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -118,14 +118,14 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
             yield from _entries(inner)
 
 
-def _leaves(value: Any) -> list[Any]:
+def _leaves(value: object) -> list[object]:
     if isinstance(value, dict | list):
         inner = value.values() if isinstance(value, dict) else value
         return [leaf for item in inner for leaf in _leaves(item)]
     return [value]
 
 
-def _implementations(path: Path, config: dict[str, Any]) -> None:
+def _implementations(path: Path, config: dict[str, object]) -> None:
     for key, value in _entries(config):
         known = _IMPLEMENTATIONS.get(key.strip("_").removesuffix("_internal"))
         if known is None:
@@ -138,7 +138,7 @@ def _implementations(path: Path, config: dict[str, Any]) -> None:
                 )
 
 
-def _no_foreign(path: Path, config: dict[str, Any]) -> None:
+def _no_foreign(path: Path, config: dict[str, object]) -> None:
     for key, value in _entries(config):
         if key in _FOREIGN and value:
             raise UnsupportedModelError(
@@ -146,19 +146,22 @@ def _no_foreign(path: Path, config: dict[str, Any]) -> None:
             )
 
 
-def _bounded(path: Path, config: dict[str, Any]) -> None:
+def _bounded(path: Path, config: dict[str, object]) -> None:
     for key, value in _entries(config):
         most = _BOUNDS.get(key)
         if most is None:
             continue
         for number in _leaves(value):
-            if isinstance(number, bool | str) or (number is not None and not -1 <= number <= most):
+            if number is None:
+                continue
+            counts = isinstance(number, int | float) and not isinstance(number, bool)
+            if not counts or not -1 <= number <= most:  # type: ignore[operator]
                 raise UnsupportedModelError(
                     f"{path}: its {key} is {shown(number, 40)}, expected a number up to {most}"
                 )
 
 
-def _no_remote_code(path: Path, config: dict[str, Any]) -> None:
+def _no_remote_code(path: Path, config: dict[str, object]) -> None:
     """A leftover `auto_map` of a model that transformers has itself is not followed."""
     from transformers import CONFIG_MAPPING
 
@@ -170,7 +173,7 @@ def _no_remote_code(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _quantization(path: Path, config: dict[str, Any]) -> None:
+def _quantization(path: Path, config: dict[str, object]) -> None:
     for key, value in _entries(config):
         if key != "quantization_config" or value is None:
             continue
@@ -184,12 +187,12 @@ def _quantization(path: Path, config: dict[str, Any]) -> None:
             )
 
 
-def _is_bitsandbytes(value: dict[str, Any]) -> bool:
+def _is_bitsandbytes(value: dict[str, object]) -> bool:
     return any(value.get(key) is True for key in ("load_in_4bit", "load_in_8bit"))
 
 
-# by name, so that a test can take one away and see that something is then let in
-CONFIG_CHECKS: Final[dict[str, Callable[[Path, dict[str, Any]], None]]] = {
+# by name, so that a test can take one away and see which configuration is then accepted
+CONFIG_CHECKS: Final[dict[str, Callable[[Path, dict[str, object]], None]]] = {
     "implementations": _implementations,
     "foreign keys": _no_foreign,
     "bounds": _bounded,

@@ -1,11 +1,12 @@
-"""Tensors of a model directory: whole files, nothing missing, nothing that is not a number."""
+"""Checks of a model directory's weights: files are whole, no tensor is missing, all are numbers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvcompress.checkpoint.settings import INDEX, INDEX_BYTES
 from kvcompress.errors import UnsupportedModelError
@@ -95,7 +96,7 @@ def check_files(name: str, folder: Path, files: list[str]) -> None:
 
 
 def check_size(name: str, files: list[Path], skeleton: nn.Module) -> None:
-    """The files could hold the model: before memory is taken for what is not in them.
+    """Refuse files too small for the model, before memory is taken for weights that they lack.
 
     Raises:
         UnsupportedModelError: where they are too small.
@@ -109,8 +110,8 @@ def check_size(name: str, files: list[Path], skeleton: nn.Module) -> None:
         )
 
 
-def check_report(name: str, report: dict[str, Any], exact: bool) -> None:
-    """What transformers says of a load: it fills what is missing with random numbers.
+def check_report(name: str, report: Mapping[str, Collection[object] | None], exact: bool) -> None:
+    """Refuse a load that transformers reports as incomplete: it fills gaps with random numbers.
 
     Raises:
         UnsupportedModelError: naming the first tensor that is wrong.
@@ -161,7 +162,7 @@ def is_finite(value: Tensor) -> bool:
     return math.isfinite(largest(value))
 
 
-# what each list of the report means
+# the lists of transformers' report, and what it means for a tensor to be in one
 REPORT_CHECKS: Final = {
     "missing_keys": "is not among its weights",
     "mismatched_keys": "has another shape than config.json says",

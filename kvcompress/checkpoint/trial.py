@@ -1,9 +1,11 @@
-"""A token of a model that was just loaded: settings of a wrong type are only met when they are
-used, and weights that are numbers may still overflow."""
+"""Generating one token with a model that was just loaded.
+
+Settings of a wrong type raise only when they are used, and finite weights may still overflow.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from kvcompress.errors import UnsupportedModelError
 
@@ -11,8 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _IDS: Final = (7, 38, 69, 100)
-# whatever its generation_config.json says: one token, by the largest logit
-_PLAIN: Final[dict[str, Any]] = {
+# one token, that of the largest logit, whatever the model's generation_config.json says
+_PLAIN: Final[dict[str, object]] = {
     "max_new_tokens": 1,
     "do_sample": False,
     "num_beams": 1,
@@ -33,8 +35,7 @@ def try_out(name: str, model: PreTrainedModel) -> None:
     assert isinstance(weight, torch.Tensor)
     ids = torch.tensor([_IDS], device=model.device) % max(1, weight.shape[0])
     with torch.inference_mode():
-        generate: Any = model.generate
-        output = generate(ids, attention_mask=torch.ones_like(ids), **_PLAIN)
+        output = cast(Any, model.generate)(ids, attention_mask=torch.ones_like(ids), **_PLAIN)
     logits = output.logits[0]
     if bool(logits.isnan().any()) or bool(logits.isposinf().any()):
         raise UnsupportedModelError(

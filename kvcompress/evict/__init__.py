@@ -1,1 +1,1 @@
-"""What to keep: scorers and the keep rule."""
+"""Choosing the tokens to keep: scorers and the keep rule."""

@@ -1,4 +1,4 @@
-"""What stays of a block of keys when the block lies in host memory, and which blocks it recalls.
+"""Digests: vectors that stand for a block of keys in host memory and rank it for recall.
 
 ``minmax``  the smallest and the largest key of every channel. Σ_d max(q_d·min_d, q_d·max_d) is an
             upper bound of q·k over the keys of the block (Quest, arXiv 2406.10774, equation 2).
@@ -28,8 +28,8 @@ def digest_of(keys: Tensor, kind: DigestName) -> Tensor:
 
 
 def query_parts(query: Tensor, kind: DigestName) -> tuple[Tensor, ...]:
-    """Queries ``[..., D]``, one for each vector of a digest: what a block promises a query is the
-    sum over vectors of part · vector."""
+    """Parts ``[..., D]`` of queries, one for each vector of a digest. A block's rank for a query is
+    the sum over vectors of part · vector."""
     return (query,) if kind == "mean" else (query.clamp(max=0), query.clamp(min=0))
 
 

@@ -1,11 +1,16 @@
-"""The end of a prompt: what happens to scores once all tokens stand side by side."""
+"""The end of a prompt: scores are pooled and finished, with all tokens at hand."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from kvcompress.evict.scorers import Scorer, Tokens
+
+# what model families call the layer of an attention module that reads the heads' outputs
+OUTPUT_NAMES: Final = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj", "out")
 
 
 def finished(scorer: Scorer, score: Tensor, tokens: Tokens, pool_tokens: int) -> Tensor:
@@ -33,9 +38,6 @@ def pooled(score: Tensor, valid: Tensor, width: int) -> Tensor:
     return torch.where(valid[:, None], sums(score * real) / sums(real).clamp(min=1), score)
 
 
-_OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj", "out")
-
-
 def output_weight(module: nn.Module, heads: int, width: int) -> Tensor | None:
     """W_O split by KV head, ``[heads, hidden, width]`` float32; None where the module has none.
 
@@ -45,7 +47,7 @@ def output_weight(module: nn.Module, heads: int, width: int) -> Tensor | None:
         width: channels of one KV head's outputs, that of all query heads that share it.
     """
     children = dict(module.named_children())
-    for name in _OUTPUT_NAMES:
+    for name in OUTPUT_NAMES:
         layer = children.get(name)
         weight = getattr(layer, "weight", None)
         if layer is None or not isinstance(weight, Tensor):

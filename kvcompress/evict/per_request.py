@@ -1,7 +1,7 @@
-"""What is decided for each row at the end of its prompt: shared budgets, thresholds, keep-sets.
+"""Decisions for each row at the end of its prompt: shared budgets, thresholds, keep-sets.
 
 Pure functions of ranks and attention weights. Ties go to the earlier head, then to the earlier
-token, so that the same prompt is always decided the same way.
+token, so that the same prompt always gets the same decision.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-LOW_QUANTILE: Final = 0.05  # of rows, as in `kvcompress.profile.recovery`
+LOW_QUANTILE: Final = 0.05  # of rows, as in `kvcompress.profile.measure`
 _ROUNDING: Final = 1e-9  # 0.1 · 30 is not 3
 
 
 def pooled_budgets(rank: Tensor, budget: Tensor, floor: float) -> list[list[int]]:
-    """How many tokens each head keeps when heads share their budgets: the best of all heads.
+    """How many tokens each head keeps when heads share their budgets, so that the best of all stay.
 
-    The heads may be those of a layer, or those of all layers side by side. They have to rank in one
-    unit: attention weights (sums, means, lift, the largest one) and logarithms of contributions to
-    the output are; norms of keys, or cosines, are comparable only as far as the heads are alike.
+    The heads may be those of a layer, or those of all layers side by side. Their ranks need one
+    unit. Attention weights (sums, means, lift, the largest one) and logarithms of contributions
+    to the output are; norms of keys, or cosines, compare only as far as the heads are alike.
 
     Source: AdaKV (arXiv 2407.11550), algorithm 1, which keeps most attention under the sum of the
     budgets. Differs from the paper: its safeguard mixes the pooled counts with equal shares; here
     the best ``floor`` share of each head is kept first, and the rest of the sum goes to the best of
-    what is left.
+    the others.
 
     Args:
         rank: ``[B, H, N]``, −inf where a token is no candidate.
@@ -47,7 +47,7 @@ def pooled_budgets(rank: Tensor, budget: Tensor, floor: float) -> list[list[int]
     place = torch.arange(count, device=rank.device)
     safe = candidate & (place < torch.tensor(least, device=rank.device).unsqueeze(-1))
     total = torch.minimum(budget.sum(-1).to(rank.device), candidate.sum((1, 2)))
-    # the best first; then, without disturbing them, what is safe before what is not
+    # the best first; then the safe ones before the others, each in their order
     pool = ordered.flatten(1).argsort(dim=-1, descending=True, stable=True)
     unsafe = (~safe).flatten(1).gather(1, pool).to(torch.int8)
     pool = pool.gather(1, unsafe.argsort(dim=-1, stable=True))
@@ -59,7 +59,7 @@ def pooled_budgets(rank: Tensor, budget: Tensor, floor: float) -> list[list[int]
 
 
 def _with_rest(budget: list[int], granted: list[int]) -> list[int]:
-    """`granted`, and what the sum of the budgets leaves over, in parts of what each left unused."""
+    """`granted`, plus the rest of the summed budgets, dealt out by what each head left unused."""
     rest = sum(budget) - sum(granted)
     unused = [max(0, b - g) for b, g in zip(budget, granted, strict=True)]
     parts = [rest * u // max(1, sum(unused)) for u in unused]
@@ -103,7 +103,7 @@ def fastgen_choice(
     worst 5 % of the given rows recover, in the worst of its query heads.
 
     Source: FastGen (arXiv 2310.01801), equation 1. Differs from the paper: see
-    `kvcompress.profile.recovery`; the last rows only, a low quantile over rows in place of a norm,
+    `kvcompress.profile.measure`; the last rows only, a low quantile over rows in place of a norm,
     and in every row the best tokens of the past, never of the future.
 
     Args:
@@ -120,7 +120,7 @@ def fastgen_choice(
         reading: ``mass`` asks for kept attention ≥ T, ``l1`` for ‖A − Â‖₁ = 2 (1 − kept) ≤ 1 − T.
 
     Returns:
-        ``[B][H]`` index into the chain, 0 to 4; 4, everything, where no row has a real query.
+        ``[B][H]`` index into the ladder, 0 to 4; 4, everything, where no row has a real query.
     """
     device = probability.device
     number = valid.long().cumsum(-1)  # 1 at the row's first real token
@@ -162,7 +162,7 @@ def _best_of_each_row(rank: Tensor, candidate: Tensor, budget: Tensor) -> Tensor
 
 
 def _recovered(probability: Tensor, kept: Tensor, real_row: Tensor) -> Tensor:
-    """``[B, H]``; what is dropped counts, so that a softmax with learned sinks can be whole.
+    """``[B, H]`` recovery as 1 − dropped, because learned sinks, part of a softmax, always stay.
 
     Args:
         kept: ``[B, 1 or H, W, N]``.

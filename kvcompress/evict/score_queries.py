@@ -1,15 +1,15 @@
-"""Which rows of a first prompt say what of which tokens, where a plan has its sums estimated.
+"""The votes of a prompt's query rows, where a plan has sums of attention estimated.
 
 With `score_rows` N and `score_stride` s, row q of n counts for key p ≤ q
     once      where q is one of the last N rows, or p one of the N newest keys that q sees;
     s times   where q votes for its s rows;
     never     elsewhere.
 One row of every s, counted from the sequence's first real token, votes for all of them. Its place
-among them moves from one s to the next along multiples of the golden ratio (a Weyl sequence), so
-that each place comes equally often and text that repeats itself every s tokens is not always read
-at the same place. So far pairs are sampled with the probability 1/s that their weight undoes: the
-sums are estimates without bias of those over all rows, and a score is divided by the rows that
-could see the token, as if all of them had voted.
+among them moves from one s to the next along multiples of the golden ratio (a Weyl sequence). Each
+place then comes equally often, and text that repeats itself every s tokens is not always read at
+the same place. A far pair is sampled with probability 1/s and weighs s, so the sums are unbiased
+estimates of those over all rows. A score is divided by all rows that could see the token, as if
+each of them had voted.
 
 Near pairs are not sampled because most attention is near: a row gives much to itself and to the
 few keys before it, and s times that would drown what the sums are to find. See

@@ -1,7 +1,7 @@
-"""Published ways to share out a budget, as pure functions over what the profile measured.
+"""Published ways to share a budget out over layers and heads: pure functions of a profile.
 
-`layer_shares` needs no measurement; the calibrated shape, the static curve and the full and
-streaming heads read the losses of the recipe's own setting.
+`layer_shares` needs no measurement. The calibrated shape, the static curve and the choice of full
+heads read the losses that were measured with the recipe's own sinks and recent tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 
 from kvcompress.errors import PlanError
 from kvcompress.plan import Budget, HeadPlan, KVDtype
+from kvcompress.profile.assemble import Heads, bare_column
 from kvcompress.profile.budget import Choice, spend
 from kvcompress.profile.candidates import FREQUENT_RATIOS, LOCAL_SHARE
-from kvcompress.profile.predict import Heads, bare_column
 from kvcompress.profile.store import ExactSetting, Profile
 from kvcompress.recipe import DuoPolicy, LayersPolicy, StaticCurvePolicy
 
@@ -54,7 +54,7 @@ def layer_tokens(total: int, layers: int, beta: float) -> tuple[int, ...]:
 
 
 def within_one(ratios: Sequence[float]) -> tuple[float, ...]:
-    """`ratios` cut at 1, what is cut off spread evenly over the others; the mean stays."""
+    """`ratios` cut at 1. The excess is spread evenly over the others, so that the mean stays."""
     found = list(ratios)
     if sum(found) >= len(found):
         return (1.0,) * len(found)
@@ -67,7 +67,7 @@ def within_one(ratios: Sequence[float]) -> tuple[float, ...]:
 
 
 def layers_heads(profile: Profile, policy: LayersPolicy) -> tuple[Heads, str]:
-    """(heads, what was done) for a budget per layer, the same for all heads of a layer."""
+    """Heads with one budget for each layer, and a line that describes them, for `Plan.target`."""
     shape = profile.shape
     beta = {"flat": 1.0, "pyramid": policy.beta, "funnel": -policy.beta}.get(policy.shape)
     if beta is None:
@@ -150,10 +150,11 @@ def loss_at(
 
 
 def static_curve_heads(profile: Profile, policy: StaticCurvePolicy) -> Heads:
-    """Heads whose shares of a token budget sum up the smallest loss, within each layer or over all.
+    """Shares of a token budget for which the heads' losses add up to the least.
 
-    Every head gets at least `floor` of the mean, as in AdaKV (arXiv 2407.11550, section 4), where
-    the pool is made from one request's scores; here it is made once, from the profile's losses.
+    Heads compete within their layer or over the whole model. Every head gets at least `floor` of
+    the mean, as in AdaKV (arXiv 2407.11550, section 4). Differs from the paper: AdaKV pools the
+    scores of one request; here the losses of the profile decide once for all requests.
     """
     shape, setting = profile.shape, profile.settings[0]
     curve = frequent_curve(setting, (policy.k_dtype, policy.v_dtype))
@@ -180,11 +181,13 @@ def static_curve_heads(profile: Profile, policy: StaticCurvePolicy) -> Heads:
 
 
 def duo_heads(profile: Profile, policy: DuoPolicy) -> Heads:
-    """The heads that lose most as streaming heads stay full, the others stream.
+    """Heads that lose most when they stream stay full, the others stream.
 
-    Source: DuoAttention, arXiv 2410.10819. Differs from the paper: no gate is trained; what a head
-    loses with sinks and recent tokens alone is measured by the profile. Ranked by repetition, they
-    are those of KVzip's scores of heads (arXiv 2505.23416), which need no training either.
+    A streaming head keeps sinks and recent tokens alone.
+
+    Source: DuoAttention, arXiv 2410.10819. Differs from the paper: no gate is trained; the profile
+    has measured what each head loses. ``ranked_by: repetition`` takes KVzip's scores of heads
+    (arXiv 2505.23416) instead, which need no training either.
 
     Raises:
         PlanError: for a ranking that the profile does not have.

@@ -1,12 +1,12 @@
-"""Spend a budget over independent heads: one choice for each, the sum of losses small.
+"""Spend a budget over independent heads: one choice for each, so that their losses sum to little.
 
-Along the lower convex hulls of the heads' (bytes, loss) points, upgrades are bought in order of
-loss saved per byte: that is optimal at every budget where an upgrade just fits (Everett, 1963).
-What is left of the budget buys the best single upgrades that fit, hull or not.
+`spend` buys upgrades along the lower convex hulls of the heads' (bytes, loss) points, those first
+that save most loss per byte. That is optimal at every budget where an upgrade just fits (Everett,
+1963). The rest of the budget buys the best single upgrades that fit, on the hull or not.
 
-A larger budget never gives a larger loss. Between two hull budgets the left-over is filled at fixed
-steps and the best filling of all steps within the budget is taken; a filling never saves more than
-the next hull upgrade, because no upgrade saves more per byte.
+A larger budget never gives a larger loss. Between two hull budgets `spend` fills the rest at fixed
+steps and takes the best filling of all steps within the budget. No filling saves more than the next
+hull upgrade, because no upgrade saves more per byte.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Final
 import numpy as np
 
 _FILL_STEPS: Final = 32
-_Array = np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ def spend(heads: Sequence[Sequence[Choice]], budget_bytes: int) -> list[Choice]:
 
 
 def frontier(choices: Sequence[Choice]) -> list[Choice]:
-    """The choices that no other one beats, smallest first: sizes rise and losses fall."""
+    """The choices that no other one beats in size and loss, the smallest first."""
     kept: list[Choice] = []
     for choice in sorted(choices, key=lambda c: (c.size_bytes, c.loss, c.column)):
         if not kept or choice.loss < kept[-1].loss:

@@ -12,18 +12,23 @@ import random
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING
 
-from kvcompress.profile.rows import held_out_rows
-from kvcompress.profile.tokens import opening_ids
+from kvcompress.profile.collect import held_out_rows
 from kvcompress.recipe import Calibration
 from kvcompress.tasks.documents import Note, lay_out, recall_notes
+from kvcompress.tokenizer import opening_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _WORDS_TO_RECALL = (2, 6, 16)
 _MOST_NOTES = 40
 
 
-def builtin_prompts(calibration: Calibration, tokenizer: Any) -> list[list[int]]:
+def builtin_prompts(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
     """See the module docstring; every prompt has `calibration.tokens` tokens."""
     opening = opening_ids(tokenizer)
     fresh = calibration.tokens - len(opening)

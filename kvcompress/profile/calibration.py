@@ -6,26 +6,29 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvcompress.errors import CalibrationError
 from kvcompress.profile.builtin import builtin_prompts
 from kvcompress.profile.texts import spread, streams, texts
-from kvcompress.profile.tokens import opening_ids
 from kvcompress.recipe import Calibration
+from kvcompress.tokenizer import opening_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BUILTIN: Final = "builtin"
 _BLOCKS: Final = 4  # drawn from a large file for each prompt
 _CHARACTERS: Final = 8  # of a block for each token of a prompt: about two prompts of English
 
 
-def load_prompts(calibration: Calibration, tokenizer: Any) -> list[list[int]]:
+def load_prompts(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """`calibration.prompts` lists of exactly `calibration.tokens` token ids.
 
-    Each begins with what the tokenizer puts before a text, usually its BOS token. They come from
-    the whole of a file, chosen by the seed: blocks of consecutive text are drawn, every one as
-    likely as any other, and prompts are drawn from those. A data set is read in an order by the
-    seed, only as far as that takes.
+    Each begins with the ids that the tokenizer puts before a text, usually its BOS token. The seed
+    chooses them from the whole of a file: it draws blocks of consecutive text, every one as likely
+    as any other, and draws prompts from those. A data set is shuffled by the seed and read only as
+    far as the prompts need.
 
     Raises:
         CalibrationError: if the data is missing, empty or too short, or lacks the text column.
@@ -57,8 +60,8 @@ def _cut(ids: list[int], length: int, rng: random.Random) -> list[list[int]]:
     return [ids[i : i + length] for i in range(start, len(ids) - length + 1, length)]
 
 
-def _ids(tokenizer: Any, run: Sequence[str], opening: list[int]) -> list[int]:
-    """Tokens of texts in a row; what a chat template puts before each is no part of them."""
+def _ids(tokenizer: PreTrainedTokenizerBase, run: Sequence[str], opening: list[int]) -> list[int]:
+    """Tokens of texts one after the other, without the opening that a chat template gives each."""
     ids: list[int] = []
     for text in run:
         more = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -81,5 +84,5 @@ def _too_little(
 
 
 def data_hash(prompts: Sequence[Sequence[int]]) -> str:
-    """sha256 of the token ids: says whether two profiles saw the same data, and nothing of it."""
+    """sha256 of the token ids. It tells whether two profiles saw the same data and reveals none."""
     return hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a head may be given: keep-sets times storage, and the order in which one holds the other."""
+"""Everything that a planner may give a head: keep-sets in each storage, and which holds which."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fastgen_ladder(policy: FastGenPolicy) -> tuple[HeadPlan, ...]:
 
 
 def fastgen_policy(recipe: Recipe) -> FastGenPolicy:
-    """The recipe's, or the paper's ratios for a recipe with another policy."""
+    """The recipe's policy, or the paper's ratios where the recipe has another policy."""
     policy = recipe.policy
     return policy if isinstance(policy, FastGenPolicy) else FastGenPolicy(kind="fastgen")
 
@@ -55,7 +55,7 @@ def candidates(recipe: Recipe, head_dim: int) -> tuple[HeadPlan, ...]:
 
 
 def small_candidates(head_dim: int) -> tuple[HeadPlan, ...]:
-    """What is measured with `FEWER_EXACT` tokens: coded keep-sets without classes."""
+    """Candidates that are measured with `FEWER_EXACT` tokens: coded keep-sets without classes."""
     sets = _plain_sets(FREQUENT_RATIOS[2:])
     found = [with_storage(keep_set, *pair) for keep_set in sets for pair in _SMALL_STORAGE]
     return _that_fit([HeadPlan(), *found], head_dim)
@@ -147,8 +147,8 @@ def _budget_within(small: Budget | None, large: Budget | None) -> bool:
 def lower_envelope(losses: Tensor, heads: tuple[HeadPlan, ...]) -> Tensor:
     """`losses` ``[..., C]`` where no candidate is worse than one that it holds.
 
-    Measured losses nearly follow the order but noise breaks it: rounding can happen to cancel what
-    was dropped. A plan may always store the smaller candidate in the larger one's room.
+    Measured losses nearly follow that order, but noise breaks it: rounding may happen to cancel the
+    change that dropping tokens made. The smaller candidate always fits in the larger one's room.
     """
     order = torch.tensor([[within(small, large) for small in heads] for large in heads])
     held = losses.unsqueeze(-2).expand(*losses.shape[:-1], len(heads), len(heads))

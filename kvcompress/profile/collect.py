@@ -1,7 +1,9 @@
-"""Run prompts through a model, one forward each, and hand every layer's attention to an observer.
+"""Run prompts through a model, one forward each, and show every layer's attention to an observer.
 
-Queries are taken in chunks of at most 128 rows, so memory is O(Hq · 128 · S) for one layer at a
-time and no [Hq, S, S] matrix ever exists. What an observer keeps has to be small.
+A row is one query of the prompt. Rows are taken in chunks of at most 128, so memory is
+O(Hq · 128 · S) for one layer at a time, and no [Hq, S, S] matrix ever exists. An observer should
+keep little of what it sees. The newest rows of a prompt are held out: they measure how well the
+tokens were chosen, so they have no vote in the choice.
 """
 
 from __future__ import annotations
@@ -10,54 +12,34 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kvcompress.evict.finish import finished, output_weight
 from kvcompress.evict.score_queries import pair_weight
-from kvcompress.evict.scorers import Rows, Tokens, scorer
+from kvcompress.evict.scorers import QueryRows, Scorer, Tokens, scorer
 from kvcompress.plan import ModelShape
-from kvcompress.profile.hf import attention_through, decoder_layers
-from kvcompress.profile.rows import held_out_rows
-from kvcompress.quant.keystats import Rotation
+from kvcompress.profile.hf import LayerInput, Softmax, attention_through, decoder_layers
+from kvcompress.quant.keystats import KeyStats, Rotation
 from kvcompress.recipe import Keep
+from kvcompress.runtime.hf.announce import attention_modules
 
 CHUNK_ROWS: Final = 128
 BLOCK_ROWS: Final = 8  # held-out rows that share one keep-set
+_FEWEST_ROWS, _MOST_ROWS = 64, 128
 
 
-@dataclass(frozen=True, slots=True)
-class Softmax:
-    """How a layer turns queries and keys into attention.
-
-    Attributes:
-        window: newest keys that a query sees, itself included; None is all of them.
-    """
-
-    scaling: float
-    softcap: float | None
-    window: int | None
-
-    def visible(self, first_row: int, rows: int, keys: int, device: torch.device) -> Tensor:
-        """``[rows, keys]`` bool."""
-        q = torch.arange(first_row, first_row + rows, device=device)[:, None]
-        k = torch.arange(keys, device=device)[None, :]
-        seen = k <= q
-        return seen if self.window is None else seen & (k > q - self.window)
-
-    def logits(self, query: Tensor, key: Tensor) -> Tensor:
-        """Unmasked ``[Hkv, G, T, S]`` from ``[Hkv, G, T, D]`` and ``[Hkv, S, D]``, float32."""
-        flat = query.flatten(1, 2) @ key.mT * self.scaling
-        if self.softcap is not None:
-            flat = torch.tanh(flat / self.softcap) * self.softcap
-        return flat.unflatten(1, query.shape[1:3])
+def held_out_rows(length_tokens: int) -> int:
+    """How many of a prompt's newest rows are held out: 64 to 128, at most half of the prompt."""
+    return min(max(_FEWEST_ROWS, min(_MOST_ROWS, length_tokens // 16)), length_tokens // 2)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRows:
-    """One layer on one prompt: its held-out rows and what the earlier rows say of each token.
+    """One layer on one prompt: its held-out rows, and each token's rank by the rows before them.
 
     Attributes:
         module: the attention module.
@@ -65,8 +47,8 @@ class LayerRows:
         key, value: ``[Hkv, S, D]`` float32.
         output: ``[Hkv, G, W, Dv]`` exact attention output of those rows.
         prompt_tokens: S − W, the first held-out row.
-        ranks: ``[W / 8, Hkv, S]``, rank of each token before every eighth held-out row, from the
-            rows before it alone; larger is kept, unseen tokens are −inf.
+        ranks: ``[W / 8, Hkv, S]`` rank of each token before every eighth held-out row, from the
+            rows before it alone. Tokens of larger rank stay; unseen tokens have −inf.
         residual: ``[W, hidden]`` float32, the residual stream where the layer reads it.
     """
 
@@ -82,13 +64,11 @@ class LayerRows:
     residual: Tensor
 
 
-class ColumnSums:
-    """Scores of a layer's tokens, raised row by row, ``[Hkv, S]``; a rank only knows earlier rows.
+class RunningScores:
+    """Scores ``[Hkv, S]`` of a layer's tokens, which grow as rows vote one after the other.
 
     Args:
-        query, key, value: ``[Hkv, G, S, D]`` and ``[Hkv, S, D]``.
         prompt_tokens: rows of the prompt proper; `keep.score_rows` counts back from there.
-        module: the attention module.
         tensors: what was trained for the scorer, of this layer.
         hidden: ``[S, hidden]`` input of the attention module, for a scorer that needs it.
     """
@@ -96,44 +76,26 @@ class ColumnSums:
     def __init__(
         self,
         keep: Keep,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        given: LayerInput,
         prompt_tokens: int,
-        *,
-        module: nn.Module,
-        scaling: float,
         rotation: Rotation | None = None,
         tensors: dict[str, Tensor] | None = None,
         hidden: Tensor | None = None,
     ) -> None:
         self.keep, self.scorer = keep, scorer(keep.scorer)
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens, self.query = prompt_tokens, given.query
         last = 0 if keep.score_rows is None else max(0, prompt_tokens - keep.score_rows)
         self.first_last = last  # of the prompt's rows that vote for all that they see
         self.first_vote = last if keep.score_stride is None else 0
-        heads, tokens, _ = key.shape
+        heads, tokens, _ = given.key.shape
         self.snapshots_at = range(prompt_tokens, tokens, BLOCK_ROWS)
-        self.position = torch.arange(tokens, device=key.device).expand(heads, tokens)
-        needs = self.scorer.needs
-        split = None
-        if "output_weight" in needs:
-            split = output_weight(module, heads, query.shape[1] * value.shape[-1])
-        self.tokens = Tokens(
-            layer=int(getattr(module, "layer_idx", 0)),
-            head=torch.arange(heads, device=key.device),
-            key=key[None],
-            value=value[None],
-            position=self.position[0],
-            valid=torch.ones(1, tokens, dtype=torch.bool, device=key.device),
-            query=query[None, :, :, :0],
-            scaling=scaling,
-            output_weight=split,
+        self.tokens = replace(
+            tokens_of(given, self.scorer),
             hidden=None if hidden is None else hidden[None],
             rotation=rotation,
             tensors=tensors or {},
         )
-        self.query = query
+        self.position = self.tokens.position.expand(heads, tokens)
         self.sums = self.scorer.arrive(self.tokens)[0].clone()
         self.snapshots: list[Tensor] = []
 
@@ -150,7 +112,7 @@ class ColumnSums:
         weight = self.scorer.row_weight(row) * (row >= self.first_vote) / groups
         if not bool(weight.any()):
             return
-        rows = Rows(weight.expand(heads, -1), row.expand(heads, -1), row)
+        rows = QueryRows(weight.expand(heads, -1), row.expand(heads, -1), row)
         near, stride = self.keep.score_rows, self.keep.score_stride
         if near is not None and stride is not None:
             key = torch.arange(seen, device=row.device)
@@ -187,8 +149,31 @@ class ColumnSums:
         return torch.stack(self.snapshots)
 
 
+def tokens_of(given: LayerInput, scorer: Scorer, length: int | None = None) -> Tokens:
+    """The first `length` tokens of a prompt as a scorer sees them; None is all of them.
+
+    Queries are left out: a scorer gets them at the prompt's end.
+    """
+    heads, groups = given.query.shape[:2]
+    key, value = given.key[:, :length], given.value[:, :length]
+    split = None
+    if "output_weight" in scorer.needs:
+        split = output_weight(given.module, heads, groups * value.shape[-1])
+    return Tokens(
+        layer=given.layer,
+        head=torch.arange(heads, device=key.device),
+        key=key[None],
+        value=value[None],
+        position=torch.arange(key.shape[1], device=key.device),
+        valid=torch.ones(1, key.shape[1], dtype=torch.bool, device=key.device),
+        query=given.query[None, :, :, :0],
+        scaling=given.softmax.scaling,
+        output_weight=split,
+    )
+
+
 class RowSink(Protocol):
-    """Sees the attention of `attend` rows by rows."""
+    """Is shown the attention of `attend`, a few rows at a time."""
 
     @property
     def snapshots_at(self) -> Collection[int]:
@@ -198,34 +183,29 @@ class RowSink(Protocol):
         """Rows ``[Hkv, G, T, S']`` of attention, the first of them row `first_row`."""
 
 
-Observer = Callable[[LayerRows], None]
-KeyObserver = Callable[[int, Tensor], None]
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, sums: RowSink | None
-) -> Tensor:
-    """Exact attention ``[Hkv, G, S, Dv]`` in float32, chunk by chunk; raises `sums` on the way."""
+def attend(given: LayerInput, sink: RowSink | None = None) -> Tensor:
+    """Exact attention ``[Hkv, G, S, Dv]`` in float32, by chunks, each shown to `sink`."""
+    query, key, value, softmax = given.query, given.key, given.value, given.softmax
     heads, groups, length, _ = query.shape
     out = query.new_empty(heads, groups, length, value.shape[-1])
-    edges = {*range(0, length, CHUNK_ROWS), length} | set(sums.snapshots_at if sums else ())
+    edges = {*range(0, length, CHUNK_ROWS), length} | set(sink.snapshots_at if sink else ())
     for low, high in pairwise(sorted(edges)):
         probability = softmax.logits(query[:, :, low:high], key[:, :high])
         hidden = ~softmax.visible(low, high - low, high, key.device)
         probability = probability.masked_fill_(hidden, -torch.inf).softmax(-1)
         block = probability.flatten(1, 2) @ value[:, :high]
         out[:, :, low:high] = block.unflatten(1, (groups, high - low))
-        if sums is not None:
-            sums.add(probability, low)
+        if sink is not None:
+            sink.add(probability, low)
     return out
 
 
 @contextmanager
 def watching_rows(
-    model: Any,
+    model: PreTrainedModel,
     shape: ModelShape,
     keep: Keep,
-    observer: Observer,
+    observer: Callable[[LayerRows], None],
     rotations: Sequence[Rotation | None] = (),
     tensors: dict[int, dict[str, Tensor]] | None = None,
 ) -> Iterator[None]:
@@ -235,99 +215,53 @@ def watching_rows(
         rotations: rotary embedding of each layer, for scorers that need it.
         tensors: per layer what was trained for the scorer.
     """
-    residual: dict[int, Tensor] = {}
     needs_hidden = "hidden" in scorer(keep.scorer).needs
 
-    def note(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            newest = hidden[0, -held_out_rows(hidden.shape[1]) :]
-            residual[layer] = newest.float()
-
-        return hook
-
-    def run(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None
-    ) -> Tensor:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        softmax = Softmax(scaling, softcap, shape.sliding_windows[layer])
-        query, key, value = grouped(q, k), k.float(), v.float()
-        rows = held_out_rows(q.shape[1])
-        sums = ColumnSums(
+    def run(given: LayerInput) -> Tensor:
+        layer, length = given.layer, given.key.shape[1]
+        rows = held_out_rows(length)
+        scores = RunningScores(
             keep,
-            query,
-            key,
-            value,
-            q.shape[1] - rows,
-            module=module,
-            scaling=scaling,
+            given,
+            length - rows,
             rotation=rotations[layer] if rotations else None,
             tensors=(tensors or {}).get(layer),
-            hidden=inputs.pop(module, None),
+            hidden=inputs.pop(given.module) if needs_hidden else None,
         )
-        out = attend(query, key, value, softmax, sums)
+        out = attend(given, scores)
         observer(
             LayerRows(
                 layer,
-                module,
-                softmax,
-                query[:, :, -rows:],
-                key,
-                value,
+                given.module,
+                given.softmax,
+                given.query[:, :, -rows:],
+                given.key,
+                given.value,
                 out[:, :, -rows:],
-                q.shape[1] - rows,
-                sums.ranks(),
-                residual.pop(layer),
+                length - rows,
+                scores.ranks(),
+                residual.pop(layers[layer])[-rows:],
             )
         )
-        return out.flatten(0, 1)
+        return out
 
-    hooks = [
-        layer.register_forward_pre_hook(note(i), with_kwargs=True)
-        for i, layer in enumerate(decoder_layers(model, shape.layers))
-    ]
-    try:
-        with inputs_of_attention(model, needs_hidden) as inputs, attention_through(model, run):
+    layers = decoder_layers(model, shape.layers)
+    attention = attention_modules(model) if needs_hidden else []
+    with inputs_of(layers) as residual, inputs_of(attention) as inputs:
+        with attention_through(model, shape, run):
             yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 @contextmanager
-def watching_keys(model: Any, shape: ModelShape, observer: KeyObserver) -> Iterator[None]:
-    """As `watching_rows`, for the keys ``[Hkv, S, D]`` alone, as they enter the attention."""
-
-    def run(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None
-    ) -> Tensor:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        observer(layer, k.float())
-        softmax = Softmax(scaling, softcap, shape.sliding_windows[layer])
-        return attend(grouped(q, k), k.float(), v.float(), softmax, None).flatten(0, 1)
-
-    with attention_through(model, run):
-        yield
-
-
-@contextmanager
-def inputs_of_attention(model: nn.Module, wanted: bool) -> Iterator[dict[nn.Module, Tensor]]:
-    """Within the block, the newest input ``[S, hidden]`` of each attention module, float32.
-
-    Args:
-        wanted: False leaves the model alone; the mapping stays empty.
-    """
+def inputs_of(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Within the block, the newest input ``[S, hidden]`` of each of these modules, float32."""
     inputs: dict[nn.Module, Tensor] = {}
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         inputs[module] = hidden[0].float()
 
-    numbered = [m for m in model.modules() if hasattr(m, "layer_idx")]
-    innermost = [
-        m for m in numbered if not any(hasattr(c, "layer_idx") for c in m.modules() if c is not m)
-    ]
-    hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in innermost if wanted]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     try:
         yield inputs
     finally:
@@ -335,13 +269,27 @@ def inputs_of_attention(model: nn.Module, wanted: bool) -> Iterator[dict[nn.Modu
             handle.remove()
 
 
-def grouped(query: Tensor, key: Tensor) -> Tensor:
-    """``[Hq, T, D]`` as ``[Hkv, G, T, D]`` float32: keys are shared, never repeated."""
-    return query.float().unflatten(0, (key.shape[0], -1))
+def key_moments(
+    model: PreTrainedModel, shape: ModelShape, rotations: Sequence[Rotation | None], ids: list[int]
+) -> list[KeyStats]:
+    """Moments of one prompt's keys in each layer, once the layer's rotary embedding is undone."""
+    found: dict[int, KeyStats] = {}
+
+    def run(given: LayerInput) -> Tensor:
+        key, rotation = given.key.double(), rotations[given.layer]
+        if rotation is not None:
+            position = torch.arange(key.shape[1], device=key.device)
+            key = rotation.turn(key, position, sign=-1)
+        found[given.layer] = KeyStats.of(key)
+        return attend(given)
+
+    with attention_through(model, shape, run):
+        forward(model, ids)
+    return [found[layer] for layer in range(shape.layers)]
 
 
 @torch.inference_mode()
-def forward(model: Any, ids: list[int]) -> None:
-    """One prompt through the decoder; its logits are not wanted."""
+def forward(model: PreTrainedModel, ids: list[int]) -> None:
+    """Run one prompt through the decoder, without the head that makes logits."""
     tokens = torch.tensor([ids], device=model.device)
     model.base_model(input_ids=tokens, use_cache=False)

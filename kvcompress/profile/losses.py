@@ -1,12 +1,13 @@
-"""What a candidate costs: the change of a head's attention output, and what that does.
+"""The loss of a candidate: how far it changes a head's attention output, weighed by its effect.
 
-Δo_h is the change of the outputs of all query heads of a KV head h when dropped tokens are left out
-and kept ones are read back from their codes. With the sensitivity u of `sensitivity`
+Δo_h is the change of the outputs of all query heads of KV head h when the candidate's dropped
+tokens are left out and its kept ones are read back from their codes. `sensitivity` gives u, and
     loss = mean over held-out rows of |u_h · Δo_h|          nats of KL per predicted token
-The absolute value, because changes of single rows cancel by luck. For models without gradients
+The absolute value keeps changes of single rows from cancelling by luck. A model that has no
+gradients gets
     loss = mean over held-out rows of ‖Δo_h W_O‖² / ‖x + o W_O‖²
-with x the residual stream that the layer reads and o the exact output of all heads: the unit is
-what the next norm reads, so that layers can be compared; x alone would not do, since embeddings are
+where x is the residual stream that the layer reads and o the exact output of all heads. The next
+norm reads x + o W_O, so this unit makes layers comparable. x alone would not do: embeddings are
 often far shorter than what the first layer adds to them. A norm behind W_O (Gemma's) is left out.
 """
 
@@ -18,13 +19,13 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from kvcompress.evict.finish import OUTPUT_NAMES
 from kvcompress.plan import HeadPlan, KVDtype
 from kvcompress.profile.candidates import keep_set
 from kvcompress.profile.collect import LayerRows
 from kvcompress.profile.masks import KeepMasks
 from kvcompress.quant.codec import roundtrip, value_groups
 
-_OUTPUT_NAMES: Final = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj", "out")
 _SMALLEST: Final = 1e-30
 
 
@@ -41,7 +42,7 @@ def output_projection(module: nn.Module, width: int) -> Tensor | None:
             found[name] = child.weight
         elif isinstance(child, Conv1D) and child.weight.shape[0] == width:
             found[name] = child.weight.T
-    named = [found[name] for name in _OUTPUT_NAMES if name in found]
+    named = [found[name] for name in OUTPUT_NAMES if name in found]
     weights = named or list(found.values())[-1:]
     return weights[0].detach() if weights else None
 

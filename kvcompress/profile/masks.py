@@ -1,9 +1,9 @@
-"""Which tokens a keep-set holds at each held-out row, as the runtime would after the same tokens.
+"""The tokens that a keep-set holds at each held-out row, as the runtime would hold them there.
 
-The prompt proper ends where the held-out rows begin: budgets resolve against its length. Over the
-held-out rows the recent and local windows slide; `frequent` is chosen anew before every eighth row,
-from ranks that know only earlier rows, among tokens that were not dropped before. A token that
-leaves its window between two choices is left out until the next one.
+The prompt proper ends where the held-out rows begin, and budgets resolve against its length. From
+row to row the recent and local windows slide. `frequent` is chosen anew before every eighth row, by
+ranks that know only earlier rows, among tokens that were not dropped before. A token that leaves
+its window between two choices is left out until the next choice.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -14,7 +14,7 @@ TARGETS: Final = ("memory", "keep_ratio", "recovery")
 _ONE_OF: Final = "--memory, --keep-ratio or --recovery"
 
 
-def policy_from_options(own: Policy, **options: Any) -> Policy:
+def policy_from_options(own: Policy, **options: object) -> Policy:
     """The recipe's `own` policy where no option is given.
 
     What an option does not say is taken from `own` where that is a policy of the same kind.
@@ -41,14 +41,14 @@ def policy_from_options(own: Policy, **options: Any) -> Policy:
         raise PlanError(f"options: {explain(error)}") from None
 
 
-def _fastgen(own: Policy, given: dict[str, Any]) -> Policy:
+def _fastgen(own: Policy, given: dict[str, object]) -> Policy:
     if len(given) > 1:
         raise PlanError("--recovery takes no --context or --batch: it has no byte target")
     base = own.model_dump() if isinstance(own, FastGenPolicy) else {"kind": "fastgen"}
     return FastGenPolicy.model_validate({**base, **given})
 
 
-def _bytes(own: Policy, given: dict[str, Any], new_target: bool) -> Policy:
+def _bytes(own: Policy, given: dict[str, object], new_target: bool) -> Policy:
     base = own.model_dump() if isinstance(own, BytesPolicy) else {"kind": "bytes"}
     if new_target:
         base |= {"memory": None, "keep_ratio": None}

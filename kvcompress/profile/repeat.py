@@ -1,23 +1,23 @@
-"""KVzip's scores of a context, collected from one forward of [context ; request ; context].
+"""KVzip's scores of a context, from one forward of [context ; request ; context].
 
-Rows behind the context vote on its keys, exactly as the scorer of that name says; queries are taken
-in chunks, so that no square matrix of attention exists. Nothing is cached.
+The rows behind the context vote on its keys, as KVzip's scorer says. Queries are taken in chunks,
+so that no square matrix of attention exists. No cache is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from kvcompress.evict.finish import output_weight
-from kvcompress.evict.scorers import Rows, Tokens, scorer
+from kvcompress.evict.scorers import QueryRows, Scorer, scorer
 from kvcompress.plan import ModelShape
-from kvcompress.profile.collect import Softmax, attend, forward, grouped, inputs_of_attention
-from kvcompress.profile.hf import attention_through
+from kvcompress.profile.collect import attend, forward, inputs_of, tokens_of
+from kvcompress.profile.hf import LayerInput, attention_through
+from kvcompress.runtime.hf.announce import attention_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class ScoredContext:
 
 
 def score_context(
-    model: Any,
+    model: PreTrainedModel,
     shape: ModelShape,
     context: list[int],
     request: tuple[int, ...],
@@ -52,31 +52,26 @@ def score_context(
         name: ``kvzip`` or ``kvzip_plus``.
     """
     length = len(context)
+    chosen = scorer(name)
 
-    def run(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None
-    ) -> Tensor:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        softmax = Softmax(scaling, softcap, shape.sliding_windows[layer])
-        query, key, value = grouped(q, k), k.float(), v.float()
-        hidden = inputs.pop(module)
-        votes = _Repetition(name, length, hidden.norm(dim=-1))
-        out = attend(query, key, value, softmax, votes)
-        tokens = _tokens(module, layer, query, key, value, length, scaling)
-        score = scorer(name).finish(votes.score[None], tokens)[0]
-        position = torch.arange(length, device=key.device)
-        seen = torch.ones_like(position, dtype=torch.bool)
-        if softmax.window is not None:
-            seen = position > length - softmax.window
-        observer(ScoredContext(layer, hidden[:length], score, seen))
-        return out.flatten(0, 1)
+    def run(given: LayerInput) -> Tensor:
+        hidden = inputs.pop(given.module)
+        votes = _Repetition(chosen, length, hidden.norm(dim=-1))
+        out = attend(given, votes)
+        tokens = tokens_of(given, chosen, length)
+        score = chosen.finish(votes.score[None], tokens)[0]
+        seen = torch.ones(length, dtype=torch.bool, device=hidden.device)
+        if given.softmax.window is not None:
+            seen = tokens.position > length - given.softmax.window
+        observer(ScoredContext(given.layer, hidden[:length], score, seen))
+        return out
 
-    with inputs_of_attention(model, True) as inputs, attention_through(model, run):
+    with inputs_of(attention_modules(model)) as inputs, attention_through(model, shape, run):
         forward(model, [*context, *request, *context])
 
 
 def head_scores(
-    model: Any,
+    model: PreTrainedModel,
     shape: ModelShape,
     prompts: Sequence[list[int]],
     opening_tokens: int,
@@ -124,8 +119,8 @@ class _Repetition:
         score: ``[Hkv, S]``.
     """
 
-    def __init__(self, name: str, length: int, norm: Tensor) -> None:
-        self.scorer, self.length, self.norm = scorer(name), length, norm
+    def __init__(self, chosen: Scorer, length: int, norm: Tensor) -> None:
+        self.scorer, self.length, self.norm = chosen, length, norm
         self.snapshots_at = (length,)
         self.score = norm.new_zeros(1, length)
 
@@ -135,31 +130,8 @@ class _Repetition:
         heads, groups, count, _ = probability.shape
         row = torch.arange(first_row, first_row + count, device=probability.device)
         weight = torch.full_like(self.norm[row], 1 / groups)
-        rows = Rows(
+        rows = QueryRows(
             weight.expand(heads, -1), row.expand(heads, -1), row, self.norm[row].expand(heads, -1)
         )
         votes = self.scorer.collect(probability[..., : self.length], rows)
         self.score = self.scorer.merge(self.score, votes)
-
-
-def _tokens(
-    module: nn.Module,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    length: int,
-    scaling: float,
-) -> Tokens:
-    heads, groups = query.shape[:2]
-    return Tokens(
-        layer=layer,
-        head=torch.arange(heads, device=key.device),
-        key=key[None, :, :length],
-        value=value[None, :, :length],
-        position=torch.arange(length, device=key.device),
-        valid=torch.ones(1, length, dtype=torch.bool, device=key.device),
-        query=query[None, :, :, :0],
-        scaling=scaling,
-        output_weight=output_weight(module, heads, groups * value.shape[-1]),
-    )

@@ -1,4 +1,4 @@
-"""A plan as a small table: what each KV head keeps, and how often each policy occurs."""
+"""A plan as a small table: the keep-set of each KV head, and how often each keep-set occurs."""
 
 from __future__ import annotations
 

@@ -11,14 +11,13 @@ from dataclasses import replace
 from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 from kvcompress.atomic import write_file
 from kvcompress.errors import CalibrationError
-from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import ModelShape, Plan
 from kvcompress.profile import surrogate
 from kvcompress.profile.calibration import data_hash, load_prompts
@@ -30,18 +29,15 @@ from kvcompress.profile.candidates import (
     lower_envelope,
     small_candidates,
 )
-from kvcompress.profile.keys import LayerRotation, find_rotations, key_moments
-from kvcompress.profile.measure import PromptResult, Setup, measure_prompt
-from kvcompress.profile.progress import (
-    Workplace,
-    result_to_tensors,
-    stats_to_tensors,
-    tensors_to_result,
-    tensors_to_stats,
+from kvcompress.profile.collect import held_out_rows, key_moments
+from kvcompress.profile.measure import (
+    PromptResult,
+    Setup,
+    l1_distance,
+    measure_prompt,
+    over_prompts,
 )
-from kvcompress.profile.recovery import l1_distance, over_prompts
 from kvcompress.profile.repeat import head_scores
-from kvcompress.profile.rows import held_out_rows
 from kvcompress.profile.sensitivity import why_no_gradients
 from kvcompress.profile.solve import solve
 from kvcompress.profile.source import check_vocabulary, weight_bytes, weights_hash
@@ -55,12 +51,23 @@ from kvcompress.profile.store import (
     Table,
     file_sha256,
 )
-from kvcompress.profile.tokens import opening_ids, punct_ids, repeat_ids, special_ids
 from kvcompress.profile.weights import ROUNDED, WEIGHT_PROMPTS, measure_weights
+from kvcompress.profile.workplace import Workplace
 from kvcompress.quant.keystats import KeyStats, KVParams, derive
 from kvcompress.recipe import Recipe
 from kvcompress.runtime.hf.attach import check
 from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.model.rotation import LayerRotation, find_rotations
+from kvcompress.tokenizer import (
+    opening_ids,
+    punct_ids,
+    repeat_ids,
+    special_ids,
+    tokenizer_hash,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD_PROMPTS: Final = 4  # read twice for the scores of heads
 KEY_PROMPTS: Final = 8  # moments of 8 k tokens are exact enough: 4 k are, see `keystats`
@@ -69,8 +76,8 @@ Progress = Callable[[int, int], None]  # (finished steps, all steps)
 
 
 def run(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     out_dir: Path | str,
     progress: Progress | None = None,
@@ -142,14 +149,17 @@ def run(
     finally:
         model.train(was_training)
     profile = _profile(model, name, recipe, provenance, tokenizer, setup, rotations, results)
-    found = {"loss_note": no_gradients, "weight_layers": layers, "repeat_heads": heads}
-    if student is not None:
-        found["surrogate_r2"] = student.table()
+    staged, kept = place.directory / f".{PARAMS_FILE}", place.directory / PARAMS_FILE
+    params.save(staged)
+    staged.replace(kept)
+    found = {
+        "loss_note": no_gradients,
+        "weight_layers": layers,
+        "repeat_heads": heads,
+        "surrogate_r2": None if student is None else student.table(),
+        "params_sha256": file_sha256(kept),
+    }
     profile = profile.model_copy(update=found)
-    params.save(place.directory / f".{PARAMS_FILE}")
-    (place.directory / f".{PARAMS_FILE}").replace(place.directory / PARAMS_FILE)
-    noted = {"params_sha256": file_sha256(place.directory / PARAMS_FILE)}
-    profile = profile.model_copy(update=noted)
     profile.save(place.directory)
     place.clear()
     steps.finish()
@@ -157,8 +167,8 @@ def run(
 
 
 def run_and_plan(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     out_dir: Path | str,
     progress: Progress | None = None,
@@ -207,27 +217,35 @@ class _Steps:
 
 
 def _key_constants(
-    model: Any,
-    shape: Any,
+    model: PreTrainedModel,
+    shape: ModelShape,
     rotations: list[LayerRotation],
     prompts: list[list[int]],
     place: Workplace,
     steps: _Steps,
 ) -> KVParams:
+    turned = [found.rotation for found in rotations]
     parts: list[list[KeyStats]] = []
-    for i, ids in enumerate(prompts[:KEY_PROMPTS]):
-        kept = place.kept(f"{i:04d}.keys")
-        stats = tensors_to_stats(kept) if kept else key_moments(model, shape, rotations, ids)
-        if not kept:
-            place.keep(f"{i:04d}.keys", stats_to_tensors(stats))
-        parts.append(stats)
+    for number, ids in enumerate(prompts[:KEY_PROMPTS]):
+
+        def measured(ids: list[int] = ids) -> dict[str, Tensor]:
+            moments = key_moments(model, shape, turned, ids)
+            return {
+                "count": torch.tensor([layer.count for layer in moments]),
+                "mean": torch.stack([layer.mean for layer in moments]),
+                "var": torch.stack([layer.var for layer in moments]),
+            }
+
+        kept = place.step(f"{number:04d}.keys", measured)
+        layers = zip(kept["count"].tolist(), kept["mean"], kept["var"], strict=True)
+        parts.append([KeyStats(*layer) for layer in layers])
         steps.add(1)
     merged = [reduce(KeyStats.merge, layer) for layer in zip(*parts, strict=True)]
-    return derive(merged, [r.rotation for r in rotations], shape.max_position)
+    return derive(merged, turned, shape.max_position)
 
 
 def _head_scores(
-    model: Any,
+    model: PreTrainedModel,
     shape: ModelShape,
     recipe: Recipe,
     prompts: list[list[int]],
@@ -240,22 +258,24 @@ def _head_scores(
 
 
 def _measured(
-    model: Any, setup: Setup, number: int, ids: list[int], place: Workplace, steps: _Steps
+    model: PreTrainedModel,
+    setup: Setup,
+    number: int,
+    ids: list[int],
+    place: Workplace,
+    steps: _Steps,
 ) -> PromptResult:
-    kept = place.kept(f"{number:04d}")
-    result = tensors_to_result(kept) if kept else measure_prompt(model, setup, ids)
-    if not kept:
-        place.keep(f"{number:04d}", result_to_tensors(result))
+    kept = place.step(f"{number:04d}", lambda: dict(vars(measure_prompt(model, setup, ids))))
     steps.add(_Steps.MEASURE)
-    return result
+    return PromptResult(**kept)
 
 
 def _profile(
-    model: Any,
+    model: PreTrainedModel,
     name: str | None,
     recipe: Recipe,
     provenance: Provenance,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     setup: Setup,
     rotations: list[LayerRotation],
     results: list[PromptResult],
@@ -276,7 +296,7 @@ def _profile(
         special_share=float(shares[0]),
         punct_share=float(shares[1]),
         rotations=tuple(r.note for r in rotations),
-        chain=setup.chain,
+        chain=setup.ladder,
         recovery=_table(recovery),
         recovery_l1=_table(l1_distance(recovery)),
         candidates=setup.heads,
@@ -314,7 +334,7 @@ def _table(values: Tensor) -> Table:
     )
 
 
-def _provenance(model: Any, recipe: Recipe, prompts: list[list[int]]) -> Provenance:
+def _provenance(model: PreTrainedModel, recipe: Recipe, prompts: list[list[int]]) -> Provenance:
     return Provenance(
         data=recipe.calibration.data,
         data_hash=data_hash(prompts),

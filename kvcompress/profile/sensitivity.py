@@ -1,4 +1,4 @@
-"""What a change of a head's attention output does to the model's predictions.
+"""The effect of a head's attention output on the model's predictions.
 
 A prompt's held-out rows are predicted from two extremes: the full cache, and sinks and recent
 tokens alone in every head. Between them lies the path of outputs ``o + α (o_bare − o)``. The
@@ -8,9 +8,9 @@ with respect to every head's output, averaged over the path, is the sensitivity 
 the output of head h costs about ``u_h · δ`` nats, and the change to `bare` in all heads together
 costs what the path integral says, KL(full ‖ bare).
 
-The gradient at the full cache alone does not do: where the model is sure of a token, predictions
-are flat, though dropping what made it sure costs everything; and of heads that find the same
-token each seems superfluous as long as the others are there.
+The gradient at the full cache alone would mislead. Where the model is sure of a token, its
+predictions are flat, though dropping the evidence for it costs everything. And where several heads
+find the same token, each of them seems superfluous as long as the others are there.
 
 Source: the path integral of arXiv 1703.01365, equation 3 (integrated gradients), on head outputs.
 """
@@ -19,15 +19,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from kvcompress.plan import ModelShape
-from kvcompress.profile.collect import Softmax, attend, grouped
-from kvcompress.profile.hf import attention_through
-from kvcompress.profile.rows import held_out_rows
+from kvcompress.profile.collect import attend, held_out_rows
+from kvcompress.profile.hf import LayerInput, attention_through
 from kvcompress.profile.store import PATH
 from kvcompress.recipe import Keep
 from kvcompress.runtime.names import as_argument
@@ -37,7 +37,7 @@ _TRIAL_TOKENS: Final = 128
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One prompt's.
+    """Sensitivities on one prompt.
 
     Attributes:
         gradients: per layer ``[Hkv, G, W, Dv]`` float32, in nats per unit of output; None where
@@ -50,7 +50,7 @@ class Sensitivity:
 
 
 def path_sensitivity(
-    model: Any, shape: ModelShape, keep: Keep, ids: list[int], gradients: bool = True
+    model: PreTrainedModel, shape: ModelShape, keep: Keep, ids: list[int], gradients: bool = True
 ) -> Sensitivity:
     """See the module docstring.
 
@@ -69,7 +69,7 @@ def path_sensitivity(
     rows = held_out_rows(len(ids))
     tokens = torch.tensor([ids], device=model.device)
     path = _Path(shape, keep, len(ids))
-    with attention_through(model, path.attend):
+    with attention_through(model, shape, path.attend):
         prefix = DynamicCache(config=model.config)
         with torch.no_grad():
             model.base_model(input_ids=tokens[:, :-rows], **as_argument(prefix), use_cache=True)
@@ -104,7 +104,7 @@ def _kl(full: Tensor, other: Tensor) -> Tensor:
 
 
 def _gradients(lost: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-    """Of `lost` with respect to each of `outputs`, zero where it does not depend on it."""
+    """Gradient of `lost` with respect to each output, zero where it does not depend on it."""
     found = torch.autograd.grad(lost, outputs, allow_unused=True, materialize_grads=True)
     return list(found)
 
@@ -126,30 +126,25 @@ class _Path:
         """``[Hkv, G, W, Dv]`` of every layer in the last forward."""
         return [self._outputs[layer] for layer in range(self.shape.layers)]
 
-    def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, cap: float | None
-    ) -> Tensor:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        window = self.shape.sliding_windows[layer]
-        softmax = Softmax(scaling, cap, window)
-        query, key, value = grouped(q, k), k.float(), v.float()
+    def attend(self, given: LayerInput) -> Tensor:
         if not self.rows:
-            return attend(query, key, value, softmax, None).flatten(0, 1)
-        logits = softmax.logits(query, key)
+            return attend(given)
+        softmax, key, value = given.softmax, given.key, given.value
+        logits = softmax.logits(given.query, key)
         # the newest keys are there; an architecture's own window may have let the first ones go
         first = self.length - key.shape[1]
         position = torch.arange(first, self.length, device=key.device)
         row = torch.arange(self.length - self.rows, self.length, device=key.device)[:, None]
         visible = softmax.visible(key.shape[1] - self.rows, self.rows, key.shape[1], key.device)
-        sinks = 0 if window is not None else self.keep.sink_tokens
+        sinks = 0 if softmax.window is not None else self.keep.sink_tokens
         bare = visible & ((position < sinks) | (position > row - self.keep.recent_tokens))
         out = _output(logits, visible, value)
         if self.alpha:
             out = torch.lerp(out, _output(logits, bare, value), self.alpha)
         if torch.is_grad_enabled() and not out.requires_grad:
             out.requires_grad_()
-        self._outputs[layer] = out
-        return out.flatten(0, 1)
+        self._outputs[given.layer] = out
+        return out
 
 
 def _output(logits: Tensor, seen: Tensor, value: Tensor) -> Tensor:
@@ -158,7 +153,7 @@ def _output(logits: Tensor, seen: Tensor, value: Tensor) -> Tensor:
     return (probability.flatten(1, 2) @ value).unflatten(1, probability.shape[1:3])
 
 
-def why_no_gradients(model: Any, shape: ModelShape, keep: Keep, ids: list[int]) -> str:
+def why_no_gradients(model: PreTrainedModel, shape: ModelShape, keep: Keep, ids: list[int]) -> str:
     """Empty where `path_sensitivity` works for the model, else the reason in one line."""
     try:
         found = path_sensitivity(model, shape, keep, ids[:_TRIAL_TOKENS]).gradients

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from kvcompress.errors import PlanError
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import HeadPlan, Plan, WeightScheme
 from kvcompress.profile.allocate import duo_heads, layers_heads, static_curve_heads
-from kvcompress.profile.assemble import assemble, reads_twice
+from kvcompress.profile.assemble import Heads, assemble, expected, reads_twice, summed_loss
 from kvcompress.profile.candidates import fastgen_ladder, keep_set
-from kvcompress.profile.predict import Heads, expected, summed_loss
 from kvcompress.profile.spending import spend_bytes
 from kvcompress.profile.store import Profile
 from kvcompress.recipe import (
@@ -24,7 +23,7 @@ from kvcompress.recipe import (
     UniformPolicy,
 )
 
-# what of `Keep` changes the numbers of a profile; the rest says how a plan is used
+# the settings of `Keep` that change the numbers of a profile; the others say how a plan is used
 MEASURED: Final = (
     "sink_tokens",
     "recent_tokens",
@@ -45,10 +44,10 @@ def solve(
 
     Args:
         policy: None is the recipe's own.
-        keep: None is the recipe's own. What `MEASURED` names changes every number of the profile,
-            so only a policy that needs none of them may have another.
-        weights: scheme whose bytes count against a memory target; None is the recipe's own, or,
-            where that is bf16 and the profile measured formats per layer, what the planner chooses.
+        keep: None is the recipe's own. The settings that `MEASURED` lists change every number of
+            the profile, so only a policy that reads no number may have others.
+        weights: scheme whose bytes count against a memory target. None is the recipe's own; where
+            that is bf16 and the profile measured formats per layer, the planner chooses.
 
     Raises:
         PlanError: if the profile does not have what the policy needs, or no plan meets its target.
@@ -89,7 +88,7 @@ def solve_recipe(
     policy: Policy | None = None,
     weights: WeightScheme | None = None,
 ) -> Plan:
-    """The plan of a recipe that the profile was not taken with, if it measured all that it needs.
+    """The plan of another recipe than the profile's, if the profile measured all that it needs.
 
     Args:
         policy: in place of the recipe's.
@@ -112,12 +111,12 @@ def solve_recipe(
 
 
 def with_calibration_of(profile: Profile, recipe: Recipe) -> Recipe:
-    """`recipe` as it is solved from `profile`: what it says of calibration is what was done."""
+    """`recipe` with the calibration that the profile used in fact."""
     return recipe.model_copy(update={"calibration": profile.recipe.calibration})
 
 
 def _check_calibration(profile: Profile, recipe: Recipe) -> None:
-    """What a recipe leaves open is the profile's; what it says must be what was measured."""
+    """Refuse a recipe that asks for other calibration than the profile's; it may leave it open."""
     if "calibration" not in recipe.model_fields_set:
         return
     asked, used = recipe.calibration, profile.recipe.calibration
@@ -142,13 +141,12 @@ def _check_trained(profile: Profile, keep: Keep) -> None:
 
 
 def _measured_otherwise(profile: Profile, keep: Keep) -> str:
-    """What of `keep` the profile has other values for, in words; empty where it fits."""
-    own: dict[str, Any] = profile.recipe.keep.model_dump(include={*MEASURED})
-    asked: dict[str, Any] = keep.model_dump(include={*MEASURED})
+    """The settings of `keep` that differ from the profile's, in words; empty where none does."""
+    own = profile.recipe.keep
     return "; ".join(
-        f"keep.{name} {_shown(own.get(name))}, asked for is {_shown(asked.get(name))}"
+        f"keep.{name} {_shown(getattr(own, name))}, asked for is {_shown(getattr(keep, name))}"
         for name in MEASURED
-        if own.get(name) != asked.get(name)
+        if getattr(own, name) != getattr(keep, name)
     )
 
 
@@ -156,12 +154,12 @@ def _measure(profile: Profile) -> str:
     return f"measure it: kvcompress profile {profile.model} -r RECIPE -o DIR"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "null" if value is None else str(value)
 
 
 def reads_profile(policy: Policy) -> bool:
-    """Whether `policy` needs what a profile measured with the very settings of its plan."""
+    """Whether `policy` reads numbers that hold only for the settings they were measured with."""
     shaped = isinstance(policy, LayersPolicy) and policy.shape != "calibrated"
     return not (shaped or isinstance(policy, UniformPolicy))
 
@@ -173,32 +171,33 @@ def _loss(profile: Profile, heads: Heads) -> float | None:
 
 
 def _first_hits(profile: Profile, policy: FastGenPolicy) -> Heads:
-    """FastGen: the first keep-set of the chain that recovers enough; it is the cheapest."""
-    chain = fastgen_ladder(policy)
-    if [keep_set(h) for h in chain] != [keep_set(h) for h in profile.chain]:
+    """FastGen: each head gets the first keep-set of the ladder that recovers enough, which is the
+    cheapest."""
+    ladder = fastgen_ladder(policy)
+    if [keep_set(h) for h in ladder] != [keep_set(h) for h in profile.chain]:
         raise PlanError(
             f"the profile measured FastGen with {_ratios(profile.chain)}, the policy asks for "
-            f"{_ratios(chain)}; ask for the profile's ratios, or {_measure(profile)}"
+            f"{_ratios(ladder)}; ask for the profile's ratios, or {_measure(profile)}"
         )
 
     def enough(layer: int, head: int, column: int) -> bool:
-        if chain[column].full:
+        if ladder[column].full:
             return True
         if policy.reading == "l1":
             return profile.recovery_l1[layer][head][column] <= 1 - policy.recovery
         return profile.recovery[layer][head][column] >= policy.recovery
 
-    columns = range(len(chain))
+    columns = range(len(ladder))
     return tuple(
         tuple(
-            next(chain[c] for c in columns if enough(layer, head, c))
+            next(ladder[c] for c in columns if enough(layer, head, c))
             for head in range(profile.shape.kv_heads)
         )
         for layer in range(profile.shape.layers)
     )
 
 
-def _ratios(chain: tuple[HeadPlan, ...]) -> str:
-    head = chain[-2]
+def _ratios(ladder: tuple[HeadPlan, ...]) -> str:
+    head = ladder[-2]
     assert head.frequent and head.local
     return f"frequent_ratio {head.frequent.ratio:g} and local_ratio {head.local.ratio:g}"

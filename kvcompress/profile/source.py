@@ -1,4 +1,4 @@
-"""The model and tokenizer that a profile is taken of."""
+"""Loading the model and tokenizer that a profile is taken of."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from kvcompress.errors import CalibrationError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SAMPLED: Final = 1024  # elements of each tensor that enter `weights_hash`
 
 
-def load_source(model: str, device: str = "auto") -> tuple[Any, Any]:
+def load_source(
+    model: str, device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a directory or a hub name.
 
     Args:
@@ -24,17 +27,17 @@ def load_source(model: str, device: str = "auto") -> tuple[Any, Any]:
     Raises:
         UnsupportedModelError: if there is no such model, or it is not a causal language model.
     """
-    found, config = _causal(model)  # before anything big is read
+    found, config = _causal(model)  # refuses before anything big is read
     tokenizer = load_tokenizer(found)
     return _loaded(found, config, device), tokenizer
 
 
-def load_model(model: str, device: str = "auto") -> Any:
+def load_model(model: str, device: str = "auto") -> PreTrainedModel:
     """As `load_source`, without a tokenizer."""
     return _loaded(*_causal(model), device)
 
 
-def _loaded(found: Checkpoint, config: Any, device: str) -> Any:
+def _loaded(found: Checkpoint, config: PretrainedConfig, device: str) -> PreTrainedModel:
     import torch
 
     if device == "auto":
@@ -63,14 +66,14 @@ def random_model(model: str, layers: int | None = None) -> Any:
     return build(found, config, dtype=torch.float32).eval()
 
 
-def _causal(model: str) -> tuple[Checkpoint, Any]:
+def _causal(model: str) -> tuple[Checkpoint, PretrainedConfig]:
     found = find(model)
     config = load_config(found)
     _refuse_unless_causal(model, config)
     return found, config
 
 
-def _refuse_unless_causal(model: str, config: Any) -> None:
+def _refuse_unless_causal(model: str, config: PretrainedConfig) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = config.model_type
@@ -79,21 +82,24 @@ def _refuse_unless_causal(model: str, config: Any) -> None:
             f"{model}: {kind} is an encoder-decoder model; give a decoder-only language model"
         )
     saved = config.architectures or []
-    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if causal is None or (saved and causal.__name__ not in saved):
+    causal = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "__name__", None)
+    if causal is None or (saved and causal not in saved):
         raise UnsupportedModelError(
             f"{model}: {', '.join(saved) or kind} is not a causal language model; give one that "
             "generates text"
         )
 
 
-def check_vocabulary(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+def check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
     """Refuse a tokenizer of another model before an index error does.
 
     Raises:
         CalibrationError: if a prompt has a token that the model does not embed.
     """
-    size = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    size = weight.shape[0]  # type: ignore[index]
     largest = max(map(max, prompts))
     if largest >= size:
         raise CalibrationError(
@@ -113,7 +119,7 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def weight_bytes(model: Any) -> dict[str, int]:
+def weight_bytes(model: PreTrainedModel) -> dict[str, int]:
     """Bytes of the weights in each scheme: linear layers that fit it in it, the rest in bf16."""
     from kvcompress.quant.weights import FORMATS
     from kvcompress.quant.weights.base import linear_layers, output_heads

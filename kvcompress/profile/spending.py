@@ -1,9 +1,9 @@
 """The byte policy: one budget spent on tokens and bits of every head, and on weights.
 
-Each head's candidates are (bytes, loss) points, each decoder layer's weight formats too where they
-were measured; `budget.spend` buys where a byte saves most. This is done for every setting of sinks
-and recent tokens that was measured and every weight format that a bundle may mix with 16 bits, and
-the plan with the smallest predicted loss is taken.
+Each head's candidates are (bytes, loss) points; so are each decoder layer's weight formats, where
+the profile measured them. `budget.spend` buys where a byte saves most loss. `spend_bytes` tries
+every measured setting of sinks and recent tokens, with every weight format that a bundle may mix
+with 16 bits, and takes the plan with the smallest predicted loss.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from dataclasses import dataclass
 from kvcompress.accounting import FLAG_BYTES, head_plan_bytes, kv_bytes, prefill_bytes
 from kvcompress.errors import PlanError
 from kvcompress.plan import Budget, HeadPlan, Plan, WeightScheme, uniform
-from kvcompress.profile.assemble import assemble, settings
+from kvcompress.profile.assemble import assemble, expected, settings, summed_nats
 from kvcompress.profile.budget import Choice, minimum_bytes, spend
 from kvcompress.profile.candidates import codes_nothing
-from kvcompress.profile.predict import expected, summed_nats
 from kvcompress.profile.store import ExactSetting, Profile
 from kvcompress.recipe import BytesPolicy, Keep, parse_bytes
 
 
 @dataclass(frozen=True)
 class _Offer:
-    """What one setting lets the planner choose from.
+    """The choices that one setting of exact tokens and weight formats leaves to the planner.
 
     Attributes:
         heads: candidates, by column.
         schemes: weight formats, by column; empty where all weights have one format.
         choices: one list per head, in layers' order, then, with `schemes`, one per decoder layer.
-        head_count: of the former.
-        fixed_bytes: weights that are not chosen and what prefill holds.
-        shared_bytes: of the KV cache, whatever the heads choose.
+        head_count: lists of `choices` that belong to heads.
+        fixed_bytes: bytes of weights that are not chosen, and of one uncompressed layer at prefill.
+        shared_bytes: bytes of the KV cache that do not depend on what the heads choose.
     """
 
     keep: Keep
@@ -92,10 +91,10 @@ def spend_bytes(
 
 
 def _spend(offer: _Offer, room_bytes: int) -> list[Choice]:
-    """The best of spending on everything and of spending on a part of it.
+    """The best of several plans: over all candidates, each storage alone, full heads alone.
 
-    Greedy steps are near the best and not always at it: trying each storage alone and full heads
-    alone makes sure that a plan over tokens and bits is never worse than one over either.
+    Greedy steps come near the best plan but may miss it. The narrower tries make sure that choosing
+    tokens and bits together is never worse than choosing either alone.
     """
     pairs = {(h.k_dtype, h.v_dtype) for h in offer.heads.values() if not codes_nothing(h)}
     parts = [set(offer.heads), {c for c, h in offer.heads.items() if h.full}]
@@ -125,7 +124,7 @@ def _check_context(profile: Profile, policy: BytesPolicy, keep: Keep) -> None:
 def _offers(
     profile: Profile, policy: BytesPolicy, keep: Keep, weights: WeightScheme | None
 ) -> Iterator[_Offer]:
-    """One per setting of exact tokens and weight format, the recipe's own first."""
+    """One offer per setting of exact tokens and weight formats, the recipe's own first."""
     own, *fewer = profile.settings
     _check_storage(own, policy)
     formats = _mixed_formats(profile, policy, weights)
@@ -154,11 +153,11 @@ def _offers(
 def _mixed_formats(
     profile: Profile, policy: BytesPolicy, weights: WeightScheme | None
 ) -> list[tuple[WeightScheme, ...]]:
-    """Sets of formats that the layers of one bundle may have; empty where nothing is chosen.
+    """Sets of formats that the layers of one bundle may have; empty where there is no choice.
 
-    transformers loads one bitsandbytes format per model: 16 bits mix with int8 or with nf4, int8
-    and nf4 with each other do not. Each format alone is offered too: greedy steps as large as a
-    layer can miss it.
+    transformers loads one bitsandbytes format per model, so 16 bits mix with int8 or with nf4, but
+    int8 not with nf4. Each format alone is offered too, because greedy steps as large as a layer
+    can miss it.
     """
     fixed = weights or (None if profile.recipe.weights == "bf16" else profile.recipe.weights)
     if policy.memory is None or fixed is not None or not profile.weight_layers:
@@ -182,7 +181,7 @@ def _weight_choices(profile: Profile, schemes: tuple[WeightScheme, ...]) -> list
 def _heads(
     profile: Profile, policy: BytesPolicy, keep: Keep, setting: ExactSetting
 ) -> dict[int, HeadPlan]:
-    """What the policy may choose, by its column in the profile."""
+    """The candidates that the policy allows, by their column in the profile."""
     found = {}
     for column, head in enumerate(setting.candidates):
         bare = codes_nothing(head)

@@ -1,4 +1,4 @@
-"""The profile: what was measured, as a directory that plans are solved from again and again.
+"""The profile: a directory of measurements, from which plans are solved again and again.
 
 profile.json            this value; token ids of classes, but no calibration text
 kv_params.safetensors   key constants, see `kvcompress.quant.keystats`
@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from kvcompress.atomic import write_file
 from kvcompress.errors import ProfileError
@@ -25,11 +25,11 @@ from kvcompress.plan import (
     Text,
     TokenIds,
     WeightScheme,
-    explain,
+    parsed,
 )
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Recipe
-from kvcompress.strict import JSON_LIMIT_BYTES, NotStrictError, load_json, read_text
+from kvcompress.strict import JSON_LIMIT_BYTES, NotStrictError, read_text
 
 PROFILE_FILE: Final = "profile.json"
 PARAMS_FILE: Final = "kv_params.safetensors"
@@ -62,7 +62,7 @@ class Provenance(StrictModel):
 
 
 class ExactSetting(StrictModel):
-    """What was measured with so many sinks and recent tokens in every head.
+    """The losses that were measured with these sinks and recent tokens in every head.
 
     Attributes:
         losses: loss of each candidate in each head, see `kvcompress.profile.losses`.
@@ -93,20 +93,21 @@ class Profile(StrictModel):
     Attributes:
         model: path or name that was profiled.
         weight_bytes: bytes of the model's weights in each scheme.
-        special_share, punct_share: share of the classes, at the prompts with the most of them.
+        special_share, punct_share: share of a prompt's tokens in each class, a high quantile.
         rotations: per layer, the rotary embedding that the probe found.
-        chain: FastGen's keep-sets in cost order.
-        recovery: kept attention mass of each keep-set of `chain` at the worst prompts and rows.
+        chain: FastGen's keep-sets in cost order; see `evict.keep_set_ladder`.
+        recovery: kept attention mass of each keep-set of `chain`, by a low quantile over prompts
+            and rows.
         recovery_l1: ‖A − Â‖₁ at the same prompts and rows.
-        candidates: what the byte planner chooses from.
+        candidates: the heads that the byte planner chooses from.
         losses: loss of each candidate, see `kvcompress.profile.losses`.
-        loss_unit: ``nats`` per predicted token, or ``residual``, a share of what a norm reads.
+        loss_unit: ``nats`` of KL per predicted token, or ``residual``; see `losses`.
         path_nats: KL per token at the points `PATH` of the way from the full cache to bare heads,
             and at its end, see `sensitivity`.
         fewer: candidates and losses with fewer sinks and recent tokens than the recipe's.
         weight_layers: per decoder layer; empty where the model came quantized.
         loss_note: why losses are not in nats, empty where they are.
-        repeat_ids: what asks the model to repeat a text, for scorers that need it.
+        repeat_ids: token ids of a request to repeat the text, for scorers that need it.
         surrogate_r2: ``[layer][KV head]`` R² of the trained surrogate on prompts that it was not
             trained on; None for other scorers.
         repeat_heads: ``[layer][KV head]`` KVzip's score of each head, see `repeat.head_scores`.
@@ -191,13 +192,9 @@ class Profile(StrictModel):
             what = "unfinished, run the same profile command again" if begun else "no profile there"
             raise ProfileError(f"{directory}: {what}; give a directory that `profile` has written")
         try:
-            text = read_text(path, JSON_LIMIT_BYTES)
-            load_json(text)
-            return cls.model_validate_json(text)
+            return parsed(cls, read_text(path, JSON_LIMIT_BYTES))
         except NotStrictError as error:
             raise ProfileError(f"{path}: {error}; profile again") from None
-        except ValidationError as error:
-            raise ProfileError(f"{path}: {explain(error)}; profile again") from None
 
     def load_params(self, directory: Path | str) -> KVParams:
         """The key constants beside profile.json.

@@ -2,7 +2,7 @@
 
 Teacher: log s⁺ of `evict.scorers.kvzip`, of both halves of every calibration prompt, read twice.
 Student: per layer and KV head, ridge regression of log s⁺ on the input of the attention module, in
-closed form from moments, which are all that is ever kept: no hidden state, no token.
+closed form from moments. Only the moments are ever kept, no hidden state and no token.
 
 With x the inputs, C and c the covariances of x with itself and with log s⁺, and Λ = λ · diag(C):
     w = (C + Λ)⁻¹ c,  b = mean of log s⁺ − w · mean of x
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -22,13 +22,16 @@ from torch import Tensor
 from kvcompress.errors import CalibrationError
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import ModelShape
-from kvcompress.profile.progress import Workplace
 from kvcompress.profile.repeat import ScoredContext, contexts_of, score_context
+from kvcompress.profile.workplace import Workplace
 from kvcompress.recipe import Keep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TEACHER: Final = "kvzip_plus"
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-FLOOR: Final = 1e-8  # lower scores count as this: their order is of no use, and lines would bend
+FLOOR: Final = 1e-8  # lower scores count as this: their order is useless and would bend the fit
 KEPT: Final = "surrogate"
 _HELD_OUT_SHARE: Final = 4
 _STILL: Final = 1e-12  # of a channel's mean square
@@ -74,11 +77,12 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Of several students on held-out tokens of one layer, float64.
+    """Sums of the errors of several students on held-out tokens of one layer, float64.
 
     Attributes:
         squared: ``[students, Hkv]`` Σ of squared errors.
-        count, total, total_squared: of the log scores themselves, the latter two ``[Hkv]``.
+        count, total, total_squared: number, sum ``[Hkv]`` and sum of squares ``[Hkv]`` of the log
+            scores themselves.
     """
 
     squared: Tensor
@@ -109,7 +113,7 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """What the training gives.
+    """The trained weights and how well they predict.
 
     Attributes:
         weights: per layer ``[Hkv, hidden + 1]`` float32, the constant last.
@@ -142,7 +146,7 @@ def samples(context: ScoredContext) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    model: Any,
+    model: PreTrainedModel,
     shape: ModelShape,
     prompts: Sequence[list[int]],
     opening_tokens: int,
@@ -184,7 +188,7 @@ def train(
 
 
 def _score(
-    model: Any,
+    model: PreTrainedModel,
     shape: ModelShape,
     ids: list[int],
     opening_tokens: int,
@@ -195,7 +199,7 @@ def _score(
 
 
 def _train_moments(
-    model: Any,
+    model: PreTrainedModel,
     shape: ModelShape,
     prompts: Sequence[list[int]],
     opening_tokens: int,
@@ -228,7 +232,7 @@ def _train_moments(
 
 
 def _held_out_errors(
-    model: Any,
+    model: PreTrainedModel,
     shape: ModelShape,
     ids: list[int],
     opening_tokens: int,
@@ -236,19 +240,20 @@ def _held_out_errors(
     place: Workplace,
     name: str,
 ) -> list[Errors]:
-    """Of one prompt, per layer."""
-    kept = place.kept(name)
-    if kept is not None:
-        return [Errors(**{name: t[i] for name, t in kept.items()}) for i in range(shape.layers)]
-    sums: dict[int, Errors] = {}
-
-    def note(context: ScoredContext) -> None:
-        own = Errors.of(context, students[context.layer])
-        before = sums.get(context.layer)
-        sums[context.layer] = own if before is None else before.plus(own)
-
-    _score(model, shape, ids, opening_tokens, note)
-    found = [sums[i] for i in range(shape.layers)]
+    """Errors on one prompt, per layer."""
     names = [f.name for f in fields(Errors)]
-    place.keep(name, {n: torch.stack([getattr(e, n) for e in found]) for n in names})
-    return found
+    layers = range(shape.layers)
+
+    def measured() -> dict[str, Tensor]:
+        sums: dict[int, Errors] = {}
+
+        def note(context: ScoredContext) -> None:
+            own = Errors.of(context, students[context.layer])
+            before = sums.get(context.layer)
+            sums[context.layer] = own if before is None else before.plus(own)
+
+        _score(model, shape, ids, opening_tokens, note)
+        return {n: torch.stack([getattr(sums[i], n) for i in layers]) for n in names}
+
+    kept = place.step(name, measured)
+    return [Errors(**{n: kept[n][i] for n in names}) for i in layers]

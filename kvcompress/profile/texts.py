@@ -1,4 +1,4 @@
-"""Texts of a calibration file or data set, one row at a time, each checked before it is used."""
+"""Texts of a calibration file or data set, one entry at a time, each checked before it is used."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvcompress.errors import CalibrationError, KVCompressError
 from kvcompress.recipe import Calibration
 from kvcompress.runtime.model.chat import conversation_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FILES: Final = (".txt", ".jsonl", ".parquet")
 CHAT_COLUMNS: Final = ("messages", "conversations")  # taken where there is no column of text
@@ -18,10 +21,10 @@ _DEFAULT_COLUMN: Final = Calibration().text_column
 _SHUFFLED_ROWS: Final = 10_000  # of a data set that streams: its rows are mixed in a buffer
 _ROLES: Final = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 
-Row = Mapping[str, Any]
+Entry = Mapping[str, object]
 
 
-def texts(calibration: Calibration, tokenizer: Any) -> Iterator[str]:
+def texts(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Every text of ``calibration.data`` in its order; of a data set, in an order by the seed.
 
     Raises:
@@ -74,7 +77,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         raise CalibrationError(f"{path}: cannot read it ({error.strerror})") from None
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+def _jsonl(path: Path) -> Iterator[tuple[str, Entry]]:
     for where, line in _lines(path):
         if not line.strip():
             continue
@@ -89,7 +92,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
         yield where, row
 
 
-def _parquet(path: Path, column: str) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path, column: str) -> Iterator[tuple[str, Entry]]:
     import pyarrow.parquet as parquet
     from pyarrow import ArrowException
 
@@ -108,8 +111,8 @@ def _parquet(path: Path, column: str) -> Iterator[tuple[str, Row]]:
         raise CalibrationError(f"{path}: not a readable parquet file ({reason})") from None
 
 
-def _data_set(calibration: Calibration) -> Iterator[tuple[str, Row]]:
-    """Rows of a data set that streams, mixed by the seed: nobody can read all of a large one."""
+def _data_set(calibration: Calibration) -> Iterator[tuple[str, Entry]]:
+    """Rows of a data set, streamed and mixed by the seed, as a large one cannot be read whole."""
     import datasets
 
     name = calibration.data
@@ -129,7 +132,8 @@ def _data_set(calibration: Calibration) -> Iterator[tuple[str, Row]]:
 
 
 def _checked(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Texts that a tokenizer can take: half of a surrogate pair, which JSON can spell, is none."""
+    """The texts, once it is sure that a tokenizer can take them. JSON can spell half of a surrogate
+    pair, which no tokenizer takes."""
     for where, text in rows:
         try:
             text.encode()
@@ -142,7 +146,7 @@ def _checked(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def _column(
-    rows: Iterable[tuple[str, Row]], calibration: Calibration, tokenizer: Any
+    rows: Iterable[tuple[str, Entry]], calibration: Calibration, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
     """The text of each row: its text column, or a conversation as the chat template writes it."""
 
@@ -157,7 +161,7 @@ def _column(
     return _checked(found())
 
 
-def _chosen(where: str, row: Row, column: str) -> str:
+def _chosen(where: str, row: Entry, column: str) -> str:
     """The column to read, by the first row."""
     if column in row:
         return column
@@ -173,7 +177,7 @@ def _chosen(where: str, row: Row, column: str) -> str:
     raise CalibrationError(f"{where}: no column {column!r} (there: {there}); {hint}")
 
 
-def _text(where: str, column: str, value: Any, tokenizer: Any) -> str:
+def _text(where: str, column: str, value: object, tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(value, str):
         return value
     messages = _messages(value)
@@ -186,7 +190,7 @@ def _text(where: str, column: str, value: Any, tokenizer: Any) -> str:
         raise CalibrationError(f"{where}: {column}: {error}") from None
 
 
-def _messages(value: Any) -> list[dict[str, str]] | None:
+def _messages(value: object) -> list[dict[str, str]] | None:
     """A conversation as role and content; None for anything else.
 
     OpenAI's form is {role, content}, ShareGPT's {from, value}; content may come in parts of text.

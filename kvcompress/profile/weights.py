@@ -1,32 +1,34 @@
-"""What weight formats cost, decoder layer by decoder layer.
+"""The loss of each weight format in each decoder layer.
 
-The linear layers of one decoder layer are replaced by what they read as in a format, every other
-layer stays as it is, and the KL of the predictions of the held-out rows is taken to the model as it
-is. Rounding is simulated on the weights: int8 kernels, which round activations too, lose a little
-more.
+The profiler rounds the linear layers of one decoder layer to a format, leaves all other layers as
+they are, and takes the KL of the held-out rows' predictions to those of the unrounded model. Only
+weights are rounded: int8 kernels round activations too and lose a little more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
 
 from kvcompress.plan import WeightScheme
+from kvcompress.profile.collect import held_out_rows
 from kvcompress.profile.hf import decoder_layers
-from kvcompress.profile.rows import held_out_rows
 from kvcompress.profile.store import LayerWeights
 from kvcompress.quant.weights import FORMATS
 from kvcompress.quant.weights.base import linear_layers, output_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHT_PROMPTS: Final = 4  # each layer and format costs a forward of each
 ROUNDED: Final[tuple[WeightScheme, ...]] = ("int8", "nf4")
 
 
-def layer_modules(model: Any, layers: int) -> list[dict[str, nn.Module]]:
+def layer_modules(model: PreTrainedModel, layers: int) -> list[dict[str, nn.Module]]:
     """The linear layers of each decoder layer by their full names; none where all are quantized."""
     linear, heads = linear_layers(model), set(output_heads(model))
     found: list[dict[str, nn.Module]] = []
@@ -59,7 +61,7 @@ def weight_sizes(modules: dict[str, nn.Module]) -> dict[WeightScheme, int]:
 
 
 def measure_weights(
-    model: Any,
+    model: PreTrainedModel,
     layers: int,
     prompts: list[list[int]],
     step: Callable[[int], None] = lambda count: None,
@@ -120,7 +122,7 @@ def _size(module: nn.Module) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _predict(model: Any, ids: list[int]) -> Tensor:
+def _predict(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """Log-probabilities ``[W, vocabulary]`` of the held-out rows."""
     tokens = torch.tensor([ids], device=model.device)
     rows = held_out_rows(len(ids))

@@ -1,4 +1,4 @@
-"""Codes of one vector per (token, head): each slot can be overwritten alone.
+"""Codes of vectors, one vector per (token, head), so that each slot can be overwritten alone.
 
 A vector of `head_dim` numbers becomes
   int8   head_dim bytes, x = scale·code + minimum, code in 0..255
@@ -8,13 +8,13 @@ A vector of `head_dim` numbers becomes
 with `scale` and `minimum` in float16, one pair for the vector or for each of `groups` equal parts.
 
 Integer codes reach from −65504, the least of float16, to 65504 · 255 (int8) or 65504 · 15 (int4)
-above their minimum, fp8 codes to ±65504 · 448: within it a number is off by half a step of its
-code, and what is beyond reads as that end. A part with infinity or NaN in it reads as NaN
-throughout, so that attention that sees it gives NaN, as it does without codes. ``model`` keeps
-both, and rounds no finite number to infinity.
+above their minimum, fp8 codes to ±65504 · 448. Within that range a number is off by at most half a
+step of its code; a number beyond it reads as the end of the range. A part with infinity or NaN in
+it reads as NaN throughout, so that attention over it gives NaN, as it does without codes. ``model``
+keeps both, and rounds no finite number to infinity.
 
-Per-channel groups over tokens (KIVI, arXiv 2402.02750) need no second look here: they lose accuracy
-when single slots are overwritten, because an old range must hold a new token.
+Groups per channel over many tokens (KIVI, arXiv 2402.02750) would lose accuracy here: slots are
+overwritten one by one, and the range of the old tokens would have to hold the new one.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def roundtrip(x: Tensor, dtype: KVDtype, groups: int = 1) -> Tensor:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in a dtype of a model; what is finite stays so."""
+    """`x` in a dtype of a model; no finite number becomes infinite."""
     if x.dtype == dtype or dtype == torch.float32:
         return x.to(dtype)
     most = torch.finfo(dtype).max

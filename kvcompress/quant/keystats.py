@@ -1,14 +1,14 @@
-"""Static constants of the key codec, from key statistics taken before the rotary embedding.
+"""Constants of the key codec, derived from statistics of keys before the rotary embedding.
 
-A key is stored as the codes of (k − centre) / scale. Both constants hold for every position, so
-they are derived for the positions 0 … max_position − 1 from the un-rotated mean m and variance:
-constants taken from rotated keys fit only the positions that calibration happened to see.
+A key is stored as the codes of (k − centre) / scale. Constants from rotated keys would fit only the
+positions that calibration happened to see. So they are derived from the mean m and the variance of
+un-rotated keys, for all positions 0 … max_position − 1 at once.
 
 For a rotary pair (j, j') with frequency ω and m read as the complex number m_j + i·m_j':
     centre = m · c,  c = mean over p of exp(iωp)
     scale² = (var_j + var_j') / 2 + |m|² (1 − |c|²) / 2
-so a large bias that the rotation leaves in place goes into the centre, and one that it spreads over
-a circle goes into the scale. The pair shares its scale, which then commutes with the rotation.
+A large bias goes into the centre where the rotation leaves it in place, and into the scale where
+the rotation spreads it over a circle. A pair shares one scale, which commutes with the rotation.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from kvcompress.strict import shown
 Size = tuple[int, ...]
 Convention = Literal["half-split", "interleaved"]
 SMALLEST_SCALE: Final = 1e-4  # of the layer's median, for channels that never move
-# what a file may hold: keys of real models stay within 1e-4 and 1e4, and (k − centre) / scale has
-# to stay within float32 whatever they are
+# Bounds of a file's constants. Keys of real models stay within 1e-4 and 1e4, and for any key
+# (k − centre) / scale must stay within float32.
 SCALES: Final = (2.0**-40, 2.0**40)
 LARGEST: Final = 2.0**40
 MAX_HIDDEN: Final = 2**17 + 1
@@ -40,8 +40,8 @@ class KVParams:
     """Key constants of every layer, each ``[Hkv, D]`` float32.
 
     Attributes:
-        scorer: what was trained for a scorer, by name: one tensor for each layer, its first
-            dimension the KV heads.
+        scorer: trained tensors of a scorer by name, one for each layer; their first dimension is
+            the KV heads.
     """
 
     k_center: tuple[Tensor, ...]
@@ -49,7 +49,7 @@ class KVParams:
     scorer: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def tensors_of(self, layer: int) -> dict[str, Tensor]:
-        """What was trained for a scorer, of one layer."""
+        """The scorer's trained tensors of one layer, by name."""
         return {name: parts[layer] for name, parts in self.scorer.items()}
 
     def save(self, path: Path | str) -> None:
@@ -98,7 +98,7 @@ class KVParams:
 
 
 def _kinds(names: set[str], shape: ModelShape) -> list[str]:
-    """What the file holds of each layer, if it is the same of each."""
+    """The names of a layer's tensors, if every layer of the file has the same."""
     first = "layers.0."
     trained = sorted(n.removeprefix(first) for n in names if n.startswith(first + _SCORER))
     kinds = ["k_center", "k_scale", *trained]
@@ -147,8 +147,8 @@ def _largest(name: str, value: Tensor) -> str | None:
     return f"{name} holds NaN, or values beyond {LARGEST:g}"
 
 
-# by name, so that a test can take one away; the first are asked before a byte is read, and the
-# comparisons of the others are false for NaN
+# By name, so that a test can take one away. The checks of a header run before any tensor is read.
+# The checks of values are written so that NaN fails them.
 HEADER_CHECKS: Final[dict[str, Callable[[str, Size, str, ModelShape], str | None]]] = {
     "dtype": _dtype,
     "size": _size,
@@ -191,10 +191,15 @@ class Rotation:
         In float64 where `key` is: angles of far positions need it.
         """
         angle = position.double()[:, None] * self.inv_freq.to(position.device).double() * sign
-        cos, sin = angle.cos().to(key.dtype), angle.sin().to(key.dtype)
-        first, second = (p.to(key.device) for p in self.pairs())
-        a, b = key[..., first], key[..., second]
-        turned = key.clone()
+        return self.turn_by(key, angle.cos(), angle.sin())
+
+    def turn_by(self, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`vectors` ``[..., D]``, each pair of channels turned by the angle of this cosine and
+        sine, which are broadcastable to ``[..., rot/2]``; a copy."""
+        cos, sin = cos.to(vectors.dtype), sin.to(vectors.dtype)
+        first, second = (p.to(vectors.device) for p in self.pairs())
+        a, b = vectors[..., first], vectors[..., second]
+        turned = vectors.clone()
         turned[..., first] = a * cos - b * sin
         turned[..., second] = b * cos + a * sin
         return turned

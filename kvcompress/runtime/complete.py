@@ -1,11 +1,11 @@
-"""One completion, with what its cache held at the end."""
+"""One completion of a prompt, and the bytes that its cache held at the end."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kvcompress.accounting import kv_bytes
 from kvcompress.plan import Plan
@@ -14,15 +14,18 @@ from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.cache.spans import Span
 from kvcompress.runtime.names import as_argument, cache_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Completion:
     """Text that was generated, and the bytes that its cache measured.
 
     Attributes:
-        pays_from_tokens: length from about which on the plan's cache is smaller than one in 16
-            bits, to a few tokens, as budgets are rounded; None where it is not at any length that
-            the model was made for.
+        pays_from_tokens: from about this length on, the plan's cache is smaller than one in 16
+            bits. It is exact to a few tokens, as budgets are rounded. None where no length that the
+            model was made for is long enough.
     """
 
     text: str
@@ -34,8 +37,8 @@ class Completion:
 
 
 def complete(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
     max_new_tokens: int,
@@ -68,7 +71,7 @@ def complete(
         else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )
     torch.manual_seed(seed)
-    output = model.generate(
+    output = cast(Any, model.generate)(
         **inputs,
         **sampling,
         max_new_tokens=max_new_tokens,
@@ -80,7 +83,7 @@ def complete(
     assert isinstance(cache, CompressedCache)
     new_ids = output.sequences[0, prompt_tokens:]
     return Completion(
-        text=tokenizer.decode(new_ids, skip_special_tokens=True),
+        text=str(tokenizer.decode(new_ids, skip_special_tokens=True)),
         prompt_tokens=prompt_tokens,
         new_tokens=len(new_ids),
         kv_cache_bytes=cache.nbytes(),

@@ -1,8 +1,8 @@
-"""What transformers calls things, and what it changes from release to release.
+"""Names that transformers changes from release to release.
 
 The cache argument of a forward was called `past_key_values` until transformers 5.23 and is called
-`cache` since 5.24, which drops the old name in 5.40. We take both, on every release, by keyword and
-by position, and hand on the one that the installed release knows.
+`cache` since 5.24; the old name goes in 5.40. On every release we accept both, by keyword and by
+position, and pass on the name that the installed release knows.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from functools import lru_cache
 from typing import Any, Final
 
 import transformers
+from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
 
 from kvcompress.errors import KVCompressError, UntestedReleaseWarning
 
 OLDEST_TESTED: Final = (5, 17)
 NEWEST_TESTED: Final = (5, 24)
+Arguments = dict[str, Any]  # of a forward or of `generate`, by name
 CACHE_NAMES: Final = ("cache", "past_key_values")  # newest first
 
 _PREPARE: Final = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -27,17 +31,17 @@ _PREPARE: Final = inspect.signature(GenerationMixin.prepare_inputs_for_generatio
 CACHE: Final = next((name for name in CACHE_NAMES if name in _PREPARE), CACHE_NAMES[0])
 
 
-def as_argument(cache: Any) -> dict[str, Any]:
+def as_argument(cache: Cache | None) -> Arguments:
     """The cache as a keyword, for ``model(ids, **as_argument(cache))``; `generate` alike."""
     return {CACHE: cache}
 
 
-def cache_of(output: Any) -> Any:
+def cache_of(output: ModelOutput) -> Any:
     """The cache that a forward or `generate` gave back, None where it gave none."""
     return output.get(CACHE)
 
 
-def forward_arguments(kind: Any) -> tuple[str, ...]:
+def forward_arguments(kind: type[nn.Module]) -> tuple[str, ...]:
     """Names of the arguments of a model class's forward in order, `self` left out."""
     parameters = inspect.signature(kind.forward).parameters.values()
     by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -45,8 +49,8 @@ def forward_arguments(kind: Any) -> tuple[str, ...]:
 
 
 def by_keyword(
-    names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+    names: tuple[str, ...], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> Arguments:
     """All arguments of a forward by name, the cache under the name of this release.
 
     Args:
@@ -65,7 +69,7 @@ def by_keyword(
     return with_one_cache({**given, **kwargs})
 
 
-def with_one_cache(given: dict[str, Any]) -> dict[str, Any]:
+def with_one_cache(given: Arguments) -> Arguments:
     """The arguments with the cache, by whichever name it came, under the name of this release.
 
     Raises:
@@ -80,7 +84,7 @@ def with_one_cache(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def cropped_tokens(max_length: Any) -> int:
+def cropped_tokens(max_length: int | Tensor) -> int:
     """The tokens that ``crop(max_length)`` takes back; a tensor comes before transformers 5.18."""
     return -int(max_length)
 

@@ -12,7 +12,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcompress.bundle.write import ExportReport, export
-from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Budget, HeadPlan, Plan
 from kvcompress.profile.source import load_model, weight_bytes, weights_hash
 from kvcompress.profile.store import LayerWeights, Profile, Provenance
@@ -20,6 +19,7 @@ from kvcompress.profile.weights import layer_modules, weight_sizes
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Recipe, WeightScheme
 from kvcompress.runtime.model.families import shape_of
+from kvcompress.tokenizer import tokenizer_hash
 from tests.bundle.helpers import Exported, Mixed, checked_here
 
 if TYPE_CHECKING:

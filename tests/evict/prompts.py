@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcompress.evict.finish import finished
 from kvcompress.evict.score_queries import pair_weight
-from kvcompress.evict.scorers import Rows, Scorer, Tokens
+from kvcompress.evict.scorers import QueryRows, Scorer, Tokens
 from kvcompress.quant.keystats import Rotation
 
 SCALING = 0.4
@@ -134,7 +134,7 @@ def scores_of(
             continue
         votes = scorer.collect(
             attention[:, :, :, rows, :stop].flatten(0, 1),
-            Rows(weight.repeat_interleave(heads, 0), index.repeat_interleave(heads, 0), rows),
+            QueryRows(weight.repeat_interleave(heads, 0), index.repeat_interleave(heads, 0), rows),
         ).unflatten(0, (batch, heads))
         if scorer.across_heads:
             votes = votes.mean(1, keepdim=True).expand_as(votes)

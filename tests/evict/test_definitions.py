@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcompress.errors import PlanError
-from kvcompress.evict.scorers import Rows, scorer
+from kvcompress.evict.scorers import QueryRows, scorer
 from kvcompress.quant.keystats import Rotation
 from tests.evict.prompts import SCALING, Prompt, prompt, ranks_of, scores_of
 
@@ -123,7 +123,7 @@ def test_tova_leaves_scores_alone_where_no_row_votes():
 
 
 def rows_of(weight, count):
-    return Rows(weight, torch.arange(count).expand_as(weight), torch.arange(count))
+    return QueryRows(weight, torch.arange(count).expand_as(weight), torch.arange(count))
 
 
 # ---- sums, SnapKV, values

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvcompress.errors import PlanError
-from kvcompress.evict.scorers import Rows, Tokens, newest, scorer
+from kvcompress.evict.scorers import QueryRows, Tokens, newest, scorer
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.profile.repeat import score_context
 from kvcompress.runtime.cache.new import new_cache
@@ -117,7 +117,7 @@ def test_votes_are_the_largest_attention_of_rows_that_may_vote():
     weight[:, 3] = 0.0
     norm = torch.rand(3, 5) + 0.5
     norm[:, 3] = 0.0  # a padded row's
-    rows = Rows(weight, torch.arange(5).expand(3, 5), torch.arange(5), norm)
+    rows = QueryRows(weight, torch.arange(5).expand(3, 5), torch.arange(5), norm)
     allowed = [0, 1, 2, 4]
     plain = scorer("kvzip").collect(probability, rows)
     assert torch.equal(plain, probability[:, :, allowed].amax((1, 2)))

@@ -15,7 +15,7 @@ from kvcompress.evict.per_request import (
     threshold_counts,
 )
 from kvcompress.plan import Budget, HeadPlan
-from kvcompress.profile import recovery as profile_recovery
+from kvcompress.profile import measure
 
 
 def random(seed: int) -> torch.Generator:
@@ -171,7 +171,7 @@ class Case:
 
 
 def test_the_quantile_is_that_of_the_profile():
-    assert LOW_QUANTILE == profile_recovery.LOW_QUANTILE
+    assert LOW_QUANTILE == measure.LOW_QUANTILE
 
 
 @pytest.mark.parametrize("pads", [(0, 0), (9, 0), (0, 31)])

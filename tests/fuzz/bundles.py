@@ -22,7 +22,6 @@ from transformers.utils import logging
 import kvcompress
 from kvcompress.bundle import files, manifest
 from kvcompress.errors import KVCompressError
-from kvcompress.fingerprint import tokenizer_hash
 from kvcompress.plan import Budget, HeadPlan, Plan
 from kvcompress.profile.store import Profile, Provenance
 from kvcompress.quant.keystats import KVParams
@@ -31,6 +30,7 @@ from kvcompress.recipe import Recipe
 from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.model.families import config_hash, shape_of
 from kvcompress.runtime.names import as_argument
+from kvcompress.tokenizer import tokenizer_hash
 from tests.fuzz.mutate import Safetensors, mutate_bytes, mutate_safetensors, mutate_tree
 from tests.fuzz.run import refusal
 

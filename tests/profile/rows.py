@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from kvcompress.profile.collect import ColumnSums, LayerRows, Softmax, attend
-from kvcompress.profile.rows import held_out_rows
+from kvcompress.profile.collect import LayerRows, RunningScores, attend, held_out_rows
+from kvcompress.profile.hf import LayerInput, Softmax
 from kvcompress.recipe import Keep
 
 
@@ -13,26 +13,19 @@ def rows_of(query, key, value=None, keep=None, window=None, module=None):
     value = torch.randn_like(key) if value is None else value
     held = held_out_rows(key.shape[1])
     softmax = Softmax(1.0, None, window)
-    sums = ColumnSums(
-        keep or Keep(),
-        query,
-        key,
-        value,
-        key.shape[1] - held,
-        module=module or nn.Identity(),
-        scaling=1.0,
-    )
-    out = attend(query, key, value, softmax, sums)
+    given = LayerInput(0, module or nn.Identity(), softmax, query, key, value)
+    scores = RunningScores(keep or Keep(), given, key.shape[1] - held)
+    out = attend(given, scores)
     return LayerRows(
         layer=0,
-        module=module or nn.Identity(),
+        module=given.module,
         softmax=softmax,
         query=query[:, :, -held:],
         key=key,
         value=value,
         output=out[:, :, -held:],
         prompt_tokens=key.shape[1] - held,
-        ranks=sums.ranks(),
+        ranks=scores.ranks(),
         residual=torch.zeros(held, 24),
     )
 

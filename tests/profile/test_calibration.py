@@ -8,9 +8,9 @@ import pytest
 from kvcompress.errors import CalibrationError
 from kvcompress.profile.builtin import calibration_text
 from kvcompress.profile.calibration import data_hash, load_prompts
-from kvcompress.profile.rows import held_out_rows
-from kvcompress.profile.tokens import opening_ids, punct_ids, special_ids
+from kvcompress.profile.collect import held_out_rows
 from kvcompress.recipe import Calibration
+from kvcompress.tokenizer import opening_ids, punct_ids, special_ids
 
 TEXTS = [f"Line {i} of the calibration text.\n" for i in range(100)]
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvcompress.profile.collect import forward, watching_rows
-from kvcompress.profile.rows import held_out_rows
+from kvcompress.profile.collect import forward, held_out_rows, watching_rows
 from kvcompress.recipe import Keep
 from kvcompress.runtime.model.families import shape_of
 from tests.profile.conftest import model_of

@@ -2,8 +2,9 @@
 
 import torch
 
-from kvcompress.profile.keys import find_rotations, key_moments
+from kvcompress.profile.collect import key_moments
 from kvcompress.runtime.model.families import shape_of
+from kvcompress.runtime.model.rotation import find_rotations
 
 
 def test_moments_are_those_of_the_projection(llama, prompt):
@@ -12,7 +13,8 @@ def test_moments_are_those_of_the_projection(llama, prompt):
     handle = llama.model.layers[0].self_attn.k_proj.register_forward_hook(
         lambda module, args, out: projected.append(out[0])
     )
-    stats = key_moments(llama, shape, find_rotations(llama, shape, token=7), prompt)
+    turned = [found.rotation for found in find_rotations(llama, shape, token=7)]
+    stats = key_moments(llama, shape, turned, prompt)
     handle.remove()
     key = projected[-1].double().unflatten(-1, (2, 16)).transpose(0, 1)
     assert stats[0].count == len(prompt)

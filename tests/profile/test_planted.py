@@ -11,7 +11,7 @@ import kvcompress
 from kvcompress.accounting import kv_bytes
 from kvcompress.plan import HeadPlan, uniform
 from kvcompress.profile.collect import forward, watching_rows
-from kvcompress.profile.recovery import l1_distance
+from kvcompress.profile.measure import l1_distance
 from kvcompress.profile.run import run
 from kvcompress.profile.solve import solve
 from kvcompress.recipe import Calibration, DuoPolicy, FastGenPolicy, Keep, Recipe

@@ -3,7 +3,7 @@
 import pytest
 
 from kvcompress.plan import HeadPlan
-from kvcompress.profile.predict import expected, summed_loss
+from kvcompress.profile.assemble import expected, summed_loss
 from tests.profile.test_solve import HEADS, LAYERS, PROFILE
 
 BARE = ((HeadPlan(),) * HEADS,) * LAYERS

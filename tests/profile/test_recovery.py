@@ -5,7 +5,7 @@ import torch
 from kvcompress.plan import HeadPlan
 from kvcompress.profile.candidates import fastgen_ladder
 from kvcompress.profile.masks import KeepMasks
-from kvcompress.profile.recovery import head_recovery, kept_mass, l1_distance, over_prompts
+from kvcompress.profile.measure import head_recovery, kept_mass, l1_distance, over_prompts
 from kvcompress.recipe import FastGenPolicy, Keep
 from tests.profile.rows import attention_of, random_rows, rows_of
 

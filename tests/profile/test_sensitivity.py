@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from kvcompress.profile.collect import Softmax, attend, grouped
+from kvcompress.profile.collect import attend, held_out_rows
 from kvcompress.profile.hf import attention_through
-from kvcompress.profile.rows import held_out_rows
 from kvcompress.profile.sensitivity import path_sensitivity, why_no_gradients
 from kvcompress.profile.store import PATH
 from kvcompress.recipe import Keep
@@ -20,25 +19,23 @@ def whole_prompt(model, shape, ids, alpha, nudge=None):
     rows, length = held_out_rows(len(ids)), len(ids)
     seen = []
 
-    def run(module, q, k, v, scaling, softcap):
-        window = shape.sliding_windows[module.layer_idx]
-        softmax = Softmax(scaling, softcap, window)
-        query, key, value = grouped(q, k), k.float(), v.float()
-        out = attend(query, key, value, softmax, None)
+    def run(given):
+        softmax, value, window = given.softmax, given.value, given.softmax.window
+        out = attend(given)
         now = torch.arange(length)[:, None]
         then = torch.arange(length)[None]
         kept = (then <= now) & ((then < (0 if window else 2)) | (then > now - 5))
         if window:
             kept &= then > now - window
-        logits = softmax.logits(query, key).masked_fill(~kept, -torch.inf)
+        logits = softmax.logits(given.query, given.key).masked_fill(~kept, -torch.inf)
         bare = torch.einsum("hgts,hsd->hgtd", logits.softmax(-1), value)
         mixed = (1 - alpha) * out + alpha * bare
         if nudge is not None:
-            mixed = mixed + nudge[module.layer_idx]
+            mixed = mixed + nudge[given.layer]
         seen.append((out, bare))
-        return torch.cat([out[:, :, :-rows], mixed[:, :, -rows:]], 2).flatten(0, 1)
+        return torch.cat([out[:, :, :-rows], mixed[:, :, -rows:]], 2)
 
-    with attention_through(model, run), torch.no_grad():
+    with attention_through(model, shape, run), torch.no_grad():
         logits = model(torch.tensor([ids]), use_cache=False).logits[0, -rows:]
     return logits.double().log_softmax(-1), seen
 

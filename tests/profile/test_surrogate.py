@@ -6,12 +6,12 @@ import torch
 from kvcompress.errors import CalibrationError, PlanError
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.profile import surrogate
-from kvcompress.profile.progress import Workplace
 from kvcompress.profile.repeat import ScoredContext
 from kvcompress.profile.run import run, run_and_plan
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import Profile
 from kvcompress.profile.surrogate import Errors, Moments, contexts_of, samples, train
+from kvcompress.profile.workplace import Workplace
 from kvcompress.recipe import Calibration, FastGenPolicy, Keep, Recipe, UniformPolicy
 from kvcompress.runtime.model.families import shape_of
 

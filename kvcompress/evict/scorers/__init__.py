@@ -8,10 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 
 from kvcompress.errors import PlanError
-from kvcompress.evict.scorers.base import Rows, Scorer, Tokens, newest
+from kvcompress.evict.scorers.base import QueryRows, Scorer, Tokens, newest
 from kvcompress.registry import OWN, SCORERS, place_of
 
-__all__ = ["SCORERS", "Rows", "Scorer", "Tokens", "newest", "register_scorer", "scorer"]
+__all__ = ["SCORERS", "QueryRows", "Scorer", "Tokens", "newest", "register_scorer", "scorer"]
 
 
 def register_scorer(own: Scorer) -> Scorer:

@@ -1,11 +1,11 @@
-"""What a scorer is: how a token's score starts, grows with attention, is finished, and ranks.
+"""The interface of a scorer: how a token's score starts, grows with attention, ends and ranks.
 
-The life of a score, for the prompt-only, the accumulating and the in-between methods alike:
-  arrive   when the token arrives, from what the layer knows of it alone
-  collect  what some query rows say of each key, from their attention weights
-  merge    joins that to the score so far
-  finish   at the end of a prompt or of a part of it, with all of its tokens side by side
-  rank     the number that tokens compete by
+The hooks of a score's life, in order; every method has the same ones:
+  arrive   the score of a token when it arrives, from the token alone
+  collect  votes of some query rows on each key, from their attention weights
+  merge    the score after these votes
+  finish   the score at the end of a prompt or of a part of it, with all of its tokens at hand
+  rank     the number by which tokens compete
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _NEWEST: Final = 2.0**30  # above any score, below the tiers of `kvcompress.evic
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Some query rows, as `Scorer.collect` sees them.
+class QueryRows:
+    """Some queries of a batch row, as `Scorer.collect` sees them; a query row is one token's query.
 
     Attributes:
         weight: ``[S, n]`` float32, `Scorer.row_weight` over the number of query heads that share a
@@ -43,7 +43,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokens of one layer side by side: a prompt, a part of one, or one decoded token.
+    """Tokens of one layer as tensors: a prompt, a part of one, or one decoded token.
 
     Attributes:
         head: ``[Hg]`` KV head numbers.
@@ -89,9 +89,9 @@ class Scorer:
     Attributes:
         uses_attention: scores grow with attention weights, of the prompt and of decoded tokens.
         across_heads: votes are averaged over the layer's KV heads, which then keep the same tokens.
-        needs: of ``output_weight``, ``hidden``, ``rotation``: what `Tokens` has to bring; and
-            ``repeat``: the votes are those of a second reading of the prompt (KVzip).
-        query_rows: newest queries of a prompt that `finish` wants to see.
+        needs: fields of `Tokens` that are filled only on demand, of ``output_weight``, ``hidden``
+            and ``rotation``; and ``repeat`` where a second reading of the prompt votes (KVzip).
+        query_rows: how many of a prompt's newest queries `finish` is given.
         trained: names of the tensors that the profiler trains for this scorer.
     """
 
@@ -114,7 +114,7 @@ class Scorer:
 
     @property
     def adds_up(self) -> bool:
-        """Votes are weighted sums, added to the score: the form that a compiled step serves."""
+        """Whether votes are weighted sums that are added to the score: compiled steps do that."""
         plain = all(
             self.runs(hook) is getattr(Scorer, hook) for hook in ("collect", "merge", "arrive")
         )
@@ -122,15 +122,16 @@ class Scorer:
 
     @property
     def finishes(self) -> bool:
-        """Scores change at the end of a prompt, with keys and values of all its tokens at hand."""
+        """Whether scores change at the end of a prompt, from keys and values of all its tokens."""
         return self.runs("finish") is not Scorer.finish
 
     def row_weight(self, row_index: Tensor) -> Tensor:
         """Weight of a query row's attention, from its number among the real tokens."""
-        return torch.ones_like(row_index, dtype=torch.float32)
+        votes = self.uses_attention or "repeat" in self.needs
+        return torch.full_like(row_index, float(votes), dtype=torch.float32)
 
-    def collect(self, probability: Tensor, rows: Rows) -> Tensor:
-        """``[S, C]`` from attention weights ``[S, G, n, C]``: what the rows say of each key."""
+    def collect(self, probability: Tensor, rows: QueryRows) -> Tensor:
+        """Votes ``[S, C]`` of the rows on each key, from attention weights ``[S, G, n, C]``."""
         return torch.einsum("sgnc,sn->sc", probability, rows.weight)
 
     def merge(self, score: Tensor, votes: Tensor) -> Tensor:
@@ -168,9 +169,6 @@ class PromptScorer(Scorer):
     """A scorer that looks at a prompt once, in `finish`; decoded tokens are kept newest first."""
 
     uses_attention = False
-
-    def row_weight(self, row_index: Tensor) -> Tensor:
-        return torch.zeros_like(row_index, dtype=torch.float32)
 
     def initial(self, key: Tensor, position: Tensor, head: Tensor) -> Tensor:
         return newest(position)

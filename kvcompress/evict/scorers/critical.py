@@ -24,11 +24,11 @@ _BLOCK: Final = 1024  # tokens that are projected at a time
 class CriticalScorer(MeanScorer):
     """Attention sums, turned at the prompt's end into one number that both stages are read from.
 
-    Stage two scores (A + ε) ‖W_O v‖₁, its second factor over the mean of the row's heads; what
-    stage one picks is raised above that. Without a budget there is one stage, the second.
-    Query heads that share a KV head count with the mean of their ‖W_O v‖₁. What later rows add is
-    attention alone. Differs from the paper where heads share budgets (`PooledBudget`): each head's
-    first stage is half of the budget that it would have alone.
+    Stage two scores (A + ε) ‖W_O v‖₁, with ‖W_O v‖₁ divided by its mean over the row's heads. The
+    tokens that stage one picks are raised above these. Without a budget stage two stands alone.
+    Query heads that share a KV head count with the mean of their ‖W_O v‖₁. Rows after the prompt
+    add plain attention. Differs from the paper where heads share budgets (`PooledBudget`): each
+    head's first stage is half of the budget that it would have alone.
     """
 
     needs = frozenset({"output_weight"})

@@ -75,13 +75,7 @@ def mean_turned(query: Tensor, rotation: Rotation) -> Tensor:
     """`query` ``[..., D]``, averaged over being turned by 1 to `FUTURE_POSITIONS` positions."""
     steps = torch.arange(1, FUTURE_POSITIONS + 1, device=query.device).double()
     angle = steps[:, None] * rotation.inv_freq.to(query.device).double()
-    cos, sin = (part.mean(0).to(query.dtype) for part in (angle.cos(), angle.sin()))
-    first, second = (p.to(query.device) for p in rotation.pairs())
-    a, b = query[..., first], query[..., second]
-    turned = query.clone()
-    turned[..., first] = a * cos - b * sin
-    turned[..., second] = b * cos + a * sin
-    return turned
+    return rotation.turn_by(query, angle.cos().mean(0), angle.sin().mean(0))
 
 
 def moments(query: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kvcompress.evict.scorers.base import Scorer
@@ -12,9 +11,6 @@ class KeyNormScorer(Scorer):
     """Minus the key's norm, of decoded tokens too."""
 
     uses_attention = False
-
-    def row_weight(self, row_index: Tensor) -> Tensor:
-        return torch.zeros_like(row_index, dtype=torch.float32)
 
     def initial(self, key: Tensor, position: Tensor, head: Tensor) -> Tensor:
         return -key.float().norm(dim=-1)

@@ -22,7 +22,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kvcompress.evict.scorers.base import Rows, Scorer, Tokens, newest
+from kvcompress.evict.scorers.base import QueryRows, Scorer, Tokens, newest
 
 _SMALLEST: Final = 1e-30
 _UNREAD: Final = 2.0**29  # below every score of `newest`, above every vote
@@ -34,7 +34,7 @@ class KVzipScorer(Scorer):
     uses_attention = False
     needs = frozenset({"repeat"})
 
-    def collect(self, probability: Tensor, rows: Rows) -> Tensor:
+    def collect(self, probability: Tensor, rows: QueryRows) -> Tensor:
         votes = (rows.weight > 0)[:, None, :, None]
         return probability.mul(votes).amax((1, 2))
 
@@ -50,7 +50,7 @@ class KVzipPlusScorer(KVzipScorer):
 
     needs = frozenset({"repeat", "output_weight", "hidden"})
 
-    def collect(self, probability: Tensor, rows: Rows) -> Tensor:
+    def collect(self, probability: Tensor, rows: QueryRows) -> Tensor:
         assert rows.norm is not None, "a scorer that needs hidden states is told their norms"
         norm = rows.norm.clamp(min=_SMALLEST)
         return super().collect(probability / norm[:, None, :, None], rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kvcompress.evict.scorers.base import Scorer, Tokens
@@ -12,9 +11,6 @@ class RandomScorer(Scorer):
     """Uniform in [0, 1): multiply-and-shift mixing, the same on every device."""
 
     uses_attention = False
-
-    def row_weight(self, row_index: Tensor) -> Tensor:
-        return torch.zeros_like(row_index, dtype=torch.float32)
 
     def initial(self, key: Tensor, position: Tensor, head: Tensor) -> Tensor:
         state = (position.long() * 2654435761 + head.long() * 40503 + 12345) & 0xFFFFFFFF

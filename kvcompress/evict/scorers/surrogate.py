@@ -30,9 +30,6 @@ class SurrogateScorer(Scorer):
     needs = frozenset({"hidden"})
     trained = (WEIGHTS,)
 
-    def row_weight(self, row_index: Tensor) -> Tensor:
-        return torch.zeros_like(row_index, dtype=torch.float32)
-
     def arrive(self, tokens: Tokens) -> Tensor:
         if tokens.hidden is None or WEIGHTS not in tokens.tensors:
             raise PlanError(

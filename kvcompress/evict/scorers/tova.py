@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress.evict.scorers.base import Rows, Scorer
+from kvcompress.evict.scorers.base import QueryRows, Scorer
 
-_SILENT = -1.0  # said by no row: attention is never negative
+_SILENT = -1.0  # no row has voted: attention is never negative
 
 
 class LatestScorer(Scorer):
@@ -21,7 +21,7 @@ class LatestScorer(Scorer):
 
     across_heads = True
 
-    def collect(self, probability: Tensor, rows: Rows) -> Tensor:
+    def collect(self, probability: Tensor, rows: QueryRows) -> Tensor:
         votes = rows.weight > 0
         place = torch.arange(1, votes.shape[1] + 1, device=votes.device)
         last = (votes * place).amax(-1)  # [S], 0 where no row votes

@@ -15,7 +15,7 @@ class ValueScorer(Scorer):
     """Attention sums of a prompt, each times ‖v‖₁ over the head's mean ‖v‖₁.
 
     The mean leaves a head's ranks as they are and keeps scores in units of attention. Differs from
-    the paper: sizes are applied once, at the prompt's end; what later rows add is attention alone.
+    the paper: sizes are applied once, at the prompt's end; later rows add plain attention.
     """
 
     def finish(self, score: Tensor, tokens: Tokens) -> Tensor:

@@ -13,24 +13,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress.evict.scorers.base import Rows, Scorer
+from kvcompress.evict.scorers.base import QueryRows, Scorer
 
 
-def important(probability: Tensor, rows: Rows) -> Tensor:
+def important(probability: Tensor, rows: QueryRows) -> Tensor:
     """``[S, G, n, C]`` bool: whether each row gives each key at least its even share."""
     seen = (rows.index + 1).clamp(min=1).to(probability.dtype)
     return probability >= (1 / seen)[:, None, :, None]
 
 
 class VoteScorer(Scorer):
-    """Rows that found the token important; ranked by those that did not, fewer is better.
+    """QueryRows that found the token important; ranked by those that did not, fewer is better.
 
     Query heads that share a KV head have one vote together, each its part of it.
     Differs from Scissorhands: it forgets what rows more than 400 steps ago said; here the rows that
     vote are the prompt's last `score_rows` and every decoded token.
     """
 
-    def collect(self, probability: Tensor, rows: Rows) -> Tensor:
+    def collect(self, probability: Tensor, rows: QueryRows) -> Tensor:
         return super().collect(important(probability, rows).to(probability.dtype), rows)
 
     def rank(self, score: Tensor, votes: Tensor, now: int | Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class LastImportantScorer(Scorer):
     One query head of a group is enough to find a token important.
     """
 
-    def collect(self, probability: Tensor, rows: Rows) -> Tensor:
+    def collect(self, probability: Tensor, rows: QueryRows) -> Tensor:
         votes = important(probability, rows) & (rows.weight > 0)[:, None, :, None]
         position = rows.position.to(probability.dtype).view(1, 1, -1, 1)
         return torch.where(votes, position, -torch.inf).amax((1, 2))

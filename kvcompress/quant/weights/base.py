@@ -1,14 +1,17 @@
-"""What a weight format has to say about itself."""
+"""The interface of a weight format."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from torch import Tensor, nn
 
 from kvcompress.recipe import WeightScheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BITSANDBYTES: Final = ("bitsandbytes>=0.46.1", "accelerate>=1.1")
 FLOATS: Final = frozenset(("BF16", "F16", "F32"))
@@ -28,17 +31,17 @@ class WeightFormat:
             every device.
         linear_bytes: bytes of the weight of a linear layer with (out_features, in_features),
             scales and tables included, labels of the format aside.
-        roundtrip: what a float32 weight ``[out, in]`` reads as once stored.
-        dtypes: of the tensors that its files may hold, as safetensors names them.
-        matches: whether the `quantization_config` of a config.json says this format.
+        roundtrip: the value that a float32 weight ``[out, in]`` has once it was stored and read.
+        dtypes: dtypes that tensors of its files may have, by safetensors' names.
+        matches: whether the `quantization_config` of a config.json describes this format.
     """
 
     name: WeightScheme
     linear_bits: float
     needs: tuple[str, ...]
-    load_kwargs: Callable[[Sequence[str]], dict[str, Any]]
+    load_kwargs: Callable[[Sequence[str]], dict[str, object]]
     fits: Callable[[int, int], bool]
-    matches: Callable[[dict[str, Any] | None], bool]
+    matches: Callable[[object], bool]
     linear_bytes: Callable[[int, int], int]
     roundtrip: Callable[[Tensor], Tensor]
     dtypes: frozenset[str]
@@ -58,7 +61,7 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     return sizes
 
 
-def misfits(model: nn.Module, weight_format: WeightFormat) -> tuple[str, ...]:
+def misfits(model: PreTrainedModel, weight_format: WeightFormat) -> tuple[str, ...]:
     """Names of the linear layers whose sizes the format cannot run, the output head apart."""
     heads = set(output_heads(model))
     return tuple(
@@ -68,13 +71,13 @@ def misfits(model: nn.Module, weight_format: WeightFormat) -> tuple[str, ...]:
     )
 
 
-def output_heads(model: Any) -> tuple[str, ...]:
+def output_heads(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the layers that produce logits: few weights, and rounding them costs the most."""
     head = model.get_output_embeddings()
     return tuple(name for name, module in model.named_modules() if module is head)
 
 
-def weights_bytes(model: nn.Module, weight_format: WeightFormat, kept: Sequence[str]) -> int:
+def weights_bytes(model: PreTrainedModel, weight_format: WeightFormat, kept: Sequence[str]) -> int:
     """Bytes of the weights in this format, `kept` layers in 16 bits; within a few percent."""
     rounded = sum(
         out_features * in_features

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcompress.quant.weights.base import FLOATS, WeightFormat
 
 
-def load_kwargs(skip_modules: Sequence[str]) -> dict[str, Any]:
+def load_kwargs(skip_modules: Sequence[str]) -> dict[str, object]:
     """Nothing is quantized, so there is nothing to skip."""
     return {"dtype": torch.bfloat16}
 
@@ -20,7 +20,7 @@ def fits(out_features: int, in_features: int) -> bool:
     return True
 
 
-def matches(quantization_config: dict[str, Any] | None) -> bool:
+def matches(quantization_config: object) -> bool:
     return quantization_config is None
 
 

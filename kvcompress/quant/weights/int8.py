@@ -6,7 +6,7 @@ Source: Dettmers et al., arXiv 2208.07339.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from kvcompress.quant.weights.base import BITSANDBYTES, PACKED, WeightFormat
 
 
-def load_kwargs(skip_modules: Sequence[str]) -> dict[str, Any]:
+def load_kwargs(skip_modules: Sequence[str]) -> dict[str, object]:
     """See `WeightFormat.load_kwargs`."""
     from transformers import BitsAndBytesConfig
 
@@ -26,8 +26,8 @@ def fits(out_features: int, in_features: int) -> bool:
     return True
 
 
-def matches(quantization_config: dict[str, Any] | None) -> bool:
-    config = quantization_config or {}
+def matches(quantization_config: object) -> bool:
+    config = quantization_config if isinstance(quantization_config, dict) else {}
     return config.get("quant_method") == "bitsandbytes" and config.get("load_in_8bit") is True
 
 

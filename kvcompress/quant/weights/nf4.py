@@ -8,7 +8,7 @@ Source: Dettmers et al., arXiv 2305.14314.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ _LEVELS: Final = (
 )
 
 
-def load_kwargs(skip_modules: Sequence[str]) -> dict[str, Any]:
+def load_kwargs(skip_modules: Sequence[str]) -> dict[str, object]:
     """See `WeightFormat.load_kwargs`."""
     from transformers import BitsAndBytesConfig
 
@@ -58,8 +58,8 @@ def fits(out_features: int, in_features: int) -> bool:
     return out_features % _OUT_MULTIPLE == 0 and in_features % _IN_MULTIPLE == 0
 
 
-def matches(quantization_config: dict[str, Any] | None) -> bool:
-    config = quantization_config or {}
+def matches(quantization_config: object) -> bool:
+    config = quantization_config if isinstance(quantization_config, dict) else {}
     return (
         config.get("quant_method") == "bitsandbytes"
         and config.get("load_in_4bit") is True

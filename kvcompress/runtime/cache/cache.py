@@ -46,8 +46,8 @@ class CompressedCache(Cache):
     Args:
         plan: of this very model; see `kvcompress.attach`.
         params: key centre and scale; None is centre 0 and scale 1.
-        config: of the model; needed where some layers keep something other than keys and values,
-            as linear attention does. `kvcompress.new_cache(model)` passes it.
+        config: the model's configuration, needed where some layers keep something other than keys
+            and values, as linear attention does. `kvcompress.new_cache(model)` passes it.
         protect: half-open ranges of tokens that are never evicted, numbered from a row's first
             real token; one list for every row, or a list of such lists, one per row.
         compress: ``per_chunk`` evicts after every forward, so that a long prompt that is fed in
@@ -59,7 +59,7 @@ class CompressedCache(Cache):
         PlanError: for relative positions that can outgrow the plan's `max_position`.
     """
 
-    filled_by: weakref.ref[Any] | None = None  # the model whose forward was told last
+    filled_by: weakref.ref[PreTrainedModel] | None = None  # the model whose forward was told last
 
     def __init__(
         self,
@@ -104,17 +104,17 @@ class CompressedCache(Cache):
         # an assistant's cache: `generate` may take back one token more than the assistant drafted
         self.assists = False
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "filled_by": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Unpickled in inference mode, tensors could not be changed outside of it."""
         self.__dict__.update(state)
         if torch.is_inference_mode_enabled():
             self.__dict__.update(deepcopy(self).__dict__)
 
     @leaving_plain_tensors
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+    def __deepcopy__(self, memo: dict[int, object]) -> CompressedCache:
         memo[id(self.plan)] = self.plan
         memo[id(self.params)] = self.params
         memo[id(self._config)] = self._config
@@ -129,7 +129,7 @@ class CompressedCache(Cache):
         """The layers that hold keys and values, in order."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
-    # ---- what the model's forward tells
+    # ---- told by the model's forward
     @between_graphs
     def note_forward(
         self,
@@ -144,8 +144,8 @@ class CompressedCache(Cache):
             input_ids: ``[B, T]``, None where the caller passes embeddings.
             length: T.
             attention_mask: ``[B, seen + T]``, or None.
-            logits_to_keep: rows of logits that the caller wants; while the cache records, all but
-                the first of them belong to drafted tokens.
+            logits_to_keep: how many logits the caller wants; while the cache records drafts, all
+                but the first of them belong to drafted tokens.
         """
         uses = any(layer.settings.uses_classes for layer in self.compressed_layers)
         if uses and input_ids is None and length > 1:
@@ -318,13 +318,13 @@ class CompressedCache(Cache):
         self.seen_text = SeenText()
         self._second_reading = SecondReading(self.plan)
 
-    def reorder_cache(self, beam_idx: Any) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._settle()
         super().reorder_cache(beam_idx)
         self.seen_text.select_rows(beam_idx.tolist())
 
     def _settle(self) -> None:
-        """Rows are about to move: what is held is compressed as one prompt first."""
+        """Compress the prompt that is held before rows move."""
         if any(layer.has_pending for layer in self.compressed_layers) and not self._drafts_wait:
             self.end_prefill()
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from kvcompress.runtime.cache.cache import CompressedCache
+from kvcompress.runtime.cache.cache import Compress, CompressedCache
+from kvcompress.runtime.cache.spans import Span
 from kvcompress.runtime.model.attached import base_of, own_part
 
 
-def new_cache(model: Any, **options: Any) -> CompressedCache:
+def new_cache(
+    model: object,
+    *,
+    protect: Sequence[Span] | Sequence[Sequence[Span]] = (),
+    compress: Compress = "per_chunk",
+) -> CompressedCache:
     """An empty cache for a model that has a plan attached.
 
     Args:
-        options: `protect` and `compress` of `CompressedCache`.
+        protect, compress: see `CompressedCache`.
 
     Raises:
         KVCompressError: if no plan is attached.
     """
     plan, params = own_part(model)
     plain = all(plan.model.heads_of(layer) for layer in range(plan.model.layers))
-    return CompressedCache(plan, params, None if plain else base_of(model).config, **options)
+    config = None if plain else base_of(model).config
+    return CompressedCache(plan, params, config, protect, compress)

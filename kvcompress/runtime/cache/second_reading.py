@@ -1,8 +1,8 @@
-"""Having the model read a held prompt again, for scorers whose votes are those of a repetition.
+"""A second reading of the prompt, for scorers that count the attention of a repetition.
 
-Source: KVzip (arXiv 2505.23416), section 3: what the model attends to when it repeats its context
-is what it needs to keep. The prompt is repeated in chunks, each behind the tokens that ask for it
-and the last 8 of the chunk before.
+Source: KVzip (arXiv 2505.23416), section 3. The model needs the tokens that it attends to when it
+repeats its context. So the cache holds the prompt uncompressed, and the model reads it again in
+chunks, each behind a request to repeat and the last 8 tokens of the chunk before.
 Differs from the paper: the softmax runs over the whole held prompt, the request and the chunk; the
 chunks are as long as the positions that the plan's constants cover allow, at most 2048 tokens.
 """
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 MOST_TOKENS: Final = 2048
 FEWEST_TOKENS: Final = 32
-LEAD_TOKENS: Final = 8  # of the chunk before: they tell where in the prompt a chunk goes on
+LEAD_TOKENS: Final = 8  # of the chunk before, so that the model knows where the chunk goes on
 
 
 class SecondReading:
     """Remembers the tokens of the first prompt until it has been read again.
 
     Attributes:
-        wanted: the plan's scorer needs it, and it has not happened yet.
+        wanted: whether the plan's scorer needs a second reading that has not happened yet.
     """
 
     def __init__(self, plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""Which tokens a cache has seen, so that it is not continued with another text."""
+"""A hash of the tokens that a cache has seen, so that nobody continues it with another text."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""What a caller names by tokens: protected spans, and the classes that a plan keeps."""
+"""Spans of tokens that a caller protects, and the token classes that a plan keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +29,13 @@ def row_spans(
     return _of_row(items)
 
 
-def _is_row(item: Any) -> bool:
+def _is_row(item: object) -> bool:
     if isinstance(item, range) or not isinstance(item, Sequence):
         return False
     return not (len(item) == 2 and all(isinstance(bound, int) for bound in item))
 
 
-def _of_row(items: Sequence[Any]) -> tuple[range, ...]:
+def _of_row(items: Sequence[object]) -> tuple[range, ...]:
     spans = sorted(map(_span, items), key=lambda span: span.start)
     for before, after in zip(spans, spans[1:], strict=False):
         if after.start < before.stop:
@@ -47,9 +46,9 @@ def _of_row(items: Sequence[Any]) -> tuple[range, ...]:
     return tuple(spans)
 
 
-def _span(given: Any) -> range:
+def _span(given: object) -> range:
     try:
-        span = given if isinstance(given, range) else range(*given)
+        span = given if isinstance(given, range) else range(*given)  # type: ignore[misc]
     except TypeError:
         span = range(0)
     if not 0 <= span.start < span.stop < MOST_TOKENS or span.step != 1:

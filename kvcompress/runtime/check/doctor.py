@@ -1,4 +1,5 @@
-"""What this installation runs a compressed cache with, and why not with something faster."""
+"""The code that runs a compressed cache on this machine, and the reason where it is not the
+fastest."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ _OPTIONAL: Final = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing and what was found; `why` where it is not the best there could be."""
+    """A part of the installation and its state; `why` says why it is not the best there is."""
 
     part: str
     found: str
@@ -35,10 +36,11 @@ class Finding:
 
 
 def diagnose(plan: Plan | None = None, params: KVParams | None = None) -> list[Finding]:
-    """What runs here.
+    """The state of every part of the installation.
 
     Args:
-        plan, params: whose layers are looked at, too.
+        plan: its layers are looked at too.
+        params: the plan's key constants.
     """
     found = [
         Finding("kvcompress", __version__),

@@ -1,7 +1,7 @@
-"""What the compressed cache can do for a model, found by running it: a few short forwards.
+"""Finding out what the compressed cache can do for a model, by a few short forwards.
 
-Nothing here depends on a list of model names. A family that works today and changes tomorrow is
-noticed by its numbers, and one that we never heard of is served if they are right.
+No list of model names decides. A family that changes is noticed by its numbers, and one that we
+never heard of is served if its numbers are right.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ from transformers import DynamicCache
 from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.plan import Budget, HeadPlan, LayerKind, ModelShape, uniform
 from kvcompress.runtime.cache.new import new_cache
+from kvcompress.runtime.check.compare import (
+    distance,
+    fixed_ids,
+    generated,
+    same_text_steps,
+    tolerance,
+)
 from kvcompress.runtime.hf.attach import attach, detach
 from kvcompress.runtime.model.attached import attached
 from kvcompress.runtime.model.families import shape_of
@@ -27,11 +34,10 @@ from kvcompress.runtime.static.cache import StaticCompressedCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
 
 PROMPT: Final = 40
 STEPS: Final = 8
-# of the logits' norm; 16-bit models round every product
-TOLERANCE: Final = {2: 0.05, 4: 1e-4, 8: 1e-4}
 _FULL: Final = HeadPlan(full=True, k_dtype="model", v_dtype="model")
 _EVICTING: Final = HeadPlan(
     frequent=Budget(tokens=6), local=Budget(tokens=8), k_dtype="model", v_dtype="model"
@@ -46,7 +52,7 @@ class Finding:
     """One thing that users ask of a cache, and whether this model's can do it.
 
     Attributes:
-        error: ‖a − b‖ / ‖b‖ of the logits against the same thing done the plain way; None where
+        error: distance of the logits to those of the plain way, see `compare.distance`; None where
             nothing was run.
     """
 
@@ -124,14 +130,11 @@ class _Runs:
 
     def __init__(self, model: PreTrainedModel, shape: ModelShape) -> None:
         self.model, self.shape = model, shape
-        weight = model.get_input_embeddings().weight
-        assert isinstance(weight, Tensor)
-        ids = (7 + 31 * torch.arange(PROMPT + STEPS)) % weight.shape[0]
-        self.ids = ids[None].to(model.device)
-        self.limit = TOLERANCE[model.dtype.itemsize]
+        self.ids = fixed_ids(model, PROMPT + STEPS)
+        self.limit = tolerance(model.dtype)
 
     @torch.inference_mode()
-    def feed(self, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    def feed(self, cache: Cache, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits ``[B, T, vocabulary]`` float32."""
         positions = None
         if mask is not None:
@@ -145,7 +148,7 @@ class _Runs:
         )
         return out.logits.float()
 
-    def steps(self, cache: Any, start: int = PROMPT) -> Tensor:
+    def steps(self, cache: Cache, start: int = PROMPT) -> Tensor:
         """Logits of the tokens from `start` on, fed one by one."""
         rows = [self.feed(cache, token[None, None]) for token in self.ids[0, start:]]
         return torch.cat(rows, 1)
@@ -153,31 +156,19 @@ class _Runs:
     def judged(
         self, capability: str, found: Tensor, wanted: Tensor, note: str, status: Status = "yes"
     ) -> Finding:
-        error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
+        error = distance(found, wanted)
         if not error <= self.limit:
             return Finding(
                 capability, "no", error, f"logits differ by {error:.2g}, allowed {self.limit:g}"
             )
         return Finding(capability, status, error, note)
 
-    def generate(self, **way: Any) -> Answer:
+    def generate(self, **way: int) -> Answer:
         """What `generate` makes of a prompt that says everything twice."""
         ids = self.ids[:, : PROMPT // 2].repeat(1, 2)
-        model: Any = self.model
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=STEPS,
-            min_new_tokens=STEPS,
-            do_sample=False,
-            num_beams=1,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **way,
-        )
-        return out.sequences[0, PROMPT:], torch.cat(out.logits).float()
+        return generated(self.model, ids, STEPS, min_new_tokens=STEPS, **way)[:2]
 
-    def as_users_go(self, finding: Finding, wanted: Answer, **way: Any) -> Finding:
+    def as_users_go(self, finding: Finding, wanted: Answer, **way: int) -> Finding:
         """The finding, unless `generate` called in this way makes something else of a prompt."""
         if finding.status == "no":
             return finding
@@ -186,15 +177,14 @@ class _Runs:
         except Exception as error:  # whatever it is, the user would meet it
             text = str(error).strip().split("\n")[0]
             return replace(finding, status="no", note=f"generate fails: {text}")
-        differ = (tokens != wanted[0]).nonzero()
-        rows = int(differ[0]) + 1 if len(differ) else STEPS  # after another token all is different
+        rows = same_text_steps(tokens, wanted[0])
         judged = self.judged(
             finding.capability, logits[:rows], wanted[1][:rows], finding.note, finding.status
         )
         return judged if judged.status == "no" else finding
 
     def relative(self) -> Finding:
-        """A window that holds everything: numbering the tokens anew must then change nothing."""
+        """Relative positions under a window that holds every token must change nothing."""
         name = "relative positions (streams)"
         head = HeadPlan(local=Budget(tokens=PROMPT + STEPS), k_dtype="model", v_dtype="model")
         plan, before = uniform(self.shape, head, positions="relative"), attached(self.model)
@@ -212,7 +202,7 @@ class _Runs:
         return self.judged(name, found, wanted, "keys can be turned: contexts without end")
 
     def static(self) -> Finding:
-        """Fixed arrays against growing ones; whether they compile is for torch to say."""
+        """Fixed arrays against growing ones, without compiling them."""
         name = "fixed arrays (compiled)"
         plan = attached(self.model)
         assert plan is not None
@@ -300,17 +290,17 @@ class _Runs:
             cache.crop(-(STEPS // 2))
             half = PROMPT + STEPS // 2
             found, wanted = self.steps(cache, half), self.steps(plain)[:, STEPS // 2 :]
-            note, status = "equal plain decoding, under eviction too", "yes"
+            note = "equal plain decoding, under eviction too"
             if not exact:
-                note, status = "equal plain decoding only where nothing is evicted", "limit"
-            finding = self.judged(name, found, wanted, note, cast(Status, status))
+                note = "equal plain decoding only where nothing is evicted"
+            finding = self.judged(name, found, wanted, note, "yes" if exact else "limit")
             return self.as_users_go(finding, self.generate(), prompt_lookup_num_tokens=3)
         finally:
             attach(self.model, *plan)
 
 
-def _by_architecture(model: Any, shape: ModelShape) -> list[Finding]:
-    """What follows from the kinds of layers alone."""
+def _by_architecture(model: PreTrainedModel, shape: ModelShape) -> list[Finding]:
+    """Findings that follow from the kinds of layers, without a run."""
     kinds = {shape.kind(layer) for layer in range(shape.layers)}
     plain = kinds <= {"full", "sliding"}
     learned = any(name.endswith(".sinks") for name, _ in model.named_parameters())

@@ -1,30 +1,30 @@
-"""Every forward of the model is announced to its cache before its layers run.
+"""Hooks that announce every forward of a model to its cache before the layers run.
 
-A layer that attends for a forward that was not announced raises, see
-`kvcompress.runtime.layer.base.StoringLayer.update`: nothing that depends on the announcement can be
-lost in silence when transformers changes.
+A layer raises where it attends for a forward that nobody announced, see
+`kvcompress.runtime.layer.base.StoringLayer.update`. So if a release of transformers stops calling
+the hooks, the user gets an error and no wrong text.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kvcompress.errors import KVCompressError, PlanError
 from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf import generate
 from kvcompress.runtime.model.attached import Attached, record_of_hooked
-from kvcompress.runtime.names import CACHE, by_keyword
+from kvcompress.runtime.names import CACHE, Arguments, by_keyword
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Call = tuple[tuple[object, ...], Arguments]
 
 
-def announce(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Forward pre-hook: the cache learns what comes, the attention function learns the cache."""
+def announce(model: PreTrainedModel, args: tuple[object, ...], kwargs: Arguments) -> Call:
+    """Forward pre-hook: tell the cache which tokens come, and pass it to the attention function."""
     own = record_of_hooked(model)
     given = by_keyword(own.arguments, args, kwargs)
     if given.get(CACHE) is None and _wants_a_cache(model, given):
@@ -54,10 +54,11 @@ def announce(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return (), given
 
 
-def _check_ids(model: Any, cache: CompressedCache, ids: Tensor) -> None:
-    """Refuse tokens that the model has no embedding for, as another model's tokenizer makes them:
-    the lookup would end in an IndexError, or take a GPU down. A decoded token is not looked at: it
-    comes from the model, and a GPU would have to be waited for.
+def _check_ids(model: PreTrainedModel, cache: CompressedCache, ids: Tensor) -> None:
+    """Refuse tokens that the model has no embedding for, such as another model's tokenizer makes.
+
+    Their lookup would end in an IndexError, or take a GPU down. A decoded token is not checked: it
+    comes from the model itself, and reading it would wait for the GPU.
 
     Raises:
         KVCompressError: naming the first of them.
@@ -75,7 +76,7 @@ def _check_ids(model: Any, cache: CompressedCache, ids: Tensor) -> None:
             )
 
 
-def _wants_a_cache(model: Any, given: dict[str, Any]) -> bool:
+def _wants_a_cache(model: PreTrainedModel, given: Arguments) -> bool:
     """Whether transformers would make a cache of its own, as it does where the caller gives none.
 
     Not in training: gradients do not flow through the compressed cache.
@@ -87,7 +88,7 @@ def _wants_a_cache(model: Any, given: dict[str, Any]) -> bool:
 
 
 def _relative_positions(
-    own: Attached, cache: CompressedCache, shown: Tensor | None, given: dict[str, Any]
+    own: Attached, cache: CompressedCache, shown: Tensor | None, given: Arguments
 ) -> Tensor:
     """The position ids that the cache wants, in place of the caller's."""
     mask = given.get("attention_mask")
@@ -112,8 +113,8 @@ def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [m for m in found if not any(c in found for c in m.modules() if c is not m)]
 
 
-def hand_over_input(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Pre-hook of an attention module: its attention function learns the module's input."""
+def hand_over_input(module: torch.nn.Module, args: tuple[object, ...], kwargs: Arguments) -> Call:
+    """Pre-hook of an attention module: give the module's input to its attention function."""
     if "kvc_cache" in kwargs:
         kwargs["kvc_hidden"] = kwargs.get("hidden_states", args[0] if args else None)
     return args, kwargs

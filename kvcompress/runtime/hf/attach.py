@@ -21,7 +21,7 @@ from kvcompress.runtime.model.attached import (
     set_record,
     take_record,
 )
-from kvcompress.runtime.model.families import refuse_what_cannot_generate, shape_of
+from kvcompress.runtime.model.families import difference, refuse_what_cannot_generate, shape_of
 from kvcompress.runtime.model.parallel import mesh_of, shard_params, shard_plan
 from kvcompress.runtime.names import check_release
 
@@ -100,13 +100,9 @@ def check(model: PreTrainedModel) -> None:
 
 def _check_plan(model: PreTrainedModel, plan: Plan) -> None:
     shape = shape_of(model.config, model.dtype)
-    for name in (
-        *("config_hash", "layers", "kv_heads", "head_dim", "value_dim", "sliding_windows"),
-        *("layer_kinds", "kv_sources"),
-    ):
-        have, want = getattr(shape, name), getattr(plan.model, name)
-        if have != want:
-            raise PlanError(
-                f"the plan is for another model: its {name} is {want}, this model's is {have}; "
-                "profile this model and plan again"
-            )
+    name = difference(plan.model, shape)
+    if name is not None:
+        raise PlanError(
+            f"the plan is for another model: its {name} is {getattr(plan.model, name)}, this "
+            f"model's is {getattr(shape, name)}; profile this model and plan again"
+        )

@@ -1,9 +1,9 @@
-"""The attention function that transformers calls in place of its own."""
+"""The attention function that transformers calls for a model with a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, cast
+from typing import Any, Final, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +78,8 @@ def _attention(
 
 
 def _without_gradient(attend: Callable[[], Tensor], query: Tensor) -> Tensor:
-    """What is stored belongs to no graph: outside of no_grad the output refuses a gradient."""
+    """Attend without recording a graph, as stored codes have none. Where the caller records one, a
+    backward pass through the output raises."""
     if not (torch.is_grad_enabled() and query.requires_grad):
         return attend()
     with torch.no_grad():
@@ -90,19 +91,20 @@ class _NoGradient(torch.autograd.Function):
     """Hands its first input on; a backward pass through it is an error, never a silent zero."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+    def forward(ctx: object, out: Tensor, query: Tensor) -> Tensor:
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: object, *gradients: Tensor) -> NoReturn:
         raise KVCompressError(
             "no gradient flows through the compressed cache; train with use_cache=False"
         )
 
 
-def _layer_of(module: Any, key: Tensor, cache: Any) -> CompressedLayer | None:
-    """The cache layer that holds these keys: they carry it, unless the model made them anew."""
+def _layer_of(module: torch.nn.Module, key: Tensor, cache: object) -> CompressedLayer | None:
+    """The cache layer that holds these keys. The keys carry it as an attribute, which is lost where
+    the model computes new tensors from them; then the module's own number tells the layer."""
     layer = getattr(key, "_kvc_layer", None)
     if layer is None and isinstance(cache, CompressedCache):
-        layer = cache.layers[module.layer_idx]
+        layer = cache.layers[cast(int, module.layer_idx)]
     return layer if isinstance(layer, CompressedLayer) else None

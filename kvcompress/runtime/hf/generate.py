@@ -1,10 +1,10 @@
 """transformers' `generate` on a model with a plan: it uses the compressed cache, or an error says
 why not.
 
-`attach` puts functions of this file in place of the model's methods. `generate` itself only
-looks at the arguments; transformers does the rest, and asks us for the cache (`_prepare_cache`) and
-to feed the prompt (`_prefill`, or `_drafts` where a draft comes with it). That it asked is checked
-before every forward, so that a release that no longer asks is noticed at once.
+`attach` puts functions of this file in place of the model's methods. Our `generate` only checks the
+arguments and calls transformers' own, which then calls us back: for the cache (`_prepare_cache`)
+and to feed the prompt (`_prefill`, or `_drafts` where a draft comes with it). Before every forward
+we check that it did call back, so that a release that no longer does so is noticed at once.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.new import new_cache
-from kvcompress.runtime.names import CACHE, release, with_one_cache
+from kvcompress.runtime.names import CACHE, Arguments, release, with_one_cache
 from kvcompress.runtime.static.cache import StaticCompressedCache
 
-# what would keep `generate` from the compressed cache, and the value that means "not asked for"
+# arguments that keep `generate` from the compressed cache, and their values that do not ask for it
 _BYPASSES: Final = {"use_cache": (None, True), "cache_implementation": (None,)}
 
 
 @dataclass(slots=True)
 class _Running:
-    """A call of `generate`: what transformers has asked for so far."""
+    """A call of `generate` that runs now, and the callbacks that transformers has made so far."""
 
-    model: Any
+    model: PreTrainedModel
     own_loop: bool  # the caller's function decodes, transformers only prepares
     cache_prepared: bool = False
     prompt_fed: bool = False
@@ -41,7 +42,7 @@ class _Running:
 _RUNNING: ContextVar[_Running | None] = ContextVar("kvcompress_generate", default=None)
 
 
-def override(model: Any) -> None:
+def override(model: PreTrainedModel) -> None:
     """Put our functions in place of the model's methods.
 
     Raises:
@@ -56,14 +57,14 @@ def override(model: Any) -> None:
     model.__dict__.update({name: partial(f, model) for name, f in _OVERRIDES.items()})
 
 
-def restore(model: Any) -> None:
+def restore(model: PreTrainedModel) -> None:
     """Undo `override`."""
     for name in _OVERRIDES:
         model.__dict__.pop(name, None)
 
 
-def check_forward(model: Any, cache: Any) -> None:
-    """Refuse a forward inside of `generate` for which transformers did not ask us.
+def check_forward(model: PreTrainedModel, cache: object) -> None:
+    """Refuse a forward inside of `generate` before which transformers did not call us back.
 
     Raises:
         KVCompressError: naming the release and the method that it did not call.
@@ -85,7 +86,7 @@ def check_forward(model: Any, cache: Any) -> None:
         )
 
 
-def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _generate(model: PreTrainedModel, *args: object, **kwargs: object) -> object:
     """`generate` with the arguments that lead to the compressed cache."""
     kwargs = with_one_cache(kwargs)
     own_loop = kwargs.get("custom_generate")
@@ -100,13 +101,14 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_bypass(model, config, kwargs)
     token = _RUNNING.set(_Running(model, own_loop is not None))
     try:
-        return type(model).generate(model, *args, **kwargs)
+        return _original(model, "generate")(model, *args, **kwargs)
     finally:
         _RUNNING.reset(token)
 
 
-def _refuse_bypass(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
-    """What a checkpoint says of caches is about transformers' own; what the caller says counts."""
+def _refuse_bypass(model: PreTrainedModel, config: object, kwargs: Arguments) -> None:
+    """Refuse arguments of the caller that go past the compressed cache. A checkpoint's own settings
+    are about transformers' caches and do not count."""
     for name, harmless in _BYPASSES.items():
         value = kwargs.get(name)
         if name not in kwargs and config is not None:
@@ -121,7 +123,11 @@ def _refuse_bypass(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _prepare_cache(
-    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    model_kwargs: Arguments,
+    *args: object,
+    **kwargs: object,
 ) -> None:
     """`generate` asks for a cache: ours, unless the caller passed another kind."""
     running, given = _RUNNING.get(), model_kwargs.get(CACHE)
@@ -130,7 +136,7 @@ def _prepare_cache(
     if isinstance(given, StaticCompressedCache):
         given.check_length(generation_config.max_length - 1)  # the last token is not fed back
     if given is None or isinstance(given, CompressedCache):
-        # what a checkpoint says of transformers' own caches, see `_refuse_bypass`
+        # a checkpoint's settings are about transformers' own caches, see `_refuse_bypass`
         generation_config.use_cache, generation_config.cache_implementation = True, None
     if given is None:
         cache = model_kwargs[CACHE] = new_cache(model)
@@ -138,22 +144,22 @@ def _prepare_cache(
             cache.assists = True
             cache.activate_past_recording()
         return
-    original: Callable[..., None] = type(model)._prepare_cache_for_generation
+    original = _original(model, "_prepare_cache_for_generation")
     original(model, generation_config, model_kwargs, *args, **kwargs)
 
 
 def _prefill(
-    model: Any,
+    model: PreTrainedModel,
     input_ids: Tensor,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+    generation_config: GenerationConfig,
+    model_kwargs: Arguments,
+    *args: object,
+    **kwargs: object,
+) -> object:
     """`generate` feeds the prompt, at once or in chunks: the cache learns where it ends."""
     cache = model_kwargs.get(CACHE)
     _note_prompt(model)
-    original: Callable[..., Any] = type(model)._prefill
+    original = _original(model, "_prefill")
     if not isinstance(cache, CompressedCache):
         return original(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
     _check_text(cache, input_ids, generation_config, model_kwargs)
@@ -163,27 +169,36 @@ def _prefill(
     return out
 
 
-def _drafts(model: Any, **kwargs: Any) -> Any:
+def _drafts(model: PreTrainedModel, **kwargs: Any) -> object:
     """Assisted decoding and prompt lookup feed the prompt together with the first draft."""
     model_kwargs = kwargs["model_kwargs"]
     cache = model_kwargs.get(CACHE)
     _note_prompt(model)
     if isinstance(cache, CompressedCache):
         _check_text(cache, kwargs["input_ids"], kwargs["generation_config"], model_kwargs)
-    return type(model)._get_candidate_generator(model, **kwargs)
+    return _original(model, "_get_candidate_generator")(model, **kwargs)
 
 
-def _note_prompt(model: Any) -> None:
+def _original(model: PreTrainedModel, name: str) -> Callable[..., object]:
+    """The method of transformers in whose place `override` put ours."""
+    method: Callable[..., object] = getattr(type(model), name)
+    return method
+
+
+def _note_prompt(model: PreTrainedModel) -> None:
     running = _RUNNING.get()
     if running is not None and running.model is model:
         running.prompt_fed = True
 
 
 def _check_text(
-    cache: CompressedCache, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    cache: CompressedCache,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: Arguments,
 ) -> None:
-    """A prompt on a cache that holds tokens: either the whole text, which has to begin with them,
-    or the new tokens alone, with a mask of the whole text.
+    """Check a prompt for a cache that holds tokens already. It may be the whole text, which must
+    begin with the tokens of the cache, or the new tokens alone with a mask of the whole text.
 
     Raises:
         KVCompressError: for a prompt that is neither.
@@ -211,13 +226,13 @@ def _check_text(
         cache.check_prefix(input_ids)
 
 
-def _refuse_generate_batch(model: Any, *args: Any, **kwargs: Any) -> NoReturn:
+def _refuse_generate_batch(model: PreTrainedModel, *args: object, **kwargs: object) -> NoReturn:
     raise KVCompressError(
         "generate_batch uses its own paged cache and would run uncompressed; call generate instead"
     )
 
 
-_OVERRIDES: Final[dict[str, Callable[..., Any]]] = {
+_OVERRIDES: Final[dict[str, Callable[..., object]]] = {
     "generate": _generate,
     "_prepare_cache_for_generation": _prepare_cache,
     "_prefill": _prefill,

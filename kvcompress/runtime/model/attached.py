@@ -1,4 +1,4 @@
-"""What a model with a plan attached carries."""
+"""The record that a model with a plan carries."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.names import forward_arguments
 
 if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 _ATTRIBUTE: Final = "_kvcompress_attached"
 
 
 class Attached:
-    """What `attach` changed on a model, so that `detach` can undo it.
+    """The changes that `attach` made to a model, so that `detach` can undo them.
 
     Args:
         kind: the model's class.
-        wake: makes transformers know the attention function; a model that was pickled may wake up
-            in a process that never attached a plan. Pickled by its name.
+        wake: registers the attention function with transformers. A model may be unpickled in a
+            process that never attached a plan, and calls it then. It is pickled by its name.
 
     Attributes:
         arguments: names of the arguments of the model's forward, in order.
@@ -34,7 +36,7 @@ class Attached:
 
     def __init__(
         self,
-        kind: type,
+        kind: type[PreTrainedModel],
         plan: Plan,
         params: KVParams | None,
         before: str,
@@ -44,15 +46,15 @@ class Attached:
         self.plan, self.params, self.before = plan, params, before
         self.own = (plan, params)
         self.arguments = forward_arguments(kind)
-        self.hooks: list[Any] = []
+        self.hooks: list[RemovableHandle] = []
         self.rotations: tuple[Rotation | None, ...] | None = None
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self.wake()
 
 
-def base_of(model: Any) -> PreTrainedModel:
+def base_of(model: object) -> PreTrainedModel:
     """The transformers model inside of torch.compile's or PEFT's wrapper, or the model itself.
 
     Raises:
@@ -75,7 +77,7 @@ def base_of(model: Any) -> PreTrainedModel:
 
 
 def _unwrapped(model: Any) -> tuple[Any, Any]:
-    """What torch.compile and PEFT have wrapped, and PEFT's configuration, None without one."""
+    """The model inside the wrappers of torch.compile and PEFT, and PEFT's configuration or None."""
     tuning = None
     while True:
         if hasattr(model, "_orig_mod"):
@@ -86,14 +88,14 @@ def _unwrapped(model: Any) -> tuple[Any, Any]:
             return model, tuning
 
 
-def record(model: Any) -> Attached | None:
-    """What is attached to a model, None without a plan."""
+def record(model: object) -> Attached | None:
+    """The record of a model, None where it has no plan."""
     found: Attached | None = _unwrapped(model)[0].__dict__.get(_ATTRIBUTE)
     return found
 
 
-def record_of_hooked(model: Any) -> Attached:
-    """What is attached to a model whose pre-hook runs."""
+def record_of_hooked(model: PreTrainedModel) -> Attached:
+    """The record of a model whose pre-hook runs, which therefore has one."""
     found: Attached = model.__dict__[_ATTRIBUTE]
     return found
 
@@ -102,20 +104,20 @@ def set_record(model: PreTrainedModel, value: Attached) -> None:
     model.__dict__[_ATTRIBUTE] = value
 
 
-def take_record(model: Any) -> tuple[Any, Attached | None]:
-    """The model inside of a wrapper, and what was attached to it, which is removed."""
+def take_record(model: object) -> tuple[PreTrainedModel, Attached | None]:
+    """The model inside its wrappers, and its record, which is removed from it."""
     inner = _unwrapped(model)[0]
     return inner, inner.__dict__.pop(_ATTRIBUTE, None)
 
 
-def attached(model: Any) -> tuple[Plan, KVParams | None] | None:
+def attached(model: object) -> tuple[Plan, KVParams | None] | None:
     """The plan and key constants that the model serves now, None without any."""
     found = record(model)
     return None if found is None else (found.plan, found.params)
 
 
-def own_part(model: Any) -> tuple[Plan, KVParams | None]:
-    """The plan and key constants of the KV heads that this process holds; caches are made of them.
+def own_part(model: object) -> tuple[Plan, KVParams | None]:
+    """The plan and key constants of the KV heads that this process holds, for new caches.
 
     Raises:
         KVCompressError: if no plan is attached.
@@ -128,6 +130,6 @@ def own_part(model: Any) -> tuple[Plan, KVParams | None]:
     return found.own
 
 
-def device_mesh(model: Any) -> Any:
+def device_mesh(model: PreTrainedModel) -> DeviceMesh | None:
     """The `DeviceMesh` over which transformers spread the model, None for one process."""
     return getattr(model, "_device_mesh", None)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kvcompress.errors import KVCompressError
 
-_TWO: Final = ("Yes.", "42 of them")  # what users could say first: the template writes the rest
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TWO: Final = ("Yes.", "42 of them")  # two first messages of a user that share no beginning
 
 
-def system_span(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> range:
+def system_span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> range:
     """The tokens that the system messages at the head of `messages` become, for ``protect=[…]``.
 
-    They are what the chat template writes alike before any two different user messages.
+    The chat template writes two conversations that differ only in the user's message; the tokens
+    before the first difference are the system messages.
 
     Raises:
         KVCompressError: if the tokenizer has no chat template, or no system message leads.
@@ -50,11 +54,13 @@ def system_span(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> range:
     return range(same)
 
 
-def conversation_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+def conversation_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+) -> str:
     """The whole conversation.
 
-    A template without a system role gets the system message at the head of the first user message,
-    which is what the makers of such models tell their users to do.
+    Where the template has no system role, the system message goes to the head of the first user
+    message, as the makers of such models advise.
 
     Raises:
         KVCompressError: if the tokenizer has no chat template, or its template refuses the roles.
@@ -73,7 +79,7 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def _written(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def _written(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise KVCompressError("the tokenizer has no chat template; give text in place of messages")
     try:
@@ -83,6 +89,6 @@ def _written(tokenizer: Any, messages: list[dict[str, str]]) -> str:
         raise KVCompressError(f"the chat template refuses the conversation ({reason})") from None
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

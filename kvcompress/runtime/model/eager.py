@@ -1,4 +1,4 @@
-"""Attention without our cache, for what sdpa cannot compute: soft caps and learned sinks."""
+"""Attention over a plain cache with soft caps or learned sinks, which sdpa cannot compute."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _FOREIGN: Final = (
     "_name_or_path architectures attn_implementation dtype id2label kvcompress label2id "
     "quantization_config torch_dtype transformers_version use_cache"
 ).split()
-# transformers' own cache layer classes, by name, and what they tell of a model's layer
+# the kind of a model's layer, by the class that transformers' own cache has for it
 _KIND_OF: Final[dict[str, LayerKind]] = {
     "DynamicLayer": "full",
     "DynamicSlidingWindowLayer": "sliding",

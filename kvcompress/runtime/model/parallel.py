@@ -10,7 +10,7 @@ token, are held by every process.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -20,6 +20,7 @@ from kvcompress.plan import Plan, PooledBudget
 from kvcompress.quant.keystats import KVParams
 
 if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh
     from transformers import PreTrainedModel
 
 # projections that make keys, fused ones too, and how transformers may cut them
@@ -29,7 +30,7 @@ _WHOLE: Final = frozenset({"colwise_gather_output", "colwise_rep", "replicate"})
 
 
 def mesh_of(
-    model: PreTrainedModel, device_mesh: Callable[[PreTrainedModel], Any]
+    model: PreTrainedModel, device_mesh: Callable[[PreTrainedModel], DeviceMesh | None]
 ) -> tuple[int, int]:
     """(rank, size) of this process among those that share the model's KV heads; (0, 1) for one.
 
@@ -64,7 +65,7 @@ def mesh_of(
 
 
 def shard_plan(plan: Plan, rank: int, size: int) -> Plan:
-    """What process `rank` of `size` keeps: its block of the heads of every layer.
+    """The plan of process `rank` of `size`: its block of the heads of every layer.
 
     The model's `config_hash` stays that of the whole model; `target` names the block.
 
@@ -105,7 +106,7 @@ def shard_params(params: KVParams | None, rank: int, size: int) -> KVParams | No
     if params is None or size == 1:
         return params
 
-    def block(tensor: Any) -> Any:
+    def block(tensor: torch.Tensor) -> torch.Tensor:
         local = _share(tensor.shape[0], size, "key constants: heads")
         return tensor[rank * local : (rank + 1) * local].clone()
 

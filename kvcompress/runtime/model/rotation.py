@@ -1,10 +1,10 @@
-"""Which rotary embedding a layer applies, found by probing, and turning vectors by it."""
+"""Finding the rotary embedding of each layer by probing, and turning vectors by it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final, get_args
+from typing import TYPE_CHECKING, Final, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from kvcompress.plan import ModelShape
 from kvcompress.quant.keystats import Convention, Rotation
 from kvcompress.runtime.names import as_argument
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROBE_POSITIONS: Final = (1, 17, 61)
 # relative error of a key turned back; 16-bit models round cosines, keys and products
@@ -21,10 +24,10 @@ _COARSE: Final = 2e-2
 
 @dataclass(frozen=True)
 class LayerRotation:
-    """What the probe found for one layer.
+    """The rotary embedding that the probe found for one layer.
 
     Attributes:
-        note: for the profile and for messages.
+        note: the finding in words, for the profile and for messages.
         explained: whether the layer's keys are known to be turned by `rotation` and by nothing
             else, or not to depend on their position where it is None.
         silent: whether the probed keys were all zero, so that another token may tell more.
@@ -37,7 +40,7 @@ class LayerRotation:
 
 
 def find_rotations(
-    model: Any, shape: ModelShape, token: int, last_position: int | None = None
+    model: PreTrainedModel, shape: ModelShape, token: int, last_position: int | None = None
 ) -> list[LayerRotation]:
     """The rotary embedding of each layer.
 
@@ -95,7 +98,7 @@ def _explain(
     )
 
 
-def _candidates(model: Any, head_dim: int) -> list[Rotation]:
+def _candidates(model: PreTrainedModel, head_dim: int) -> list[Rotation]:
     """Every distinct frequency buffer of the model, in both conventions."""
     distinct: list[Tensor] = []
     for name, buffer in model.named_buffers():
@@ -108,7 +111,7 @@ def _candidates(model: Any, head_dim: int) -> list[Rotation]:
 
 
 @torch.no_grad()
-def _probe(model: Any, token: int, position: int) -> dict[int, Tensor]:
+def _probe(model: PreTrainedModel, token: int, position: int) -> dict[int, Tensor]:
     """Keys ``[Hkv, D]`` of each layer that holds some, for one token at `position`."""
     from transformers import DynamicCache
 
@@ -155,10 +158,4 @@ def turn(vectors: Tensor, angle: Tensor, rotation: Rotation) -> Tensor:
     Whole turns are taken off in float64; sines and products are in the dtype of `vectors`.
     """
     rest = torch.remainder(angle, 2 * math.pi).to(vectors.dtype)
-    cos, sin = rest.cos(), rest.sin()
-    first, second = (p.to(vectors.device) for p in rotation.pairs())
-    a, b = vectors[..., first], vectors[..., second]
-    turned = vectors.clone()
-    turned[..., first] = a * cos - b * sin
-    turned[..., second] = b * cos + a * sin
-    return turned
+    return rotation.turn_by(vectors, rest.cos(), rest.sin())

@@ -1,14 +1,14 @@
-"""Which weights a model has, in one digest: a saved cache goes on with those that filled it.
+"""One digest of a model's weights, by which a saved cache knows the weights that filled it.
 
 Every parameter counts with its name, dtype, shape and bytes. Of adapters (LoRA and its kin) those
-in use count, with their strength; one that is switched off is as if it were not there, and one that
-is merged is a change of the weights. It is the same on every device.
+in use count, with their strength. An adapter that is switched off counts as absent; one that is
+merged counts as a change of the weights. The digest is the same on every device.
 
 The bytes are summed where they lie: rows of 32 KiB, every 8 bytes as a number times an odd random
 number of its place, modulo 2^64. A change of one number changes its row's sum; any other change,
-such as two numbers that swap places, leaves it as it was with a chance below 2^-30. sha256 over the
-sums of all rows keeps the rows in order. It guards against a mistake: whoever looks for two models
-of one digest finds them.
+such as two numbers that swap places, leaves it unchanged with a chance below 2^-30. sha256 over the
+sums of all rows keeps the rows in order. The digest guards against mistakes, not against attackers,
+who can find two models of one digest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _AT_ONCE: Final = 64 * _ROW
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256, the same wherever the weights lie; where they are shared out, of a process's part."""
+    """sha256 of the weights on any device; under tensor parallelism, of this process's part."""
     adapters = {id(p) for layer in _adapted(model) for p in _of_adapters(layer)}
     digest = hashlib.sha256()
     lines = [
@@ -44,8 +44,8 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, what else belongs to a layer's weights, and the scales that bitsandbytes keeps
-    beside int8 codes, all by the names and in the numbers that `Int8Linear` has for them."""
+    """Parameters, persistent buffers, and the scales that bitsandbytes keeps beside int8 codes.
+    Names and numbers are those of `Int8Linear`, which may serve a layer without another digest."""
     for prefix, module in model.named_modules():
         at = f"{prefix}." if prefix else ""
         for name, tensor in _own_tensors(module):
@@ -93,7 +93,7 @@ def _of_adapters(layer: Any) -> list[Tensor]:
 
 
 def _in_use(layer: Any) -> list[str]:
-    """What the adapters add to a layer now; their names do not count."""
+    """Lines that describe the adapters in use on a layer; their names do not count."""
     if layer.disable_adapters or layer.merged:
         return []
     active = list(layer.active_adapters)

@@ -15,13 +15,14 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 import torch
 from torch import Tensor
 
 from kvcompress import atomic, strict
 from kvcompress.errors import KVCompressError
+from kvcompress.strict import Json
 
 FORMAT: Final = "kvcompress-cache"
 SCHEMA_VERSION: Final = 2  # 1 did not say which weights
@@ -123,7 +124,7 @@ def _write(file: BinaryIO, metadata: dict[str, str], tensors: dict[str, Tensor])
 
 def _header(metadata: dict[str, str], tensors: dict[str, Tensor]) -> bytes:
     """Length and text of the header, the digest's digits zero."""
-    content: dict[str, Any] = {"__metadata__": {"sha256": _UNSEALED.decode(), **metadata}}
+    content: dict[str, object] = {"__metadata__": {"sha256": _UNSEALED.decode(), **metadata}}
     start = 0
     for name, tensor in tensors.items():
         stop = start + tensor.numel() * tensor.itemsize
@@ -150,7 +151,7 @@ def _read_header(path: Path, file: BinaryIO) -> bytes:
     return start + file.read(length - len(_OPENING))
 
 
-def _parse_header(path: Path, text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+def _parse_header(path: Path, text: bytes) -> tuple[dict[str, str], dict[str, Json]]:
     """Metadata and the entries of the tensors, in the order of their data."""
     try:
         header = strict.load_json(text, _HEADER_LIMIT)
@@ -171,7 +172,7 @@ def _parse_header(path: Path, text: bytes) -> tuple[dict[str, str], dict[str, An
     return metadata, entries
 
 
-def number(text: Any) -> int:
+def number(text: object) -> int:
     """The whole number that `str` wrote.
 
     Raises:
@@ -182,11 +183,11 @@ def number(text: Any) -> int:
     return int(text)
 
 
-def all_text(metadata: dict[str, Any]) -> bool:
+def all_text(metadata: dict[str, Json]) -> bool:
     return all(isinstance(value, str) for value in metadata.values())
 
 
-def _check_layout(path: Path, entries: dict[str, Any], data_bytes: int) -> Declared:
+def _check_layout(path: Path, entries: dict[str, Json], data_bytes: int) -> Declared:
     """The tensors fill the rest of the file without gap or overlap."""
     at, found = 0, {}
     try:
@@ -207,7 +208,9 @@ def _check_layout(path: Path, entries: dict[str, Any], data_bytes: int) -> Decla
     return found
 
 
-def _read_tensor(file: BinaryIO, dtype: torch.dtype, shape: tuple[int, ...], digest: Any) -> Tensor:
+def _read_tensor(
+    file: BinaryIO, dtype: torch.dtype, shape: tuple[int, ...], digest: hashlib._Hash
+) -> Tensor:
     tensor = torch.empty(shape, dtype=dtype)
     data = bytes_of(tensor)
     file.readinto(data)  # type: ignore[attr-defined]  # a short read shows in the digest

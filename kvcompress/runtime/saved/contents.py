@@ -1,8 +1,9 @@
-"""A cache as tensors and JSON, and back; what comes back is checked before it is used.
+"""A cache as tensors and JSON, and back.
 
-A cache of the saved layout is built on the meta device first, from the counters alone. It says
-which tensors a file has to hold, and what its JSON would be: a file that says anything else is
-refused before a tensor is read. `kvcompress.runtime.store.rules` has the rules for both.
+Loading builds a cache of the saved layout on the meta device first, from the counters alone. That
+cache tells which tensors the file must hold and how its JSON must read. A file that differs is
+refused before any tensor is read. `kvcompress.runtime.store.rules` has the rules for counters and
+tensors.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from kvcompress.runtime.store.state import Group, LayerState
 
 if TYPE_CHECKING:
     from kvcompress.runtime.cache.cache import CompressedCache
+    from kvcompress.strict import Json
 
-# fields that the plan and the saved capacities give back
+# fields that are not saved: loading computes them from the plan and the saved capacities
 REBUILT: Final[dict[type, frozenset[str]]] = {
     LayerState: frozenset({"settings"}),
     Group: frozenset({"heads", "index", "rules"}),
@@ -37,15 +39,16 @@ REBUILT: Final[dict[type, frozenset[str]]] = {
 }
 LAYER_FIELDS: Final = {"seen": int, "record_past": bool, "_decoded": bool}
 LINEAR_STATES: Final = ("conv_states", "recurrent_states")
+Spans = tuple[range, ...] | list[tuple[range, ...]]  # for every row, or row by row
 _META: Final = torch.device("meta")
 
 
 # ---- from a cache to tensors and JSON
-def take_cache(cache: CompressedCache, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What JSON holds of a cache; its tensors go to `tensors`.
+def take_cache(cache: CompressedCache, tensors: dict[str, Tensor]) -> dict[str, Json]:
+    """The JSON part of a cache; its tensors are put into `tensors`.
 
     Raises:
-        CacheFileError: for a cache in the middle of something, or one that could not be loaded.
+        CacheFileError: for a cache that holds a prompt or drafts, or could not be loaded again.
     """
     spans = cache.compressed_layers[0]._spans
     return {
@@ -60,7 +63,7 @@ def take_cache(cache: CompressedCache, tensors: dict[str, Tensor]) -> dict[str, 
     }
 
 
-def _take_layer(layer: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _take_layer(layer: object, name: str, tensors: dict[str, Tensor]) -> Json:
     if isinstance(layer, CompressedLayer):
         layer.check_idle()
         own = {key: getattr(layer, key) for key in LAYER_FIELDS}
@@ -72,8 +75,8 @@ def _take_layer(layer: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return None
 
 
-def _take_linear(layer: LinearAttentionLayer, name: str, tensors: dict[str, Tensor]) -> Any:
-    """transformers' own layer, whose states are of a fixed size."""
+def _take_linear(layer: LinearAttentionLayer, name: str, tensors: dict[str, Tensor]) -> Json:
+    """The JSON part of transformers' own layer, whose states have a fixed size."""
     for kind in LINEAR_STATES:
         for index, state in getattr(layer, kind).items():
             if state is not None:
@@ -90,8 +93,8 @@ def _take_linear(layer: LinearAttentionLayer, name: str, tensors: dict[str, Tens
     }
 
 
-def _take(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """What JSON holds of `value`; its tensors go to `tensors`."""
+def _take(value: object, name: str, tensors: dict[str, Tensor]) -> Json:
+    """The JSON part of `value`; its tensors are put into `tensors`."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return None
@@ -118,10 +121,10 @@ def saved_fields(kind: type) -> list[str]:
 # ---- and back
 def skeleton(
     cache: CompressedCache,
-    host: Any,
+    host: Json,
     batch: int,
     dtype: torch.dtype,
-    linear: Sequence[Any],
+    linear: Sequence[object],
 ) -> Declared:
     """Give an empty cache the layout that `host` says, on the meta device.
 
@@ -143,7 +146,9 @@ def skeleton(
         if isinstance(layer, CompressedLayer):
             _lay_out(layer, saved, batch, dtype, f"layers.{number}")
         elif isinstance(layer, LinearAttentionLayer):
-            _lay_out_linear(layer, linear[number], batch)
+            like = linear[number]
+            assert isinstance(like, LinearAttentionLayer)
+            _lay_out_linear(layer, like, batch)
     _agree(cache)
     _check_digest(host["token_digest"], cache.compressed_layers[0].seen, batch)
     cache.seen_text = cache.seen_text.from_host(host["token_digest"])
@@ -154,8 +159,8 @@ def skeleton(
     return {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
 
 
-def spans_of(host: Any) -> Any:
-    """What `protect` of a cache was, for rows or for all."""
+def spans_of(host: Json) -> Spans:
+    """The protected spans of the saved cache, for all rows or a list with one entry per row."""
     return _plain(host)
 
 
@@ -183,7 +188,9 @@ def fill(
             _fill_linear(layer, like, name, tensors, devices[number])
 
 
-def _lay_out(layer: CompressedLayer, saved: Any, batch: int, dtype: torch.dtype, name: str) -> None:
+def _lay_out(
+    layer: CompressedLayer, saved: Json, batch: int, dtype: torch.dtype, name: str
+) -> None:
     for key, kind in LAYER_FIELDS.items():
         if not fits(saved[key], kind):
             raise ValueError(f"{name}: its counters have the types that counters have")
@@ -210,14 +217,14 @@ def _lay_out(layer: CompressedLayer, saved: Any, batch: int, dtype: torch.dtype,
     layer.state = state
 
 
-def _set_fields(layer: CompressedLayer, values: Any) -> None:
+def _set_fields(layer: CompressedLayer, values: Json) -> None:
     for key in LAYER_FIELDS:
         if getattr(layer, key) != values[key]:  # what a layer has from its class stays there
             setattr(layer, key, values[key])
 
 
 def _empty_state(
-    layer: CompressedLayer, batch: int, dtype: torch.dtype, device: torch.device, spans: Any
+    layer: CompressedLayer, batch: int, dtype: torch.dtype, device: torch.device, spans: Spans
 ) -> LayerState:
     """Of a layer that now counts as one that has begun."""
     shape, size = layer.settings.plan.model, (batch, len(layer.settings.heads), 0)
@@ -239,7 +246,7 @@ def _agree(cache: CompressedCache) -> None:
         raise ValueError("not so: every layer has seen the same tokens")
 
 
-def _check_digest(host: Any, seen: int, batch: int) -> None:
+def _check_digest(host: Json, seen: int, batch: int) -> None:
     tokens, rows = host["tokens"], host["rows"]
     if not fits(tokens, int) or not fits(rows, list[str] | None) or not 0 <= tokens <= seen:
         raise ValueError("not so: the tokens' digest counts tokens that were seen")
@@ -289,7 +296,7 @@ def _give(now: Any, like: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return like
 
 
-def _plain(saved: Any) -> Any:
+def _plain(saved: Json) -> Json:
     if isinstance(saved, dict):
         ((kind, items),) = saved.items()
         return range(*items) if kind == "range" else tuple(map(_plain, items))

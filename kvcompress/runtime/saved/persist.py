@@ -1,16 +1,16 @@
-"""Keeping a compressed cache: save it, load it, and go on bit for bit.
+"""Saving a compressed cache and loading it again, so that it goes on bit for bit.
 
 A file holds every tensor of every layer under ``layers.{i}.state.…``, named as the dataclasses of
 `store.state` and `store.segments` name them, and in its metadata, all of it text:
   identity  format, schema_version, kvcompress, config_hash, plan, params, dtype, weights
   size      batch, tokens
   host      JSON of the counters, lists and layouts that the tensors are read by, see `contents`
-A field of a state that is not in `contents.REBUILT` is saved, so that a new one needs nothing
-here; it wants a rule in `store.rules`. The states of linear attention, which transformers' own
+Every field of a state is saved unless `contents.REBUILT` lists it. A new field therefore needs no
+change here, but a rule in `store.rules`. The states of linear attention, which transformers' own
 layers keep, lie under ``layers.{i}``.
 
-A digest finds accidents, no attackers: whoever hands over a file can seal it. So nothing of a file
-is used that `store.rules` has not seen.
+The digest finds accidents and no attackers, who can compute a digest too. So every value of a file
+is checked by `store.rules` before it is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def load_cache(
     dtype = dtype if model is None else model.dtype
     planned: list[CompressedCache] = []
 
-    def new(host: Any) -> CompressedCache:
+    def new(host: strict.Json) -> CompressedCache:
         spans = contents.spans_of(host["protect"])
         return kind(plan, params, config, spans, host["compress"])
 
@@ -132,7 +132,7 @@ def load_cache(
     return cache
 
 
-# what counters of the wrong kind end in before they are found to be that
+# errors that counters of a wrong kind may cause before a rule refuses them
 _UNFIT = (
     KeyError,
     TypeError,
@@ -162,7 +162,7 @@ def _dtype(name: str) -> torch.dtype:
     return known[name]
 
 
-def _linear_layers(cache: CompressedCache, model: PreTrainedModel | None) -> Sequence[Any]:
+def _linear_layers(cache: CompressedCache, model: PreTrainedModel | None) -> Sequence[object]:
     """The layers of a cache of one token, where some are transformers' own: only a forward tells
     what states theirs have."""
     if model is None or not any(isinstance(own, LinearAttentionLayer) for own in cache.layers):

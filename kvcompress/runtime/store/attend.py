@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.evict.keepset import PUNCT_SCORE
-from kvcompress.evict.scorers import Rows
+from kvcompress.evict.scorers import QueryRows
 from kvcompress.kernels.decode_combine.reference import Combiner
 from kvcompress.kernels.decode_split.reference import Partial, decode_split
 from kvcompress.quant.codec import Codes
@@ -264,7 +264,7 @@ def chunk_visible(state: LayerState, chunk: Chunk, rows: slice) -> Tensor:
     return visible
 
 
-def voting_rows(state: LayerState, chunk: Chunk, position: Tensor, rows: slice) -> Rows:
+def voting_rows(state: LayerState, chunk: Chunk, position: Tensor, rows: slice) -> QueryRows:
     """How much each query row's attention counts, the mean over a group's queries, ``[B, n]``."""
     queries = chunk.query.shape[1] // chunk.key.shape[1]
     index = position[None, :] - first_positions(state, chunk)[:, None]
@@ -274,7 +274,7 @@ def voting_rows(state: LayerState, chunk: Chunk, position: Tensor, rows: slice) 
         weight = weight * chunk.valid[:, chunk.held :][:, rows]
     shape = (chunk.query.shape[0], position.shape[0])
     norm = None if chunk.norm is None else chunk.norm[:, rows]
-    return Rows(weight.expand(shape), index.expand(shape), position, norm)
+    return QueryRows(weight.expand(shape), index.expand(shape), position, norm)
 
 
 def first_positions(state: LayerState, chunk: Chunk) -> Tensor:
@@ -287,10 +287,12 @@ def first_positions(state: LayerState, chunk: Chunk) -> Tensor:
     return torch.where(state.start >= 0, state.start, first)
 
 
-def _said(state: LayerState, probability: Tensor, score_queries: Rows, row: Tensor) -> Tensor:
+def _said(state: LayerState, probability: Tensor, score_queries: QueryRows, row: Tensor) -> Tensor:
     """Votes ``[S, C]`` of query rows, from attention ``[S, G·n, C]`` of the batch rows ``[S]``."""
     norm = None if score_queries.norm is None else score_queries.norm[row]
-    own = Rows(score_queries.weight[row], score_queries.index[row], score_queries.position, norm)
+    own = QueryRows(
+        score_queries.weight[row], score_queries.index[row], score_queries.position, norm
+    )
     heads = probability.unflatten(1, (-1, score_queries.position.shape[0]))
     return state.settings.scorer.collect(heads, own)
 
@@ -307,7 +309,7 @@ def _raise_stored(
     state: LayerState,
     combiner: Combiner,
     coded: list[tuple[Group, Bucket, Partial]],
-    score_queries: Rows,
+    score_queries: QueryRows,
 ) -> None:
     for group, bucket, part in coded:
         head = group.index[bucket.head]
@@ -326,7 +328,7 @@ def _raise_exact(
     combiner: Combiner,
     exact: Partial | None,
     own: Partial,
-    score_queries: Rows,
+    score_queries: QueryRows,
     scores: dict[int, Tensor],
     everywhere: tuple[Tensor, ...],
 ) -> None:

@@ -1,21 +1,19 @@
-"""A profile in the making: finished prompts on disk, so that a stopped run goes on where it was."""
+"""The directory of a profile that is not finished: completed steps lie on disk, so that a run that
+was stopped goes on where it was."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import torch
 from torch import Tensor
 
 from kvcompress.atomic import write_file
 from kvcompress.errors import ProfileError
-from kvcompress.profile.measure import PromptResult
 from kvcompress.profile.store import PROFILE_FILE, Profile
-from kvcompress.quant.keystats import KeyStats
 from kvcompress.strict import JSON_LIMIT_BYTES, NotStrictError, load_json, read_bytes
 
 SETTINGS_FILE: Final = "settings.json"
@@ -32,7 +30,7 @@ class Workplace:
         ProfileError: if the directory holds something else, or a profile by other settings.
     """
 
-    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, object]) -> None:
         self.directory, self.settings = directory, settings
         if directory.exists() and not directory.is_dir():
             raise ProfileError(f"{directory}: is a file; give a directory for the profile")
@@ -59,7 +57,7 @@ class Workplace:
                 f"({', '.join(sorted(names)[:3])}); give a new or empty directory"
             )
 
-    def _made_by(self) -> dict[str, Any] | None:
+    def _made_by(self) -> dict[str, object] | None:
         path = self.directory / SETTINGS_FILE
         if not path.is_file():
             return None
@@ -76,6 +74,14 @@ class Workplace:
         if not (self.directory / PROFILE_FILE).is_file():
             return None
         return Profile.load(self.directory)
+
+    def step(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """A step as an earlier run finished it; where none did, it is made now and kept."""
+        tensors = self.kept(name)
+        if tensors is None:
+            tensors = make()
+            self.keep(name, tensors)
+        return tensors
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Store one finished step."""
@@ -102,24 +108,3 @@ class Workplace:
     def clear(self) -> None:
         """Remove the steps once the profile is written."""
         shutil.rmtree(self.directory / PROMPTS, ignore_errors=True)
-
-
-def stats_to_tensors(stats: list[KeyStats]) -> dict[str, Tensor]:
-    return {
-        "count": torch.tensor([s.count for s in stats]),
-        "mean": torch.stack([s.mean for s in stats]),
-        "var": torch.stack([s.var for s in stats]),
-    }
-
-
-def tensors_to_stats(tensors: dict[str, Tensor]) -> list[KeyStats]:
-    rows = zip(tensors["count"].tolist(), tensors["mean"], tensors["var"], strict=True)
-    return [KeyStats(count, mean, var) for count, mean, var in rows]
-
-
-def result_to_tensors(result: PromptResult) -> dict[str, Tensor]:
-    return {field.name: getattr(result, field.name) for field in fields(result)}
-
-
-def tensors_to_result(tensors: dict[str, Tensor]) -> PromptResult:
-    return PromptResult(**tensors)

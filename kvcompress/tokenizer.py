@@ -1,19 +1,33 @@
-"""What a plan has to know of a tokenizer: special tokens, punctuation, how a text opens."""
+"""What a plan has to know of a tokenizer: its classes of tokens, how a text opens, which it is."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import string
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REPEAT: Final = "\n\nRepeat the previous context exactly.\n"  # KVzip, section 3.2
 _PUNCTUATION: Final = frozenset(string.punctuation)
 
 
-def special_ids(tokenizer: Any) -> tuple[int, ...]:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over every token and its id, added tokens included; the same before and after a save.
+
+    A plan names special and punctuation tokens by id, so ids are what has to agree.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(sorted(set(tokenizer.all_special_ids)))
 
 
-def punct_ids(tokenizer: Any) -> tuple[int, ...]:
+def punct_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Ids of the ordinary tokens that are ASCII punctuation and nothing else, spaces apart."""
     special = set(tokenizer.all_special_ids)
     ids = sorted(set(tokenizer.get_vocab().values()) - special)
@@ -26,13 +40,13 @@ def punct_ids(tokenizer: Any) -> tuple[int, ...]:
     )
 
 
-def repeat_ids(tokenizer: Any) -> tuple[int, ...]:
-    """What asks a model to repeat the text before it."""
+def repeat_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The request that makes a model repeat the text before it."""
     return tuple(tokenizer(REPEAT, add_special_tokens=False)["input_ids"])
 
 
-def opening_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text; its BOS token, or nothing."""
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts before every text: its BOS token, or nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(bare) + 1):
