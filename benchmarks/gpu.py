@@ -10,7 +10,7 @@ what it measured. Rows that the time or the memory does not allow say so.
 
 Sections, most important first:
   copy    bytes read and written per second by the device's own copy: the yardstick
-  split   decode_split over int8, int4, fp8 and bfloat16, 4k to 128k tokens, batch 1 to 64, beside
+  split   decode_pieces over int8, int4, fp8 and bfloat16, 4k to 128k tokens, batch 1 to 64, beside
           torch's scaled_dot_product_attention on bfloat16
   step    one layer's whole decode step: attention, scores, eviction, storage
   model   8B and 1B: DynamicCache, StaticCache and ours with CUDA graphs, at 100 % and 20 %, also
@@ -154,85 +154,77 @@ def copy_bandwidth(run: Run) -> dict[str, Any]:
 def split_inputs(
     run: Run, storage: str, context: int, batch: int, dim: int = 0, most: int = 0
 ) -> tuple[tuple[Any, ...], int]:
-    """Arguments of decode_split over equal full segments, and the bytes it reads.
+    """Arguments of decode_pieces over equal full segments, and the bytes it reads.
 
     Args:
         dim: channels of a head, 0 as in 8B; most: longest piece, 0 as the table has it.
     """
-    from kvcompress.kernels import tuning
-    from kvcompress.quant.codec import Codes, has_minimum, row_elements, value_groups
+    from kvcompress.kernels import tuning, view
+    from kvcompress.quant.codec import has_minimum, row_elements, value_groups
 
     size = SIZES["dry" if run.dry else "8b"]
     heads, rows = size["kv_heads"], size["heads"] // size["kv_heads"]
     dim = dim or size["dim"]
     slots, device = batch * heads * context, run.device
 
-    def codes(groups: int) -> Codes:
+    def codes(groups: int) -> view.CodesView:
         if storage == "model":
             filled = torch.empty(slots + 1, dim, dtype=torch.bfloat16, device=device)
-            return Codes(filled.normal_(), None, None)
+            return view.CodesView(filled.normal_(), None, None, storage, dim, groups)
         row = row_elements(storage, dim)
         data = torch.empty(slots + 1, row, dtype=torch.uint8, device=device).random_(0, 120)
         if storage == "fp8":
             data = data.view(torch.float8_e4m3fn)
         scale = torch.full((slots + 1, groups), 0.01, dtype=torch.float16, device=device)
-        return Codes(data, scale, -scale * 8 if has_minimum(storage) else None)
+        minimum = -scale * 8 if has_minimum(storage) else None
+        return view.CodesView(data, scale, minimum, storage, dim, groups)
 
-    keys, values = codes(1), codes(value_groups(storage, dim))
+    k, v = codes(1), codes(value_groups(storage, dim))
     config = tuning.split_config(storage, storage, dim, device)
     chunk = tuning.chunk_tokens(slots, most or config.chunk_tokens, device)
     segments = [
         ((b * heads + h) * context, context, b, h) for b in range(batch) for h in range(heads)
     ]
     work = torch.tensor(tuning.work_list(segments, chunk), device=device)
+    base = torch.tensor([first for first, *_ in segments], device=device).view(batch, heads)
     position = torch.arange(slots + 1, device=device, dtype=torch.int32) % context
-    query = torch.randn(batch, heads * rows, 1, dim, device=device, dtype=torch.bfloat16)
+    query, key = (
+        torch.randn(batch, count, 1, dim, device=device, dtype=torch.bfloat16)
+        for count in (heads * rows, heads)
+    )
     out = [torch.empty(len(work), rows, *tail, device=device) for tail in ((dim,), (), ())]
-    read = sum(
-        t.numel() * t.element_size()
-        for c in (keys, values)
-        for t in (c.data, c.scale, c.minimum)
-        if t is not None
-    )
+    constants = (make(heads, dim, device=device) for make in (torch.zeros, torch.ones))
+    start = torch.zeros(batch, dtype=torch.int32, device=device)
     arguments = (
-        query,
-        torch.arange(heads, device=device),
-        torch.zeros(heads, dim, device=device),
-        torch.ones(heads, dim, device=device),
-        keys,
-        values,
-        storage,
-        storage,
-        position,
-        work,
-        torch.zeros(batch, dtype=torch.int32, device=device),
-        torch.tensor(context + 1, device=device),
-        *out,
+        view.TokenView(query, key, key, None),
+        view.HeadsView(torch.arange(heads, device=device), view.KeyConstants(*constants), base),
+        view.GroupView(k, v, position, None, None),
+        view.PiecesView(work, base, 0, 0, chunk),
+        view.RowsView(torch.tensor(context + 1, device=device), start, start, None, None),
+        view.Softmax(dim**-0.5),
+        view.Reach(0, 0),
+        view.PartsView(*out),
         None,
-        0,
-        dim**-0.5,
-        0.0,
-        0,
-        0,
-        chunk,
     )
-    return arguments, read + position.numel() * 4
+    held = [t for t in (*k[:3], *v[:3], position) if t is not None]
+    return arguments, sum(t.numel() * t.element_size() for t in held)
 
 
 def measure_split(run: Run, storage: str, context: int, batch: int) -> dict[str, Any]:
     if run.dry:
-        from kvcompress.kernels.decode_split.flat import decode_split
+        from kvcompress.kernels.decode_split.reference import decode_pieces
     else:
-        from kvcompress.kernels.decode_split.triton import decode_split
+        from kvcompress.kernels.decode_split.triton import decode_pieces
     arguments, read = split_inputs(run, storage, context, batch)
-    ms = run.time_ms(lambda: decode_split(*arguments))
+    ms = run.time_ms(lambda: decode_pieces(*arguments))
+    pieces = arguments[3]
     return {
         "bytes": read,
         "ms": ms,
         "GB_per_s": read / ms / 1e6,
         "of_copy": read / ms / 1e6 / run.bandwidth,
-        "pieces": len(arguments[9]),
-        "chunk": arguments[-1],
+        "pieces": len(pieces.work),
+        "chunk": pieces.longest,
     }
 
 

@@ -1,4 +1,4 @@
-"""Measures the settings of decode_split on this GPU and rewrites its part of the committed table.
+"""Measures the settings of decode_pieces on this GPU and rewrites its part of the committed table.
 
     python benchmarks/tune_triton.py [--minutes 6] [--out TABLE.json] [--dry]
 
@@ -43,17 +43,17 @@ def settings(dry: bool) -> Iterator[SplitConfig]:
 def slowest(run: Run, storage: str, dim: int, config: SplitConfig) -> float:
     """GB/s of the slower case."""
     if run.dry:
-        from kvcompress.kernels.decode_split.flat import decode_split
+        from kvcompress.kernels.decode_split.reference import decode_pieces
 
         extra: dict[str, Any] = {}
     else:
-        from kvcompress.kernels.decode_split.triton import decode_split
+        from kvcompress.kernels.decode_split.triton import decode_pieces
 
         extra = {"config": config}
     rates = []
     for context, batch in [(40, 1)] if run.dry else CASES:
         arguments, read = split_inputs(run, storage, context, batch, dim, config.chunk_tokens)
-        ms = run.time_ms(lambda a=arguments: decode_split(*a, **extra), 30.0)
+        ms = run.time_ms(lambda a=arguments: decode_pieces(*a, **extra), 30.0)
         rates.append(read / ms / 1e6)
     return min(rates)
 

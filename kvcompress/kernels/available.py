@@ -1,7 +1,7 @@
 """Whether the Triton kernels can run, and if not, why not.
 
-Triton itself is imported nowhere but in the files named `triton.py` and `triton_tiles.py` of this
-package, which are imported when a kernel is first called.
+Triton itself is imported nowhere but in the files of this package whose names begin with `triton`,
+which are imported when a kernel is first called.
 """
 
 from __future__ import annotations

@@ -18,16 +18,16 @@ from kvcompress.plan import KVDtype
 
 
 def row_tile(dtype: KVDtype, dim: int) -> int:
-    """WIDE of `encode_rows`."""
+    """WIDE of `encode_rows`: a power of two at least `dim`, or at least dim / 2 for int4."""
     size: int = triton.next_power_of_2(dim // 2 if dtype == "int4" else dim)
     return size
 
 
 @triton.jit
-def _coded(p_x, p_center, p_scale, o, m, CENTERED: tl.constexpr):
+def _coded(p_x, p_center, p_scale, o, m):
     """Channels `o` of vectors in code space, ``[BT, channels]`` float32."""
     x = tl.load(p_x[:, None] + o[None, :], mask=m, other=0.0).to(tl.float32)
-    if CENTERED:
+    if p_center is not None:
         center = tl.load(p_center[:, None] + o[None, :], mask=m, other=0.0)
         scale = tl.load(p_scale[:, None] + o[None, :], mask=m, other=1.0)
         x = tl.div_rn(x - center, scale)
@@ -35,24 +35,33 @@ def _coded(p_x, p_center, p_scale, o, m, CENTERED: tl.constexpr):
 
 
 @triton.jit
-def encode_rows(
-    p_x, p_center, p_scale, m_t, DATA, SCALE, MIN, slot, KIND: tl.constexpr,
-    GROUPS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, CENTERED: tl.constexpr,
-):  # fmt: skip
+def _from(pointer, channel):
+    """A pointer to later channels; None stays."""
+    if pointer is not None:
+        return pointer + channel
+    else:
+        return None
+
+
+@triton.jit
+def encode_rows(p_x, p_center, p_scale, m_t, codes, slot, WIDE: tl.constexpr):
     """Store vectors at flat slots.
 
     Args:
-        p_x: ``[BT]`` pointers to the first channels; p_center, p_scale: to the key constants.
+        p_x: ``[BT]`` pointers to the first channels; p_center, p_scale: to the key constants, None
+            for values.
         m_t: ``[BT]`` which of them; slot: ``[BT]`` int64.
-        WIDE: power of two at least D, or at least D / 2 for int4.
+        WIDE: see `row_tile`.
     """
+    D: tl.constexpr = codes.dim
+    GROUPS: tl.constexpr = codes.groups
     o = tl.arange(0, WIDE)
-    if KIND == INT4:
+    if codes.dtype == INT4:
         half: tl.constexpr = D // 2
         width: tl.constexpr = D // GROUPS
         m = m_t[:, None] & (o < half)[None, :]
-        low_x = _coded(p_x, p_center, p_scale, o, m, CENTERED)
-        high_x = _coded(p_x + half, p_center + half, p_scale + half, o, m, CENTERED)
+        low_x = _coded(p_x, p_center, p_scale, o, m)
+        high_x = _coded(p_x + half, _from(p_center, half), _from(p_scale, half), o, m)
         low_code = tl.zeros(low_x.shape, tl.int32)
         high_code = low_code
         for group in tl.static_range(GROUPS):
@@ -68,41 +77,41 @@ def encode_rows(
             )
             sound = _sound(low_x, in_low) & _sound(high_x, in_high)
             least, scale = _range(least, most, m_t, sound, 15.0)
-            tl.store(SCALE + slot * GROUPS + group, scale, mask=m_t)
-            tl.store(MIN + slot * GROUPS + group, least, mask=m_t)
+            tl.store(codes.scale + slot * GROUPS + group, scale, mask=m_t)
+            tl.store(codes.minimum + slot * GROUPS + group, least, mask=m_t)
             least, scale = least.to(tl.float32)[:, None], scale.to(tl.float32)[:, None]
             in_low, in_high = in_low & sound[:, None], in_high & sound[:, None]
             low_code = tl.where(in_low, integer_codes(low_x, least, scale, 15.0), low_code)
             high_code = tl.where(in_high, integer_codes(high_x, least, scale, 15.0), high_code)
         byte = (low_code | (high_code << 4)).to(tl.uint8)
-        tl.store(DATA + slot[:, None] * half + o[None, :], byte, mask=m)
+        tl.store(codes.data + slot[:, None] * half + o[None, :], byte, mask=m)
     else:
         m = m_t[:, None] & (o < D)[None, :]
-        x = _coded(p_x, p_center, p_scale, o, m, CENTERED)
-        p_data = DATA + slot[:, None] * D + o[None, :]
-        if KIND == INT8:
+        x = _coded(p_x, p_center, p_scale, o, m)
+        p_data = codes.data + slot[:, None] * D + o[None, :]
+        if codes.dtype == INT8:
             least = tl.min(tl.where(m, x, float("inf")), 1)
             most = tl.max(tl.where(m, x, float("-inf")), 1)
             sound = _sound(x, m)
             least, scale = _range(least, most, m_t, sound, 255.0)
-            tl.store(SCALE + slot, scale, mask=m_t)
-            tl.store(MIN + slot, least, mask=m_t)
+            tl.store(codes.scale + slot, scale, mask=m_t)
+            tl.store(codes.minimum + slot, least, mask=m_t)
             least, scale = least.to(tl.float32)[:, None], scale.to(tl.float32)[:, None]
             code = tl.where(sound[:, None], integer_codes(x, least, scale, 255.0), 0)
             tl.store(p_data, code.to(tl.uint8), mask=m)
-        elif KIND == FP8:
+        elif codes.dtype == FP8:
             sound = _sound(x, m)
             scale = scale_of(tl.max(tl.where(m, tl.abs(x), 0.0), 1), sound, 448.0)
-            tl.store(SCALE + slot, scale, mask=m_t)
+            tl.store(codes.scale + slot, scale, mask=m_t)
             scaled = tl.div_rn(x, scale.to(tl.float32)[:, None] + tl.zeros_like(x))
             scaled = tl.where(sound[:, None], tl.minimum(tl.maximum(scaled, -448.0), 448.0), 0.0)
             tl.store(p_data, e4m3_bits(scaled).to(tl.uint8), mask=m)
         else:
-            if DATA.dtype.element_ty == tl.float16:
+            if codes.data.dtype.element_ty == tl.float16:
                 x = _within(x, 65504.0)
-            elif DATA.dtype.element_ty == tl.bfloat16:
+            elif codes.data.dtype.element_ty == tl.bfloat16:
                 x = _within(x, 3.3895313892515355e38)
-            tl.store(p_data, x.to(DATA.dtype.element_ty), mask=m)
+            tl.store(p_data, x.to(codes.data.dtype.element_ty), mask=m)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: stored words to numbers and numbers to codes, sight, ranks.
+"""What the Triton kernels share: stored words to numbers and numbers to codes, sight.
 
 Rows of codes are read as 16-bit words, so that matrix units get them by the same loads as bfloat16
 numbers. A word of a row holds `parts_of` codes, each of another channel (see `channel_of`):
@@ -22,11 +22,10 @@ import triton.language as tl
 
 from kvcompress.kernels.available import interpreting
 
-MODEL = tl.constexpr(0)
-INT8 = tl.constexpr(1)
-INT4 = tl.constexpr(2)
-FP8 = tl.constexpr(3)
-KINDS = {"model": 0, "int8": 1, "int4": 2, "fp8": 3}
+MODEL = tl.constexpr("model")
+INT8 = tl.constexpr("int8")
+INT4 = tl.constexpr("int4")
+FP8 = tl.constexpr("fp8")
 PARTS = {"model": 1, "int8": 2, "int4": 4, "fp8": 2}
 
 
@@ -46,27 +45,27 @@ def operand_types(dtype):
 @triton.constexpr_function
 def parts_of(kind):
     """Codes in a word."""
-    return {0: 1, 1: 2, 2: 4, 3: 2}[kind]
+    return PARTS[kind]
 
 
 @triton.constexpr_function
 def words_of(kind, dim):
     """Words of a row of `dim` channels."""
-    return dim // {0: 1, 1: 2, 2: 4, 3: 2}[kind]
+    return dim // PARTS[kind]
 
 
 @triton.constexpr_function
 def factor_of(kind, part):
     """Number over what `widen` gives: the high nibble is left where it lies, times 16."""
-    if kind == 3:
+    if kind == "fp8":
         return 256.0
-    return 1 / 16 if kind == 2 and part % 2 else 1.0
+    return 1 / 16 if kind == "int4" and part % 2 else 1.0
 
 
 @triton.constexpr_function
 def zero_of(kind):
     """Code that `widen` gives as 0."""
-    return {0: 0.0, 1: 128.0, 2: 8.0, 3: 0.0}[kind]
+    return {"model": 0.0, "int8": 128.0, "int4": 8.0, "fp8": 0.0}[kind]
 
 
 @triton.jit
@@ -83,20 +82,20 @@ def channel_of(word, kind: tl.constexpr, part: tl.constexpr, D: tl.constexpr):
 @triton.constexpr_function
 def unpacking(kind, part):
     """Instructions that make a part of two words, in one register, two float16 numbers."""
-    if kind == 3:
+    if kind == "fp8":
         move = (
             "shl.b32 s, $1, 8; shl.b32 t, $1, 7; and.b32 s, s, 0x80008000;"
             if part == 0
             else "shr.u32 t, $1, 1; and.b32 s, $1, 0x80008000;"
         )
         return "{ .reg .b32 s, t; " + move + " lop3.b32 $0, t, 0x3f803f80, s, 0xEA; }"
-    if kind == 1 and part == 1:
+    if kind == "int8" and part == 1:
         pick = "prmt.b32 t, $1, 0x64646464, 0x4341;"
     else:
-        mask = "0x00ff00ff" if kind == 1 else "0x00f000f0" if part % 2 else "0x000f000f"
+        mask = "0x00ff00ff" if kind == "int8" else "0x00f000f0" if part % 2 else "0x000f000f"
         move = "shr.u32 t, $1, 8;" if part // 2 else "mov.b32 t, $1;"
         pick = move + " lop3.b32 t, t, " + mask + ", 0x64006400, 0xEA;"
-    bias = "0x64086408" if kind == 2 and part % 2 == 0 else "0x64806480"
+    bias = "0x64086408" if kind == "int4" and part % 2 == 0 else "0x64806480"
     return "{ .reg .b32 t, c; mov.b32 c, " + bias + "; " + pick + " sub.f16x2 $0, t, c; }"
 
 
@@ -127,20 +126,20 @@ def widen(x, kind: tl.constexpr, part: tl.constexpr, T: tl.constexpr, ASM: tl.co
 
 # ---- what a query sees
 @triton.jit
-def sees(now, position, start, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+def sees(now, position, start, reach):
     """Whether the architecture lets the query at `now` see a stored token; −1 is none."""
     seen = position >= 0
-    if WINDOW > 0:
-        seen = seen & (position > now - WINDOW)
-    if BLOCK > 0:
-        seen = seen & (((position - start) // BLOCK) == ((now - start) // BLOCK))
+    if reach.window > 0:
+        seen = seen & (position > now - reach.window)
+    if reach.block > 0:
+        seen = seen & (((position - start) // reach.block) == ((now - start) // reach.block))
     return seen
 
 
 @triton.jit
-def capped(logit, softcap, SOFTCAP: tl.constexpr):
-    """softcap·tanh(logit / softcap), with tanh by exp."""
-    if SOFTCAP:
+def capped(logit, softcap):
+    """softcap·tanh(logit / softcap), with tanh by exp; None caps nothing."""
+    if softcap is not None:
         logit = softcap - 2.0 * softcap / (tl.exp(2.0 * logit / softcap) + 1.0)
     return logit
 
@@ -194,38 +193,3 @@ def e4m3_bits(x):
     small = round_even(size.to(tl.float32, bitcast=True) * 512.0).to(tl.int32)
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
     return tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 128)
-
-
-# ---- the keep rule, as `kvcompress.evict.keepset.priority`
-@triton.jit
-def priority(
-    position,
-    score,
-    votes,
-    now,
-    window,
-    by_score,
-    keeps_rest,
-    in_class,
-    pinned,
-    SPECIAL_SCORE: tl.constexpr,
-    PUNCT_SCORE: tl.constexpr,
-    SPECIAL_TIER: tl.constexpr,
-    LOCAL_TIER: tl.constexpr,
-    PUNCT_TIER: tl.constexpr,
-    MEAN: tl.constexpr,
-):
-    """float32 priority of tokens; `score` is 0 in heads without any, `in_class` false in others."""
-    age = position.to(tl.float32)
-    recency = 1.0 + age * 1.1920928955078125e-07
-    plain = tl.where(score >= PUNCT_SCORE / 2, 0.0, score)
-    if MEAN:
-        plain = tl.div_rn(plain, tl.maximum(votes, 1).to(tl.float32))
-    value = tl.where(by_score, plain, age)
-    value = tl.where(position > now - window, LOCAL_TIER * recency, value)
-    value = tl.where(keeps_rest, value, float("-inf"))
-    punct = (score >= PUNCT_SCORE / 2) & (score < SPECIAL_SCORE / 2)
-    value = tl.where(punct, tl.maximum(value, PUNCT_TIER * recency), value)
-    value = tl.where((score >= SPECIAL_SCORE / 2) | in_class, SPECIAL_TIER * recency, value)
-    value = tl.where(pinned, float("inf"), value)
-    return tl.where(position < 0, float("-inf"), value)

@@ -20,7 +20,7 @@ _CPU_UNITS: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class SplitConfig:
-    """Settings of `decode_split`.
+    """Settings of `decode_pieces`.
 
     Attributes:
         tokens: of a tile; a power of two.

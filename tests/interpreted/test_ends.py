@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvcompress.kernels.compact_quantize import reference
+from kvcompress.kernels.view import KeyConstants, PromptView
 from kvcompress.quant.codec import value_groups
 from tests.kernels.cases import empty_codes
 from tests.kernels.ends import CODES, broken, ends, same_bits
@@ -28,7 +29,7 @@ def test_ends(code, dtype):
     for kernel in (compact_quantize, reference.compact_quantize):
         keys = empty_codes(code, count, dim, 1, dtype)
         values = empty_codes(code, count, dim, value_groups(code, dim), dtype)
-        kernel(key, value, kept, kept[2], *constants, keys, values, code, code)
+        kernel(PromptView(key, value, kept, kept[2]), KeyConstants(*constants), keys, values)
         results.append((keys, values))
     for ours, theirs in zip(*results, strict=True):
         if code == "model" and dtype == torch.bfloat16:

@@ -43,16 +43,16 @@ def test_the_case_shows_what_it_should():
     left = evict_cases.run(REFERENCES, "none", False)
     before = [evict_cases.group(evict_cases.HEADS, 0), evict_cases.group(evict_cases.UNSCORED, 3)]
     taken = {
-        number: (left[f"position of group {number}"] != part["position"]).nonzero()[:, 0].tolist()
-        for number, part in enumerate(before)
+        number: (left[f"group {number}_position"] != held.position).nonzero()[:, 0].tolist()
+        for number, (held, *_) in enumerate(before)
     }
     # row 0 gives up one slot in each head that has slots; rows 1 and 2 have nothing that leaves
-    assert left["notes"].tolist() == [[4, 55, 1], [4, -1, 0], [2, -1, 1]]
+    assert left["advanced_notes"].tolist() == [[4, 55, 1], [4, -1, 0], [2, -1, 1]]
     assert len(taken[0]) == 2
     assert len(taken[1]) == 2
     slot = taken[0][1]
-    assert before[0]["score"][slot] == 0.25  # equal to the leaving token's: the stored one goes
-    assert left["score of group 0"][slot] == 0.25
+    assert before[0][0].score[slot] == 0.25  # equal to the leaving token's: the stored one goes
+    assert left["group 0_score"][slot] == 0.25
     special = taken[0][0]
-    assert left["score of group 0"][special] == evict_cases.SPECIAL_SCORE
-    assert left["granted"].tolist()[0] == [9, 60, 0, 12, 14]
+    assert left["group 0_score"][special] == evict_cases.SPECIAL_SCORE
+    assert left["advanced_granted"].tolist()[0] == [9, 60, 0, 12, 14]

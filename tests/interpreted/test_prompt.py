@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvcompress.kernels.compact_quantize import reference as compact
+from kvcompress.kernels.view import KeyConstants, PromptView, Reach, Softmax, VotersView
 from kvcompress.quant.codec import value_groups
 from tests.kernels.cases import awkward, empty_codes, random, same_codes
 
@@ -38,7 +39,7 @@ def test_codes_are_those_of_the_codec_to_the_last_bit(k, v, dim, value_dim, dtyp
     for kernel in (compact_quantize, compact.compact_quantize):
         keys = empty_codes(k, count + 1, dim, 1, dtype)
         values = empty_codes(v, count + 1, value_dim, value_groups(v, value_dim), dtype)
-        kernel(key, value, kept, slots, *constants, keys, values, k, v)
+        kernel(PromptView(key, value, kept, slots), KeyConstants(*constants), keys, values)
         results.append((keys, values))
     for ours, theirs in zip(*results, strict=True):
         same_codes(ours, theirs)
@@ -47,9 +48,9 @@ def test_codes_are_those_of_the_codec_to_the_last_bit(k, v, dim, value_dim, dtyp
 @pytest.mark.parametrize(
     ("rows", "dim", "window", "softcap", "dtype", "tolerance"),
     [
-        (3, 48, 0, 0.0, torch.float32, 1e-5),
+        (3, 48, 0, None, torch.float32, 1e-5),
         (1, 80, 7, 5.0, torch.float32, 1e-5),
-        (2, 64, 0, 0.0, torch.float16, 1e-5),  # products of float16 are exact in float32
+        (2, 64, 0, None, torch.float16, 1e-5),  # products of float16 are exact in float32
     ],
 )
 def test_column_sums(rows, dim, window, softcap, dtype, tolerance):
@@ -61,7 +62,7 @@ def test_column_sums(rows, dim, window, softcap, dtype, tolerance):
     position = torch.arange(17, 17 + chosen)  # the last of 16 rows sees one key of a tile
     weight, first = random(batch, chosen, seed=4).abs(), torch.tensor([0, 4])
     logits = query.double().unflatten(1, (heads, rows)) @ key.double().unsqueeze(2).mT * dim**-0.5
-    if softcap:
+    if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     keys = torch.arange(tokens)
     visible = (keys <= position[:, None]) & (keys >= first[:, None, None])
@@ -73,7 +74,6 @@ def test_column_sums(rows, dim, window, softcap, dtype, tolerance):
     expected = logits.sub(lse.unsqueeze(-1)).exp()
     expected = torch.einsum("bhgrt,br->bht", expected, weight.double())
     lse = lse.flatten(1, 2).float()
-    got = prefill_colsum(
-        query, key, lse, position, weight, first, dim**-0.5, softcap, window
-    ).double()
+    voters = VotersView(query, key, lse, position, weight, first)
+    got = prefill_colsum(voters, Softmax(dim**-0.5, softcap), Reach(window, 0)).double()
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)

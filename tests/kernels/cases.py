@@ -9,6 +9,18 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.tuning import work_list
+from kvcompress.kernels.view import (
+    CodesView,
+    GroupView,
+    HeadsView,
+    KeyConstants,
+    PartsView,
+    PiecesView,
+    Reach,
+    RowsView,
+    Softmax,
+    TokenView,
+)
 from kvcompress.quant.codec import (
     Codes,
     decode,
@@ -43,41 +55,49 @@ def random(*shape: int, seed: int) -> Tensor:
 class Split:
     """Segments of one group, partly filled, one of them empty; heads in another order."""
 
-    arguments: dict[str, Any]
-    segments: list[tuple[int, int, int, int]]
+    token: TokenView
+    heads: HeadsView
+    group: GroupView
+    pieces: PiecesView
+    rows: RowsView
+    softmax: Softmax
+    reach: Reach
+    queries: int
     visible: Tensor
     keys: Tensor  # [N, D] float64 as stored, key constants undone
     values: Tensor
 
-    def outputs(self) -> dict[str, Tensor]:
+    def outputs(self) -> tuple[PartsView, Tensor]:
         """Poisoned arrays for a kernel to write to, one piece more on either side."""
-        query, work = self.arguments["query"], self.arguments["work"]
-        rows, width = self.arguments["rows"], self.values.shape[-1]
-        pieces, slots = len(work) + 2, len(self.keys)
+        pieces, slots = len(self.pieces.work) + 2, len(self.group.position) - 1
+        device, rows = self.token.query.device, self.queries
 
         def poison(*shape: int) -> Tensor:
-            return torch.full(shape, torch.nan, device=query.device)
+            return torch.full(shape, torch.nan, device=device)
 
-        return {
-            "accumulated": poison(pieces, rows, width),
-            "maximum": poison(pieces, rows),
-            "total": poison(pieces, rows),
-            "logits": poison(rows, slots),
-        }
+        parts = poison(pieces, rows, self.values.shape[-1]), poison(pieces, rows)
+        return PartsView(*parts, poison(pieces, rows)), poison(rows, slots)
+
+    def run(self, kernel: Any) -> tuple[PartsView, Tensor]:
+        """What `kernel` writes, on the CPU."""
+        parts, logits = self.outputs()
+        views = (self.token, self.heads, self.group, self.pieces, self.rows)
+        kernel(*views, self.softmax, self.reach, parts, logits)
+        return to(parts, "cpu"), logits.cpu()
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
         """Per piece, float64: output ``[W, G, Dv]`` and log of the sum ``[W, G]``; and logits
         ``[G, N]``."""
-        a = self.arguments
+        rows, (scaling, softcap, _) = self.queries, self.softmax
         out, lse = [], []
-        logits = torch.full((a["rows"], len(self.keys)), -torch.inf, dtype=torch.float64)
-        for first, slots, row, head in a["work"].tolist():
+        logits = torch.full((rows, len(self.keys)), -torch.inf, dtype=torch.float64)
+        for first, slots, row, head in self.pieces.work.tolist():
             part = slice(first, first + slots)
-            model_head = int(a["heads"][head])
-            query = a["query"][row, model_head * a["rows"] :][: a["rows"], 0].cpu().double()
-            line = query @ self.keys[part].mT * a["scaling"]
-            if a["softcap"]:
-                line = torch.tanh(line / a["softcap"]) * a["softcap"]
+            model_head = int(self.heads.number[head])
+            query = self.token.query[row, model_head * rows :][:rows, 0].cpu().double()
+            line = query @ self.keys[part].mT * scaling
+            if softcap is not None:
+                line = torch.tanh(line / softcap) * softcap
             line = line.masked_fill(~self.visible[part], -torch.inf)
             logits[:, part] = line
             out.append(line.softmax(-1).nan_to_num(0.0) @ self.values[part])
@@ -94,7 +114,7 @@ def split(
     dtype: torch.dtype = torch.float32,
     capacities: tuple[int, ...] = (37, 0, 90),
     batch: int = 1,
-    softcap: float = 0.0,
+    softcap: float | None = None,
     window: int = 0,
     block: int = 0,
     chunk: int = 64,
@@ -129,79 +149,79 @@ def split(
         visible &= (held - begin) // block == (NOW - begin) // block
     stored = decode(keys, k_dtype, dim)[:total].double()
     stored = stored * scale[head_of].double() + center[head_of].double()
-    query = random(batch, 1, heads * rows, dim, seed=5).to(dtype).transpose(1, 2)
-    arguments = {
-        "query": query,
-        "heads": (torch.arange(heads) + 1) % heads,
-        "center": center,
-        "key_scale": scale,
-        "keys": keys,
-        "values": values,
-        "k_dtype": k_dtype,
-        "v_dtype": v_dtype,
-        "position": position,
-        "work": torch.tensor(work_list(segments, chunk)),
-        "start": start,
-        "seen": torch.tensor(NOW + 1),
-        "first_work": 1,
-        "scaling": dim**-0.5,
-        "softcap": softcap,
-        "window": window,
-        "block": block,
-        "chunk": chunk,
-        "rows": rows,
-    }
-    moved = {name: to(value, device) for name, value in arguments.items()}
+    work = torch.tensor(work_list(segments, chunk))
+    vectors = [
+        random(batch, 1, heads * rows, dim, seed=5).to(dtype).transpose(1, 2),
+        random(batch, heads, 1, dim, seed=6).to(dtype),
+        random(batch, 1, heads, value_dim, seed=7).to(dtype).transpose(1, 2),
+    ]
+    base = torch.tensor([first for first, *_ in segments]).view(batch, heads)
+    codes = CodesView.of(keys, k_dtype, dim), CodesView.of(values, v_dtype, value_dim)
+    views = (
+        TokenView(*vectors, None),
+        HeadsView(
+            (torch.arange(heads) + 1) % heads,
+            KeyConstants(center, scale),
+            chunks_of(work, batch, heads, 1),
+        ),
+        GroupView(*codes, position, None, None),
+        PiecesView(work, base, 0, 1, chunk),
+        RowsView(torch.tensor(NOW + 1), start, start, None, None),
+        Softmax(dim**-0.5, softcap, None),
+        Reach(window, block),
+    )
     numbers = decode(values, v_dtype, value_dim)[:total].double()
-    return Split(moved, segments, visible, stored, numbers)
+    return Split(*(to(view, device) for view in views), rows, visible, stored, numbers)
+
+
+def chunks_of(work: Tensor, batch: int, heads: int, first: int) -> Tensor:
+    """``[B, H, 2]`` first piece of each segment, counted from `first`, and their number."""
+    chunks = torch.zeros(batch, heads, 2, dtype=torch.int64)
+    for number, (_, _, row, head) in enumerate(work.tolist()):
+        if not chunks[row, head, 1]:
+            chunks[row, head, 0] = first + number
+        chunks[row, head, 1] += 1
+    return chunks
 
 
 def to(value: Any, device: str) -> Any:
-    """Tensors and codes on `device`."""
+    """Tensors, codes and views on `device`."""
     if isinstance(value, Codes):
-        return Codes(
-            *(None if t is None else t.to(device) for t in (value.data, value.scale, value.minimum))
-        )
+        parts = (value.data, value.scale, value.minimum)
+        return Codes(*(to(t, device) for t in parts))
+    if isinstance(value, tuple):
+        return type(value)(*(to(inner, device) for inner in value))
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def run_split(kernel: Any, case: Split) -> dict[str, Tensor]:
-    """What `kernel` writes, on the CPU."""
-    found = case.outputs()
-    arguments = {k: v for k, v in case.arguments.items() if k != "rows"}
-    kernel(**arguments, **found)
-    return {name: t.cpu() for name, t in found.items()}
 
 
 def check_split(kernel: Any, case: Split, tolerance: float) -> None:
     """Every piece against float64; nothing is written beside the pieces."""
-    found, (out, lse, logits) = run_split(kernel, case), case.expected()
+    (parts, found), (out, lse, logits) = case.run(kernel), case.expected()
     pieces = slice(1, 1 + len(out))
-    total = found["total"][pieces].double()
-    mine = found["accumulated"][pieces].double() / total.clamp(min=1e-30).unsqueeze(-1)
+    total = parts.total[pieces].double()
+    mine = parts.accumulated[pieces].double() / total.clamp(min=1e-30).unsqueeze(-1)
     torch.testing.assert_close(mine, out, atol=tolerance, rtol=tolerance)
     sees = lse > -torch.inf
-    mine = found["maximum"][pieces].double() + total.log()
+    mine = parts.maximum[pieces].double() + total.log()
     torch.testing.assert_close(mine[sees], lse[sees], atol=tolerance, rtol=tolerance)
     assert (total[~sees] == 0).all()
     seen = case.visible.expand_as(logits)
-    torch.testing.assert_close(
-        found["logits"].double()[seen], logits[seen], atol=tolerance, rtol=tolerance
-    )
-    for name in ("accumulated", "maximum", "total"):
-        assert found[name][0].isnan().all()
-        assert found[name][-1].isnan().all()
+    torch.testing.assert_close(found.double()[seen], logits[seen], atol=tolerance, rtol=tolerance)
+    for part in parts:
+        assert part[0].isnan().all()
+        assert part[-1].isnan().all()
 
 
-def empty_codes(dtype: str, slots: int, dim: int, groups: int, model: torch.dtype) -> Codes:
+def empty_codes(dtype: str, slots: int, dim: int, groups: int, model: torch.dtype) -> CodesView:
     data = torch.zeros(slots, row_elements(dtype, dim), dtype=row_torch_dtype(dtype, model))
-    if dtype == "model":
-        return Codes(data, None, None)
-    scale = torch.zeros(slots, groups, dtype=torch.float16)
-    return Codes(data, scale, torch.zeros_like(scale) if has_minimum(dtype) else None)
+    scale = minimum = None
+    if dtype != "model":
+        scale = torch.zeros(slots, groups, dtype=torch.float16)
+        minimum = torch.zeros_like(scale) if has_minimum(dtype) else None
+    return CodesView(data, scale, minimum, dtype, dim, groups)
 
 
-def same_codes(ours: Codes, theirs: Codes) -> None:
+def same_codes(ours: Codes | CodesView, theirs: Codes | CodesView) -> None:
     """Equal to the last bit."""
     for a, b in ((ours.data, theirs.data), (ours.scale, theirs.scale)):
         assert (a is None) == (b is None)

@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.view import CodesView
 from kvcompress.quant.codec import Codes
 
 _MOST: Final = {
@@ -46,7 +47,7 @@ def broken(dtype: torch.dtype, dim: int) -> Tensor:
     return rows.to(dtype)
 
 
-def same_bits(ours: Codes, theirs: Codes) -> None:
+def same_bits(ours: Codes | CodesView, theirs: Codes | CodesView) -> None:
     """Equality of every bit, NaN included."""
     for one, other in (
         (ours.data, theirs.data),

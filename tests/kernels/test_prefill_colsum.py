@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from kvcompress.kernels.prefill_colsum import cpu_torch
-from kvcompress.kernels.prefill_colsum.cpu_torch import Sight, Softmax, attend_with_sums, row_sums
+from kvcompress.kernels.prefill_colsum.cpu_torch import Sight, attend_with_sums, row_sums
 from kvcompress.kernels.prefill_colsum.sdpa import attention_with_normaliser
+from kvcompress.kernels.view import Softmax
 
 HEADS, DIM, VALUE_DIM = 3, 16, 12
 HELD = 9  # keys before those of the rows

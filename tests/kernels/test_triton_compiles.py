@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from kvcompress.quant.codec import encode, value_groups
+from kvcompress.kernels.view import KeyConstants, PromptView, Reach, Softmax, VotersView
+from kvcompress.quant.codec import value_groups
 from kvcompress.runtime.hf.attach import attach
 from kvcompress.runtime.static import cache as static
 from kvcompress.runtime.static.cache import StaticCompressedCache
 from tests.kernels.ahead import compiling_for
-from tests.kernels.cases import random, run_split, split
+from tests.kernels.cases import empty_codes, random, split
 from tests.runtime.models import prompts
 from tests.runtime.test_static import HEADS, decode, one_layer, plan_for
 
@@ -41,12 +42,12 @@ def _no_gradients() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("storage", "capability"), CODED)
-def test_decode_split_uses_wide_loads_and_the_matrix_units(storage, capability):
-    from kvcompress.kernels.decode_split.triton import decode_split
+def test_decode_pieces_uses_wide_loads_and_the_matrix_units(storage, capability):
+    from kvcompress.kernels.decode_split.triton import decode_pieces
 
     case = split(storage, storage, 128, 128, 4, torch.bfloat16, capacities=(64,))
     with compiling_for(capability) as compiled:
-        run_split(decode_split, case)
+        case.run(decode_pieces)
     ptx = compiled["_split"].asm["ptx"]
     kind = "bf16" if storage == "model" else "f16"
     assert re.search(rf"mma(\.\w+)*\.sync\.aligned\.m\d+n8k16(\.\w+)*\.f32\.{kind}\.{kind}", ptx)
@@ -76,30 +77,18 @@ def test_the_kernels_of_a_prompt(storage):
 
     dim = 128
     key = random(1, 2, 9, dim, seed=1).bfloat16()
-    codes = [encode(random(9, dim, seed=2), storage, g) for g in (1, value_groups(storage, dim))]
+    kept = torch.zeros(3, 5, dtype=torch.int64)
+    constants = KeyConstants(random(2, dim, seed=3), random(2, dim, seed=4))
+    codes = [
+        empty_codes(storage, 9, dim, groups, torch.bfloat16)
+        for groups in (1, value_groups(storage, dim))
+    ]
     with compiling_for(90) as compiled:
-        compact_quantize(
-            key,
-            key,
-            torch.zeros(3, 5, dtype=torch.int64),
-            torch.arange(5),
-            random(2, dim, seed=3),
-            random(2, dim, seed=4),
-            *codes,
-            storage,
-            storage,
-        )
-        prefill_colsum(
-            key.repeat(1, 4, 1, 1),
-            key,
-            random(1, 8, 9, seed=5),
-            torch.arange(9),
-            torch.ones(1, 9),
-            torch.zeros(1, dtype=torch.int64),
-            0.1,
-            0.0,
-            0,
-        )
+        compact_quantize(PromptView(key, key, kept, torch.arange(5)), constants, *codes)
+        first, weight = torch.zeros(1, dtype=torch.int64), torch.ones(1, 9)
+        lse, query = random(1, 8, 9, seed=5), key.repeat(1, 4, 1, 1)
+        voters = VotersView(query, key, lse, torch.arange(9), weight, first)
+        prefill_colsum(voters, Softmax(0.1), Reach(0, 0))
     assert set(compiled) == {"_compact", "_colsum"}
     assert re.search(r"mma(\.\w+)*\.sync", compiled["_colsum"].asm["ptx"])
 
@@ -152,20 +141,25 @@ INSTRUCTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "part"), [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1)]
+    ("kind", "part"),
+    [
+        (kind, part)
+        for kind, parts in (("int8", 2), ("int4", 4), ("fp8", 2))
+        for part in range(parts)
+    ],
 )
 def test_packed_instructions(kind, part):
     from kvcompress.kernels import triton_tiles
 
     got = execute(triton_tiles.unpacking(kind, part), ALL_WORDS).astype(np.float64)
-    byte = (ALL_WORDS >> (8 * (part // 2 if kind == 2 else part))) & 255
-    if kind == 3:
+    byte = (ALL_WORDS >> (8 * (part // 2 if kind == "int4" else part))) & 255
+    if kind == "fp8":
         codes = torch.from_numpy(byte.astype(np.uint8)).view(torch.float8_e4m3fn)
         number = codes.double().numpy()
         real = np.isfinite(number)  # the two patterns of NaN are never stored
         assert real.sum() == len(real) * 254 // 256
         got, number = got[real], number[real]
     else:
-        code = byte if kind == 1 else (byte >> 4 if part % 2 else byte & 15)
+        code = byte if kind == "int8" else (byte >> 4 if part % 2 else byte & 15)
         number = code.astype(np.float64) - triton_tiles.zero_of(kind)
     assert np.array_equal(got * triton_tiles.factor_of(kind, part), number)

@@ -8,9 +8,21 @@ import pytest
 import torch
 
 from kvcompress.kernels.compact_quantize import reference as compact
-from kvcompress.kernels.decode_combine import flat
+from kvcompress.kernels.decode_combine import reference as combine
 from kvcompress.kernels.prefill_colsum import reference as colsum
 from kvcompress.kernels.tuning import refuses
+from kvcompress.kernels.view import (
+    ExactView,
+    HeadsView,
+    KeyConstants,
+    PartsView,
+    PromptView,
+    Reach,
+    RowsView,
+    Softmax,
+    TokenView,
+    VotersView,
+)
 from kvcompress.quant.codec import value_groups
 from tests.kernels.cases import (
     SHAPES,
@@ -18,7 +30,6 @@ from tests.kernels.cases import (
     check_split,
     empty_codes,
     random,
-    run_split,
     same_codes,
     split,
     to,
@@ -43,22 +54,22 @@ def _no_gradients() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("k", "v", "dim", "value_dim", "rows"), SHAPES)
 def test_split(k, v, dim, value_dim, rows, dtype):
-    from kvcompress.kernels.decode_split.triton import decode_split
+    from kvcompress.kernels.decode_split.triton import decode_pieces
 
     case = split(k, v, dim, value_dim, rows, dtype, batch=2, device="cuda")
     bound = HALF if dtype == torch.float16 or "model" not in (k, v) else COARSE
-    check_split(decode_split, case, TOLERANCE if dtype == torch.float32 else bound)
+    check_split(decode_pieces, case, TOLERANCE if dtype == torch.float32 else bound)
 
 
 @pytest.mark.parametrize("dim", [32, 48, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("storage", ["model", "int8", "int4", "fp8"])
 def test_split_at_every_width(storage, dim):
-    from kvcompress.kernels.decode_split.triton import decode_split
+    from kvcompress.kernels.decode_split.triton import decode_pieces
 
     assert refuses(storage, storage, dim, dim) is None
     for rows in (1, 3, 8):
         case = split(storage, storage, dim, dim, rows, torch.bfloat16, device="cuda")
-        check_split(decode_split, case, COARSE if storage == "model" else HALF)
+        check_split(decode_pieces, case, COARSE if storage == "model" else HALF)
 
 
 @pytest.mark.parametrize(
@@ -72,80 +83,77 @@ def test_split_at_every_width(storage, dim):
     ids=str,
 )
 def test_what_a_query_may_see(settings):
-    from kvcompress.kernels.decode_split.triton import decode_split
+    from kvcompress.kernels.decode_split.triton import decode_pieces
 
     case = split("int8", "int4", 64, 64, 3, torch.float16, device="cuda", **settings)
-    check_split(decode_split, case, HALF)
+    check_split(decode_pieces, case, HALF)
 
 
 def test_addresses_beyond_two_to_the_31():
     """Slots whose rows begin past 2**31 elements."""
-    from kvcompress.kernels.decode_split.triton import decode_split
-    from kvcompress.quant.codec import Codes
+    from kvcompress.kernels.decode_split.triton import decode_pieces
 
     dim, far = 256, 2**23 + 70  # rows of 256 bytes: 2**31 bytes and some
     if torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GiB of device memory")
     near = split("int8", "int8", dim, dim, 4, torch.float16, capacities=(70,), device="cuda")
-    expected = run_split(decode_split, near)
-    a = dict(near.arguments)
-    for name in ("keys", "values"):
-        parts = []
-        for t in (a[name].data, a[name].scale, a[name].minimum):
-            moved = torch.zeros(far + 71, *t.shape[1:], dtype=t.dtype, device="cuda")
-            moved[far : far + 71] = t
-            parts.append(moved)
-        a[name] = Codes(*parts)
-    position = torch.full((far + 71,), -1, dtype=torch.int32, device="cuda")
-    position[far : far + 71] = a["position"]
-    a["position"] = position
-    a["work"] = a["work"] + torch.tensor([far, 0, 0, 0], device="cuda")
-    rows = a.pop("rows")
-    found = near.outputs()
-    found["logits"] = torch.full((rows, far + 70), torch.nan, device="cuda")
-    decode_split(**a, **found)
-    for name in ("accumulated", "maximum", "total"):
-        assert torch.equal(found[name].cpu()[1:-1], expected[name][1:-1])
-    logits = found["logits"][:, far:].cpu()
+    expected, near_logits = near.run(decode_pieces)
+
+    def moved(t):
+        if t is None:
+            return None
+        fill = -1 if t.dtype == torch.int32 else 0
+        there = torch.full((far + 71, *t.shape[1:]), fill, dtype=t.dtype, device="cuda")
+        there[far : far + 71] = t
+        return there
+
+    def codes(c):
+        return c._replace(data=moved(c.data), scale=moved(c.scale), minimum=moved(c.minimum))
+
+    group, pieces = near.group, near.pieces
+    group = group._replace(k=codes(group.k), v=codes(group.v), position=moved(group.position))
+    pieces = pieces._replace(work=pieces.work + torch.tensor([far, 0, 0, 0], device="cuda"))
+    parts, _ = near.outputs()
+    logits = torch.full((near.queries, far + 70), torch.nan, device="cuda")
+    views = (near.token, near.heads, group, pieces, near.rows, near.softmax, near.reach)
+    decode_pieces(*views, parts, logits)
+    for mine, theirs in zip(parts, expected, strict=True):
+        assert torch.equal(mine.cpu()[1:-1], theirs[1:-1])
     seen = near.visible
-    assert torch.equal(logits[:, seen], expected["logits"][:, seen])
+    assert torch.equal(logits[:, far:].cpu()[:, seen], near_logits[:, seen])
 
 
 @pytest.mark.parametrize("pieces", [1, 40])
 def test_combine(pieces):
     from kvcompress.kernels.decode_combine.triton import decode_combine
 
-    batch, heads, rows, dim, exact = 2, 3, 4, 128, 20
-    arguments = {
-        "query": random(batch, heads * rows, 1, dim, seed=1),
-        "key": random(batch, heads, 1, dim, seed=2),
-        "value": random(batch, heads, 1, dim, seed=3),
-        "exact_k": random(batch, heads, exact, dim, seed=4),
-        "exact_v": random(batch, heads, exact, dim, seed=5),
-        "exact_position": torch.arange(exact, dtype=torch.int32).repeat(batch, 1),
-        "heads": torch.tensor([2, 0, 1]),
-        "accumulated": random(batch * heads * pieces, rows, dim, seed=6),
-        "maximum": random(batch * heads * pieces, rows, seed=7),
-        "total": random(batch * heads * pieces, rows, seed=8).abs() + 0.1,
-        "chunks": torch.stack(
-            [
-                torch.arange(batch * heads).view(batch, heads) * pieces,
-                torch.full((batch, heads), pieces),
-            ],
-            -1,
+    batch, heads, rows, dim, held = 2, 3, 4, 128, 20
+    position = torch.arange(held, dtype=torch.int32).repeat(batch, 1)
+    start = torch.zeros(batch, dtype=torch.int32)
+    first = torch.arange(batch * heads).view(batch, heads) * pieces
+    chunks = torch.stack([first, torch.full_like(first, pieces)], -1)
+    constants = KeyConstants(*(random(heads, dim, seed=s) for s in (10, 11)))
+    views = (
+        TokenView(
+            random(batch, heads * rows, 1, dim, seed=1),
+            random(batch, heads, 1, dim, seed=2),
+            random(batch, heads, 1, dim, seed=3),
+            None,
         ),
-        "start": torch.zeros(batch, dtype=torch.int32),
-        "seen": torch.tensor(exact + 1),
-        "valid": torch.tensor([True, False]),
-        "sinks": random(heads * rows, seed=9),
-        "scaling": dim**-0.5,
-        "softcap": 0.0,
-        "window": 0,
-        "block": 0,
-    }
-    expected = flat.decode_combine(**arguments)
-    moved = {name: to(value, "cuda") for name, value in arguments.items()}
-    for mine, theirs in zip(decode_combine(**moved), expected, strict=True):
+        ExactView(*(random(batch, heads, held, dim, seed=s) for s in (4, 5)), position, None, 4),
+        HeadsView(torch.tensor([2, 0, 1]), constants, chunks),
+        PartsView(
+            random(batch * heads * pieces, rows, dim, seed=6),
+            random(batch * heads * pieces, rows, seed=7),
+            random(batch * heads * pieces, rows, seed=8).abs() + 0.1,
+        ),
+        RowsView(torch.tensor(held + 1), start, start, None, torch.tensor([True, False])),
+        Softmax(dim**-0.5, None, random(heads * rows, seed=9)),
+        Reach(0, 0),
+    )
+    expected = combine.decode_combine(*views)
+    moved = (to(view, "cuda") for view in views)
+    for mine, theirs in zip(decode_combine(*moved), expected, strict=True):
         torch.testing.assert_close(mine.cpu(), theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -168,8 +176,8 @@ def test_codes_are_those_of_the_codec_to_the_last_bit(storage, dtype):
         keys = empty_codes(storage, count + 1, dim, 1, dtype)
         values = empty_codes(storage, count + 1, dim, value_groups(storage, dim), dtype)
         keys, values = to(keys, device), to(values, device)
-        parts = [t.to(device) for t in (key, value, kept, slots, *constants)]
-        kernel(*parts, keys, values, storage, storage)
+        prompt, own = PromptView(key, value, kept, slots), KeyConstants(*constants)
+        kernel(to(prompt, device), to(own, device), keys, values)
         results.append((keys, values))
     for ours, theirs in zip(*results, strict=True):
         same_codes(ours, theirs)
@@ -191,9 +199,9 @@ def test_column_sums(dtype, tolerance):
     visible = (keys <= position[:, None]) & (keys >= first[:, None, None])
     lse = logits.masked_fill(~visible[:, None, None], -torch.inf).logsumexp(-1)
     lse = lse.flatten(1, 2).float()
-    arguments = (query, key, lse, position, weight, first, dim**-0.5, 0.0, 0)
-    expected = colsum.prefill_colsum(*arguments)
-    got = prefill_colsum(*(to(a, "cuda") for a in arguments))
+    views = VotersView(query, key, lse, position, weight, first), Softmax(dim**-0.5), Reach(0, 0)
+    expected = colsum.prefill_colsum(*views)
+    got = prefill_colsum(*(to(view, "cuda") for view in views))
     torch.testing.assert_close(got.cpu(), expected, atol=tolerance, rtol=tolerance)
 
 
@@ -211,7 +219,7 @@ def test_ends_of_every_dtype(code, dtype):
     for kernel in (compact_quantize, compact.compact_quantize):
         keys = to(empty_codes(code, count, 128, 1, dtype), "cuda")
         values = to(empty_codes(code, count, 128, value_groups(code, 128), dtype), "cuda")
-        kernel(key, value, kept, kept[2], *constants, keys, values, code, code)
+        kernel(PromptView(key, value, kept, kept[2]), KeyConstants(*constants), keys, values)
         results.append((keys, values))
     for ours, theirs in zip(*results, strict=True):
         same_bits(ours, theirs)

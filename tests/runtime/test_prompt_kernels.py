@@ -11,6 +11,7 @@ import torch
 from kvcompress.kernels.compact_quantize import reference as compact
 from kvcompress.kernels.cpu.library import library
 from kvcompress.kernels.prefill_colsum import reference as colsum
+from kvcompress.kernels.view import CodesView, KeyConstants, PromptView
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
@@ -138,8 +139,8 @@ def test_c_encodes_kept_tokens_as_the_codec(k, v, dim, value_dim, dtype, threads
         assert prompt_kernels.encode_kept(key, value, kept, slots, constants, stores[0])
     finally:
         torch.set_num_threads(before)
-    codes = stores[1].keys, stores[1].values
-    compact.compact_quantize(key, value, kept, slots, *constants, *codes, k, v)
+    codes = CodesView.of(stores[1].keys, k, dim), CodesView.of(stores[1].values, v, value_dim)
+    compact.compact_quantize(PromptView(key, value, kept, slots), KeyConstants(*constants), *codes)
     same_codes(stores[0].keys, stores[1].keys)
     same_codes(stores[0].values, stores[1].values)
 

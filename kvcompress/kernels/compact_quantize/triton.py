@@ -2,73 +2,54 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Annotated, NamedTuple
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from kvcompress.kernels.triton_encode import encode_rows, row_tile
-from kvcompress.kernels.triton_tiles import KINDS
-from kvcompress.plan import KVDtype
-from kvcompress.quant.codec import Codes
+from kvcompress.kernels.triton_view import told
+from kvcompress.kernels.view import CodesView, KeyConstants, PromptView
 
 _TILE = 16
 
 
+class _Sizes(NamedTuple):
+    kept: Annotated[int, "int32"]
+    tile: Annotated[int, "int32 constant"]
+    wide: Annotated[int, "int32 constant"]
+
+
 @triton.jit
-def _compact(
-    X, x_b, x_h, x_t, KEPT, SLOTS, CENTER, CONSTANT, DATA, SCALE, MIN, count,
-    KIND: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
-    BT: tl.constexpr, CENTERED: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    m_t = at < count
-    row = tl.load(KEPT + at, mask=m_t, other=0)
-    head = tl.load(KEPT + count + at, mask=m_t, other=0)
-    token = tl.load(KEPT + 2 * count + at, mask=m_t, other=0)
-    slot = tl.load(SLOTS + at, mask=m_t, other=0)
-    encode_rows(X + row * x_b + head * x_h + token * x_t, CENTER + head * D, CONSTANT + head * D,
-                m_t, DATA, SCALE, MIN, slot, KIND, GROUPS, D, WIDE, CENTERED)  # fmt: skip
+def _compact(prompt, constants, codes, sizes):
+    """Keys; without constants, values."""
+    at = tl.program_id(0).to(tl.int64) * sizes.tile + tl.arange(0, sizes.tile)
+    m_t = at < sizes.kept
+    row = tl.load(prompt.kept + at, mask=m_t, other=0)
+    head = tl.load(prompt.kept + sizes.kept + at, mask=m_t, other=0)
+    token = tl.load(prompt.kept + 2 * sizes.kept + at, mask=m_t, other=0)
+    slot = tl.load(prompt.slot + at, mask=m_t, other=0)
+    if constants is not None:
+        x = prompt.key
+        p_x = x.data + row * x.row + head * x.head + token * x.token
+        p_center = constants.center + head * codes.dim
+        p_scale = constants.scale + head * codes.dim
+        encode_rows(p_x, p_center, p_scale, m_t, codes, slot, sizes.wide)
+    else:
+        x = prompt.value
+        p_x = x.data + row * x.row + head * x.head + token * x.token
+        encode_rows(p_x, None, None, m_t, codes, slot, sizes.wide)
 
 
 def compact_quantize(
-    key: Tensor,
-    value: Tensor,
-    kept: Tensor,
-    slots: Tensor,
-    center: Tensor,
-    key_scale: Tensor,
-    keys: Codes,
-    values: Codes,
-    k_dtype: KVDtype,
-    v_dtype: KVDtype,
+    prompt: PromptView, constants: KeyConstants, k: CodesView, v: CodesView
 ) -> None:
     """As `kvcompress.kernels.compact_quantize.reference.compact_quantize`."""
-    count = len(slots)
+    count = len(prompt.slot)
     if not count:
         return
-    for x, codes, dtype in ((key, keys, k_dtype), (value, values, v_dtype)):
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        dim, missing = x.shape[-1], slots
-        data = codes.data.view(torch.uint8) if codes.data.element_size() == 1 else codes.data
-        _compact[(triton.cdiv(count, _TILE),)](
-            x,
-            x.stride(0),
-            x.stride(1),
-            x.stride(2),
-            kept.contiguous(),
-            slots,
-            center,
-            key_scale,
-            data,
-            missing if codes.scale is None else codes.scale,
-            missing if codes.minimum is None else codes.minimum,
-            count,
-            KIND=KINDS[dtype],
-            GROUPS=1 if codes.scale is None else codes.scale.shape[-1],
-            D=dim,
-            WIDE=row_tile(dtype, dim),
-            BT=_TILE,
-            CENTERED=codes is keys,
-            num_warps=4,
-        )
+    key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in prompt[:2])
+    own = told(PromptView(key, value, prompt.kept.contiguous(), prompt.slot))
+    for given, codes in ((told(constants), k), (None, v)):
+        sizes = told(_Sizes(count, _TILE, row_tile(codes.dtype, codes.dim)))
+        _compact[(triton.cdiv(count, _TILE),)](own, given, told(codes), sizes, num_warps=4)

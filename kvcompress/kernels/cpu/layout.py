@@ -1,4 +1,4 @@
-"""The structures of src/kvc.h, src/decode.h and src/compact.c, field by field.
+"""The structures of src/view.h: those of `kvcompress.kernels.view`, and what else C is told.
 
 C trusts what it is told. So every address in them comes from `address`, which makes sure of what
 lies there, and every place in an array was checked against the array's length: here, when a
@@ -9,15 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final, TypeVar
 
-from kvcompress.plan import KVDtype
+from torch import Tensor
+
+from kvcompress.kernels.view import (
+    CodesView,
+    ExactView,
+    GroupView,
+    KeyConstants,
+    PromptView,
+    Reach,
+    Softmax,
+    TokenView,
+    Vectors,
+    fields_of,
+)
 from kvcompress.quant.codec import has_minimum, row_elements
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kvcompress.quant.codec import Codes
 
 DTYPES: Final = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "fp8": 5}
 ATTEND: Final = 1
@@ -25,37 +33,49 @@ STORE: Final = 2
 NO_VOTE, VOTE, LIFT = 0, 1, 2
 MAX_ROWS: Final = 64
 MAX_DIM: Final = 512
+_NUMBERS: Final = {"int32": c_int32, "int64": c_int64, "float32": c_float}
+
+
+def in_c(view: type, **nested: type[Structure]) -> tuple[tuple[str, Any], ...]:
+    """A view's table as ``_fields_``; `nested` has the structures of the views in it."""
+    found: list[tuple[str, Any]] = []
+    for field in fields_of(view):
+        if field.strided:
+            found.append((field.name, VectorsStruct))
+        elif field.kind is Tensor:
+            found.append((field.name, c_void_p))
+        else:
+            found.append((field.name, nested.get(field.name) or _NUMBERS[field.dtype]))
+    return tuple(found)
 
 
 class CodesStruct(Structure):
     """`kvc_codes`."""
 
-    _fields_ = (
-        ("data", c_void_p),
-        ("scale", c_void_p),
-        ("minimum", c_void_p),
-        ("dtype", c_int32),
-        ("dim", c_int32),
-        ("groups", c_int32),
-        ("row_bytes", c_int32),
-        ("slots", c_int64),
-    )
+    _fields_ = (*in_c(CodesView), ("row_bytes", c_int32), ("slots", c_int64))
+
+
+class VectorsStruct(Structure):
+    """`kvc_vectors`."""
+
+    _fields_ = in_c(Vectors)
 
 
 class GroupStruct(Structure):
     """`kvc_group`."""
 
+    _fields_ = in_c(GroupView, k=CodesStruct, v=CodesStruct)
+
+
+class KeepStruct(Structure):
+    """`kvc_keep`."""
+
     _fields_ = (
-        ("keys", CodesStruct),
-        ("values", CodesStruct),
-        ("position", c_void_p),
-        ("score", c_void_p),
-        ("recent_score", c_void_p),
         ("windows", c_void_p),
         ("classes", c_void_p),
         ("by_score", c_void_p),
         ("keeps_rest", c_void_p),
-        ("rules_stride", c_int64),
+        ("stride", c_int64),
         ("members", c_int64),
     )
 
@@ -73,6 +93,24 @@ class SegmentStruct(Structure):
     )
 
 
+class ExactStruct(Structure):
+    """`kvc_exact`."""
+
+    _fields_ = in_c(ExactView)
+
+
+class ConstantsStruct(Structure):
+    """`kvc_constants`."""
+
+    _fields_ = in_c(KeyConstants)
+
+
+class ReachStruct(Structure):
+    """`kvc_reach`."""
+
+    _fields_ = in_c(Reach)
+
+
 class LayerStruct(Structure):
     """`kvc_layer`."""
 
@@ -82,44 +120,40 @@ class LayerStruct(Structure):
         ("queries", c_int32),
         ("dim", c_int32),
         ("value_dim", c_int32),
-        ("sinks", c_int32),
-        ("exact", c_int32),
+        ("held", c_int32),
         ("dtype", c_int32),
-        ("exact_k", c_void_p),
-        ("exact_v", c_void_p),
-        ("exact_position", c_void_p),
-        ("exact_class", c_void_p),
+        ("exact", ExactStruct),
+        ("constants", ConstantsStruct),
+        ("reach", ReachStruct),
         ("start", c_void_p),
-        ("center", c_void_p),
-        ("scale", c_void_p),
-        ("window", c_int64),
-        ("block", c_int64),
         ("groups", POINTER(GroupStruct)),
+        ("keeps", POINTER(KeepStruct)),
         ("segments", POINTER(SegmentStruct)),
         ("segment_count", c_int64),
     )
+
+
+class TokenStruct(Structure):
+    """`kvc_token`."""
+
+    _fields_ = in_c(TokenView)
+
+
+class SoftmaxStruct(Structure):
+    """`kvc_softmax`."""
+
+    _fields_ = in_c(Softmax)
 
 
 class StepStruct(Structure):
     """`kvc_step`."""
 
     _fields_ = (
-        ("query", c_void_p),
-        ("key", c_void_p),
-        ("value", c_void_p),
-        ("query_row", c_int64),
-        ("query_head", c_int64),
-        ("key_row", c_int64),
-        ("key_head", c_int64),
-        ("value_row", c_int64),
-        ("value_head", c_int64),
+        ("token", TokenStruct),
+        ("softmax", SoftmaxStruct),
         ("out", c_void_p),
-        ("flags", c_void_p),
-        ("sinks", c_void_p),
         ("position", c_int64),
         ("first_vote", c_int64),
-        ("scaling", c_float),
-        ("softcap", c_float),
         ("vote", c_int32),
         ("per_vote", c_int32),
         ("newest", c_int32),
@@ -133,31 +167,57 @@ class StepStruct(Structure):
 class PromptStruct(Structure):
     """`kvc_prompt`."""
 
+    _fields_ = in_c(PromptView)
+
+
+class CompactionStruct(Structure):
+    """`kvc_compaction`."""
+
     _fields_ = (
-        ("key", c_void_p),
-        ("value", c_void_p),
-        ("key_row", c_int64),
-        ("key_head", c_int64),
-        ("key_token", c_int64),
-        ("value_row", c_int64),
-        ("value_head", c_int64),
-        ("value_token", c_int64),
-        ("row", c_void_p),
-        ("head", c_void_p),
-        ("token", c_void_p),
-        ("slot", c_void_p),
+        ("prompt", PromptStruct),
+        ("constants", ConstantsStruct),
         ("count", c_int64),
-        ("center", c_void_p),
-        ("scale", c_void_p),
-        ("dtype", c_int32),
-        ("threads", c_int32),
         ("batch", c_int64),
         ("heads", c_int64),
         ("tokens", c_int64),
+        ("dtype", c_int32),
+        ("threads", c_int32),
     )
 
 
-STRUCTS: Final = (CodesStruct, GroupStruct, SegmentStruct, LayerStruct, StepStruct)
+# in the order of src/view.h
+STRUCTS: Final[tuple[type[Structure], ...]] = (
+    *(CodesStruct, VectorsStruct, GroupStruct, KeepStruct, SegmentStruct, ExactStruct),
+    *(ConstantsStruct, ReachStruct, LayerStruct, TokenStruct, SoftmaxStruct, StepStruct),
+    *(PromptStruct, CompactionStruct),
+)
+S = TypeVar("S", bound=Structure)
+
+
+def pack(struct: type[S], view: tuple[Any, ...], model: str, **axes: int) -> S:
+    """A view as C has it.
+
+    Args:
+        model: dtype of the model's own numbers.
+        axes: lengths of the axes that the view's table names.
+
+    Raises:
+        ValueError: where a tensor is not what the table says of it.
+    """
+    told: list[Any] = []
+    for field, value in zip(fields_of(type(view)), view, strict=True):
+        dtype, shape = field.dtype, field.shape
+        if value is None and not field.optional:
+            raise ValueError(f"C was to be given {field.name} {dtype} {shape}, this is None")
+        if isinstance(value, CodesView):
+            told.append(codes_struct(value, model, axes["N"]))
+        elif isinstance(value, Tensor):
+            lengths = [axes[axis] if axis.isalpha() else int(axis) for axis in shape]
+            dtype = model if dtype == "model" else dtype
+            told.append((vectors if field.strided else address)(value, dtype, *lengths))
+        else:
+            told.append(value)
+    return struct(*told)
 
 
 def address(tensor: Tensor, dtype: str, *shape: int) -> int:
@@ -172,16 +232,27 @@ def address(tensor: Tensor, dtype: str, *shape: int) -> int:
     return tensor.data_ptr()
 
 
-def codes_struct(codes: Codes, dtype: KVDtype, dim: int, model_dtype: str) -> CodesStruct:
-    """Where flat codes of `dim` channels lie.
+def vectors(tensor: Tensor, dtype: str, *shape: int) -> VectorsStruct:
+    """Where the vectors of a tensor ``[B, H, T, D]`` lie, each of them dense.
 
     Raises:
-        ValueError: where data, scales and minima are not those of one number of slots.
+        ValueError: where it is no such array on the CPU of this dtype and shape.
     """
-    slots, row = codes.data.shape[0], row_elements(dtype, dim)
-    held = {"model": model_dtype, "fp8": "float8_e4m3fn"}.get(dtype, "uint8")
-    groups = 1 if codes.scale is None else codes.scale.shape[-1]
-    coded = dtype != "model"
+    found = (tensor.device.type, str(tensor.dtype)[6:], tuple(tensor.shape))
+    if found != ("cpu", dtype, shape) or tensor.stride(-1) != 1:
+        raise ValueError(f"C was to be given vectors of cpu {dtype} {shape}, this is {found}")
+    return VectorsStruct(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def codes_struct(codes: CodesView, model: str, slots: int) -> CodesStruct:
+    """Where flat codes of so many slots lie.
+
+    Raises:
+        ValueError: where data, scales and minima are not those of this number of slots.
+    """
+    dtype, dim, groups = codes.dtype, codes.dim, codes.groups
+    held = {"model": model, "fp8": "float8_e4m3fn"}.get(dtype, "uint8")
+    coded, row = dtype != "model", row_elements(dtype, dim)
     if (codes.scale is not None) != coded or (codes.minimum is not None) != has_minimum(dtype):
         raise ValueError(f"codes of {dtype} with scale {codes.scale}, minimum {codes.minimum}")
     if dim > MAX_DIM or dim % groups:
@@ -190,7 +261,7 @@ def codes_struct(codes: Codes, dtype: KVDtype, dim: int, model_dtype: str) -> Co
         data=address(codes.data, held, slots, row),
         scale=_meta(codes.scale, slots, groups),
         minimum=_meta(codes.minimum, slots, groups),
-        dtype=DTYPES[dtype if coded else model_dtype],
+        dtype=DTYPES[dtype if coded else model],
         dim=dim,
         groups=groups,
         row_bytes=row * codes.data.element_size(),

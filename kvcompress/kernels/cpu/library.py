@@ -14,8 +14,8 @@ from kvcompress.kernels.cpu.layout import (
     DTYPES,
     STRUCTS,
     CodesStruct,
+    CompactionStruct,
     LayerStruct,
-    PromptStruct,
     StepStruct,
 )
 
@@ -60,7 +60,7 @@ class Library:
             raise ValueError(f"this processor cannot run {name!r} kernels")
 
     def decode(self, layer: LayerStruct, step: StepStruct) -> None:
-        """One decode step of a layer, see src/decode.h.
+        """One decode step of a layer, see src/decode.c.
 
         Raises:
             MemoryError: nothing is changed then.
@@ -75,9 +75,9 @@ class Library:
         if self._library.kvc_leaving(byref(layer), position, flags):
             raise MemoryError("no memory for the rows of a decode step")
 
-    def compact(self, keys: CodesStruct, values: CodesStruct, prompt: PromptStruct) -> None:
+    def compact(self, keys: CodesStruct, values: CodesStruct, told: CompactionStruct) -> None:
         """Encode chosen tokens of a prompt into their slots, see src/compact.c."""
-        self._library.kvc_compact(byref(keys), byref(values), byref(prompt))
+        self._library.kvc_compact(byref(keys), byref(values), byref(told))
 
     def linear8(
         self, x: Tensor, weight: Tensor, scale: Tensor, row_sum: Tensor, bias: Tensor | None
@@ -172,8 +172,7 @@ def _opened(path: Path) -> Library | Absent:
         return Absent(f"{path.name} cannot be loaded: {error}")
     sizes = (c_int64 * len(STRUCTS))()
     library.kvc_sizes(sizes)
-    found = [*sizes, library.kvc_prompt_size()]
-    if found != [ctypes.sizeof(struct) for struct in (*STRUCTS, PromptStruct)]:
+    if list(sizes) != [ctypes.sizeof(struct) for struct in STRUCTS]:
         return Absent(f"{path.name} was built from other sources; install kvcompress again")
     return Library(path, _share_threads(library), library)
 
@@ -196,10 +195,9 @@ def _declare(library: CDLL) -> None:
     library.kvc_decode.argtypes = [POINTER(LayerStruct), POINTER(StepStruct)]
     library.kvc_leaving.argtypes = [POINTER(LayerStruct), POINTER(c_int32), POINTER(c_int32)]
     library.kvc_compact.argtypes = [
-        *(POINTER(CodesStruct), POINTER(CodesStruct), POINTER(PromptStruct))
+        *(POINTER(CodesStruct), POINTER(CodesStruct), POINTER(CompactionStruct))
     ]
     library.kvc_compact.restype = None
-    library.kvc_prompt_size.restype = c_int64
     library.kvc_use_openmp.argtypes = [c_void_p]
     library.kvc_use_openmp.restype = None
     library.kvc_sizes.argtypes = [POINTER(c_int64)]

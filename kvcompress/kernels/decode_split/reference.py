@@ -14,6 +14,17 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.view import (
+    CodesView,
+    GroupView,
+    HeadsView,
+    PartsView,
+    PiecesView,
+    Reach,
+    RowsView,
+    Softmax,
+    TokenView,
+)
 from kvcompress.plan import KVDtype
 from kvcompress.quant.codec import Codes
 
@@ -132,3 +143,62 @@ def _value_tile(data: Tensor, dtype: KVDtype, dim: int, channels: slice) -> Tens
 def _tiles(segments: int, slots: int, dim: int) -> list[tuple[int, int]]:
     step = max(64, TILE_ELEMENTS // max(1, segments * dim))
     return [(low, min(slots, low + step)) for low in range(0, slots, step)]
+
+
+# ---- the flat form, of the static cache
+def sees(now: Tensor, position: Tensor, start: Tensor, reach: Reach) -> Tensor:
+    """Whether the query at `now` may see stored tokens; −1 is none."""
+    seen = position >= 0
+    if reach.window:
+        seen = seen & (position > now - reach.window)
+    if reach.block:
+        same = (position - start).div(reach.block, rounding_mode="floor")
+        seen = seen & (same == (now - start).div(reach.block, rounding_mode="floor"))
+    return seen
+
+
+def decode_pieces(
+    token: TokenView,
+    heads: HeadsView,
+    group: GroupView,
+    pieces: PiecesView,
+    rows: RowsView,
+    softmax: Softmax,
+    reach: Reach,
+    parts: PartsView,
+    logits: Tensor | None,
+) -> None:
+    """`decode_split` of one query per row over every piece of a group.
+
+    Args:
+        parts: written from `pieces.first_work` on.
+        logits: ``[G, Ns]`` float32, written for slots below Ns that the query may see; or None.
+    """
+    queries, now = parts.accumulated.shape[1], rows.seen - 1
+    center, scale = heads.constants
+    for index, (first, slots, row, head) in enumerate(pieces.work.tolist()):
+        part = slice(first, first + slots)
+        model_head = int(heads.number[head])
+        query = token.query[row, model_head * queries :][:queries, 0].float() * softmax.scaling
+        visible = sees(now, group.position[part].long(), rows.start[row].long(), reach)
+        found = decode_split(
+            (query * scale[head])[None],
+            (query * center[head]).sum(-1)[None],
+            _cut(group.k, part),
+            _cut(group.v, part),
+            group.k.dtype,
+            group.v.dtype,
+            visible[None, None],
+            softmax.softcap,
+        )
+        at = pieces.first_work + index
+        parts.accumulated[at] = found.accumulated[0]
+        parts.maximum[at] = found.maximum[0]
+        parts.total[at] = found.total[0]
+        if logits is not None and first < logits.shape[1]:
+            logits[:, part] = found.logits[0]
+
+
+def _cut(codes: CodesView, part: slice) -> Codes:
+    scale, minimum = (None if t is None else t[part][None] for t in (codes.scale, codes.minimum))
+    return Codes(codes.data[part][None], scale, minimum)

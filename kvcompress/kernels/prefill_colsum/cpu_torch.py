@@ -18,6 +18,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.view import Softmax
+
 BLOCK_ELEMENTS: Final = 1 << 20  # logits at a time on a CPU: 4 MB, stays in its cache
 _DEVICE_ELEMENTS: Final = 1 << 25  # elsewhere: few launches, and still small beside a layer
 _FEWEST_ROWS, _MOST_ROWS = 16, 256
@@ -67,20 +69,6 @@ class Sight:
         if self.hidden is not None:
             hidden |= self.hidden(torch.arange(rows.start, rows.stop, device=device), key)
         logits[..., seen:].masked_fill_(hidden, -torch.inf)
-
-
-@dataclass(frozen=True, slots=True)
-class Softmax:
-    """How logits become attention.
-
-    Attributes:
-        softcap: logits become softcap·tanh(logit / softcap); None leaves them.
-        sinks: ``[Hq]`` learned logits that join every softmax without a value, or None.
-    """
-
-    scaling: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
 
 def attend_with_sums(

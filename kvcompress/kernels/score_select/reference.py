@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kvcompress.evict.keepset import HeadRules, priority
 from kvcompress.evict.scorers import Scorer, scorer
-from kvcompress.kernels.decode_split.flat import sees
+from kvcompress.kernels.decode_split.reference import sees
+from kvcompress.kernels.view import GroupView, PiecesView, RowsView, RuleView, Weakest
 
 
 def rules_of(bits: Tensor) -> HeadRules:
@@ -19,12 +20,12 @@ def scorer_of(mean: bool) -> Scorer:
     return scorer("mean" if mean else "raw")
 
 
-def vote_weight(now: Tensor, start: Tensor, valid: Tensor | None, vote: str, rows: int) -> Tensor:
+def vote_weight(rows: RowsView, vote: str, queries: int) -> Tensor:
     """``[B]`` weight of each query's attention: nothing, ``one``, or ``index`` + 1 as in lift."""
-    weight = torch.zeros_like(start, dtype=torch.float32)
+    weight = torch.zeros_like(rows.start, dtype=torch.float32)
     if vote != "none":
-        weight += 1.0 if vote == "one" else (now - start).float() + 1.0
-    return (weight if valid is None else weight * valid) / rows
+        weight += 1.0 if vote == "one" else (rows.seen - 1 - rows.start).float() + 1.0
+    return (weight if rows.valid is None else weight * rows.valid) / queries
 
 
 def pinned_in(spans: Tensor | None, number: Tensor) -> Tensor:
@@ -35,104 +36,64 @@ def pinned_in(spans: Tensor | None, number: Tensor) -> Tensor:
 
 
 def ranks(
-    bits: Tensor,
+    rule: RuleView,
+    rows: RowsView,
+    at: tuple[int, int],
     position: Tensor,
     score: Tensor,
     in_class: Tensor,
-    window: Tensor,
-    now: Tensor,
-    start: Tensor,
-    first_vote: Tensor,
-    spans: Tensor | None,
-    mean: bool,
 ) -> Tensor:
-    """Priorities of tokens ``[N]`` of one head, −1 for a position that is empty or out of sight."""
+    """Priorities of tokens ``[N]`` of one row and head `at`, −∞ where one is out of sight."""
+    row, head = at
+    bits, start = rule.bits[head], rows.start[row].long()
+    held = position.masked_fill(~sees(rows.seen, position, start, rule.reach), -1)
     return priority(
         rules_of(bits.view(1)),
-        scorer_of(mean),
-        torch.zeros_like(position),
-        window,
-        position,
+        scorer_of(rule.mean),
+        torch.zeros_like(held),
+        rule.windows[at],
+        held,
         score if int(bits) & 16 else None,
-        now + 1 - torch.maximum(position, first_vote),
-        now,
+        rows.seen - torch.maximum(held, rule.first_vote),
+        rows.seen - 1,
         in_class,
-        pinned_in(spans, position - start),
+        pinned_in(None if rule.spans is None else rule.spans[row], held - start),
     )
 
 
 def score_select(
     logits: Tensor | None,
     lse: Tensor,
-    score: Tensor | None,
-    position: Tensor,
-    work: Tensor,
-    base: Tensor,
     granted: Tensor,
-    windows: Tensor,
-    bits: Tensor,
-    start: Tensor,
-    seen: Tensor,
-    first_vote: Tensor,
-    valid: Tensor | None,
-    spans: Tensor | None,
-    first_head: int,
-    vote: str,
-    mean: bool,
-    window: int,
-    block: int,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
+    group: GroupView,
+    pieces: PiecesView,
+    rows: RowsView,
+    rule: RuleView,
+) -> Weakest:
     """Raise the scores by the token's attention, then rank what every piece holds.
 
     Args:
-        logits: ``[G, Ns]`` of this group's scored slots, as `decode_split` left them, or None.
-        lse: ``[B, H, G]`` of the whole softmax.
-        score: ``[Ns + 1]`` float32, changed in place, or None.
-        position, work, window, block, chunk: as for `decode_split`.
-        base: ``[B, Hg]`` int64 first slot of each segment of the group.
-        granted: ``[B, H]`` int32 slots that a segment may use: its first ones.
-        windows: ``[B, H]`` int32 local windows; bits: ``[H]``, see `row_advance.rule_bits`.
-        start: ``[B]``, the token's own included; seen: int64 scalar with it.
-        first_vote: int64 scalar, first position whose votes counted.
-        valid, spans: as for `row_advance`.
-        first_head: of the group, in the layer's own order.
-        vote: ``none``, ``one`` (raw sums and means) or ``index`` (lift).
-        mean: whether scores are ranked per vote.
-
-    Returns:
-        Per piece the lowest priority float32 and the first flat slot int64 that has it; +inf where
-        nothing may be given up, −inf where a slot is free.
+        logits: ``[G, Ns]`` of this group's scored slots, as `decode_pieces` left them, or None.
+        lse: ``[B, H, G]``, see `Combined`; granted: ``[B, H]``, see `Advanced`.
+        group: its scores are changed in place.
+        rows: the token's own start included.
     """
-    now = seen - 1
-    rank = torch.empty(len(work), device=lse.device)
-    slot = torch.empty(len(work), dtype=torch.int64, device=lse.device)
-    weight = vote_weight(now, start, valid, vote, lse.shape[-1])
-    for index, (first, slots, row, head) in enumerate(work.tolist()):
-        part = slice(first, first + slots)
-        held, begin = position[part].long(), start[row].long()
-        scored = bool(int(bits[head]) & 16) and score is not None
-        if scored and logits is not None and vote != "none":
-            share = torch.exp(logits[:, part] - lse[row, head, :, None]) * weight[row]
-            share = share.sum(0).masked_fill(~sees(now, held, begin, window, block), 0.0)
-            assert score is not None
-            score[part] += share
-        own = score[part] if scored and score is not None else torch.zeros(slots)
-        held = held.masked_fill(~sees(now + 1, held, begin, window, block), -1)
-        only = bool(int(bits[head]) & 3) and not int(bits[head]) & 8
-        value = ranks(
-            bits[head],
-            held,
-            own,
-            torch.full_like(held, only, dtype=torch.bool),
-            windows[row, head],
-            now,
-            begin,
-            first_vote,
-            None if spans is None else spans[row],
-            mean,
-        )
-        low = first - int(base[row, head - first_head])
+    rank = torch.empty(len(pieces.work), device=lse.device)
+    slot = torch.empty(len(pieces.work), dtype=torch.int64, device=lse.device)
+    weight = vote_weight(rows, rule.vote, lse.shape[-1])
+    for index, (first, slots, row, head) in enumerate(pieces.work.tolist()):
+        part, bits = slice(first, first + slots), int(rule.bits[head])
+        held, own = group.position[part].long(), torch.zeros(slots)
+        if bits & 16 and group.score is not None:
+            if logits is not None and rule.vote != "none":
+                seen = sees(rows.seen - 1, held, rows.start[row].long(), rule.reach)
+                share = torch.exp(logits[:, part] - lse[row, head, :, None]) * weight[row]
+                group.score[part] += share.sum(0).masked_fill(~seen, 0.0)
+            own = group.score[part]
+        only = bool(bits & 3) and not bits & 8
+        in_class = torch.full_like(held, only, dtype=torch.bool)
+        value = ranks(rule, rows, (row, head), held, own, in_class)
+        low = first - int(pieces.base[row, head - pieces.first_head])
         value[max(0, int(granted[row, head]) - low) :] = torch.inf
         rank[index], slot[index] = value.min(), first + int(value.argmin())
-    return rank, slot
+    return Weakest(rank, slot)

@@ -14,6 +14,14 @@ from torch import Tensor
 from kvcompress.kernels.available import triton_status
 from kvcompress.kernels.cpu import layout
 from kvcompress.kernels.cpu.library import Library, library
+from kvcompress.kernels.view import (
+    CodesView,
+    KeyConstants,
+    PromptView,
+    Reach,
+    Softmax,
+    VotersView,
+)
 from kvcompress.runtime.store.segments import SegmentStore
 
 
@@ -48,10 +56,8 @@ def column_sums(
 
     device = query.device
     first = torch.zeros(len(query), dtype=torch.int64, device=device)
-    return prefill_colsum(
-        *(query, key, normaliser, place.to(device), weight, first),
-        *(scaling, softcap or 0.0, most or 0),
-    )
+    voters = VotersView(query, key, normaliser, place.to(device), weight, first)
+    return prefill_colsum(voters, Softmax(scaling, softcap), Reach(most or 0, 0))
 
 
 def encode_kept(
@@ -80,10 +86,17 @@ def encode_kept(
         return False
     from kvcompress.kernels.compact_quantize.triton import compact_quantize
 
-    kind = store.kind
-    codes = (store.keys, store.values)
-    compact_quantize(key, value, kept, slots, *constants, *codes, kind.k_dtype, kind.v_dtype)
+    prompt = PromptView(key, value, kept, slots)
+    compact_quantize(prompt, KeyConstants(*constants), *_codes(store))
     return True
+
+
+def _codes(store: SegmentStore) -> tuple[CodesView, CodesView]:
+    kind = store.kind
+    return (
+        CodesView.of(store.keys, kind.k_dtype, store.head_dim),
+        CodesView.of(store.values, kind.v_dtype, store.value_dim),
+    )
 
 
 def _c_serves(key: Tensor, value: Tensor) -> bool:
@@ -96,28 +109,26 @@ def _encode_in_c(
     key: Tensor,
     value: Tensor,
     kept: Tensor,
-    slots: Tensor,
+    slot: Tensor,
     constants: tuple[Tensor, Tensor],
     store: SegmentStore,
 ) -> None:
     key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
-    center, scale = (t.contiguous() for t in constants)
-    batch, heads, tokens, dim = key.shape
-    count, model, kind = len(slots), str(key.dtype)[6:], store.kind
-    keys = layout.codes_struct(store.keys, kind.k_dtype, store.head_dim, model)
-    values = layout.codes_struct(store.values, kind.v_dtype, store.value_dim, model)
-    if (dim, value.shape) != (keys.dim, (batch, heads, tokens, values.dim)):
-        raise ValueError(f"keys {tuple(key.shape)}, values {tuple(value.shape)}")
-    bounds = torch.tensor([[batch], [heads], [tokens], [keys.slots]])
-    places = torch.cat([kept, slots[None]])
-    if keys.slots != values.slots or not bool(((places >= 0) & (places < bounds)).all()):
+    batch, heads, tokens, _ = key.shape
+    count, model, slots = len(slot), str(key.dtype)[6:], len(store.position)
+    bounds = torch.tensor([[batch], [heads], [tokens], [slots]])
+    places = torch.cat([kept, slot[None]])
+    if not bool(((places >= 0) & (places < bounds)).all()):
         raise ValueError("kept tokens, or their slots, lie outside of what they are named in")
-    first = layout.address(places, "int64", 4, count)
-    prompt = layout.PromptStruct(
-        *(key.data_ptr(), value.data_ptr(), *key.stride()[:3], *value.stride()[:3]),
-        *(first + 8 * count * line for line in range(4)),
-        count,
-        *(layout.address(t, "float32", heads, dim) for t in (center, scale)),
-        *(layout.DTYPES[model], torch.get_num_threads(), batch, heads, tokens),
+    prompt = PromptView(key, value, kept.contiguous(), slot.contiguous())
+    axes = {"B": batch, "H": heads, "T": tokens, "D": store.head_dim, "Dv": store.value_dim}
+    keys = KeyConstants(*(t.contiguous() for t in constants))
+    kernels.compact(
+        *(layout.codes_struct(codes, model, slots) for codes in _codes(store)),
+        layout.CompactionStruct(
+            layout.pack(layout.PromptStruct, prompt, model, kept=count, **axes),
+            layout.pack(layout.ConstantsStruct, keys, model, **axes),
+            *(count, batch, heads, tokens),
+            *(layout.DTYPES[model], torch.get_num_threads()),
+        ),
     )
-    kernels.compact(keys, values, prompt)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from kvcompress.evict.score_queries import far_weight, votes_for_its_stride
-from kvcompress.kernels.prefill_colsum.cpu_torch import Sight, Softmax, attend_with_sums, row_sums
+from kvcompress.kernels.prefill_colsum.cpu_torch import Sight, attend_with_sums, row_sums
 from kvcompress.kernels.prefill_colsum.sdpa import attention_with_normaliser
+from kvcompress.kernels.view import Softmax
 from kvcompress.runtime.prompt import prompt_kernels
 from kvcompress.runtime.store.attend import Chunk, first_positions, voting_rows
 from kvcompress.runtime.store.state import LayerState

@@ -1,7 +1,7 @@
 """A decode step of the static cache by the Triton kernels.
 
 The same rules as `static.attend` and `static.step`, in five kernels:
-  decode_split    attention over each piece of a group's segments
+  decode_pieces   attention over each piece of a group's segments
   decode_combine  the pieces, the exact tokens, the token itself: the layer's output
   row_advance     what leaves the exact slots, and room in the heads
   score_select    votes on stored tokens, and the weakest of each piece
@@ -23,6 +23,22 @@ from kvcompress.evict.scorers.attention import LiftScorer, MeanScorer
 from kvcompress.kernels import ops, tuning
 from kvcompress.kernels.available import triton_status
 from kvcompress.kernels.row_advance.reference import rule_bits
+from kvcompress.kernels.view import (
+    CodesView,
+    ExactView,
+    GroupView,
+    HeadsView,
+    KeyConstants,
+    PartsView,
+    PiecesView,
+    Reach,
+    RoomView,
+    RowsView,
+    RuleView,
+    Softmax,
+    StepView,
+    TokenView,
+)
 from kvcompress.runtime.static.state import StaticGroup, StaticState
 from kvcompress.runtime.store.state import LayerSettings
 
@@ -151,198 +167,75 @@ def triton_step(
 ) -> Tensor:
     """As `kvcompress.runtime.static.step.decode_step`."""
     settings = state.settings
-    query, key, value = (_rows(t) for t in (query, key, value))
     valid = None if valid is None else valid.contiguous()
     flags = None if flags is None else flags.contiguous()
-    parts = _attend_codes(state, tables, query, value, scaling, softcap)
-    out, lse, exact_logits = ops.decode_combine(
-        query,
-        key,
-        value,
-        state.exact_k,
-        state.exact_v,
-        state.exact_position,
-        state.heads,
-        parts.accumulated,
-        parts.maximum,
-        parts.total,
-        tables.chunks,
-        state.start,
-        state.counter,
-        valid,
-        sinks,
-        scaling,
-        softcap or 0.0,
-        settings.window or 0,
-        settings.block or 0,
-    )
-    notes, granted = ops.row_advance(
-        state.exact_position,
-        state.exact_class,
-        state.row_seen,
-        state.start,
-        state.class_counts,
-        state.counter,
-        valid,
-        flags,
-        state.budget,
-        state.cap,
-        state.capacity,
-        tables.bits,
-        state.spans,
+    token = TokenView(_rows(query), _rows(key), _rows(value), flags)
+    reach = Reach(settings.window or 0, settings.block or 0)
+    exact = ExactView(
+        *(state.exact_k, state.exact_v, state.exact_position, state.exact_class),
         settings.sink_tokens,
     )
-    for number in range(len(state.groups)):
-        weakest = _weakest(state, tables, number, parts.logits[number], lse, granted, valid)
-        softmax = (exact_logits, lse, notes, granted)
-        _append(state, tables, number, key, value, softmax, weakest, valid)
-    return out
-
-
-@dataclass(slots=True)
-class _Parts:
-    """What `decode_split` leaves of a layer, and per group the logits of scored slots."""
-
-    accumulated: Tensor
-    maximum: Tensor
-    total: Tensor
-    logits: list[Tensor | None]
-
-
-def _attend_codes(
-    state: StaticState,
-    tables: StepTables,
-    query: Tensor,
-    value: Tensor,
-    scaling: float,
-    softcap: float | None,
-) -> _Parts:
-    rows, settings = query.shape[1] // value.shape[1], state.settings
-    accumulated = state.center.new_empty(tables.pieces, rows, value.shape[-1])
-    maximum = state.center.new_empty(tables.pieces, rows)
-    total = torch.empty_like(maximum)
-    logits = [
-        group.score.new_empty(rows, group.score.shape[0] - 1)
-        if tables.vote != "none" and group.score is not None
-        else None
-        for group in state.groups
-    ]
-    for number, group in enumerate(state.groups):
-        ops.decode_split(
-            query,
-            state.heads,
-            state.center,
-            state.scale,
-            *_parts(group),
-            group.position,
-            tables.work[number],
-            state.start,
-            state.counter,
-            accumulated,
-            maximum,
-            total,
-            logits[number],
-            tables.first_work[number],
-            scaling,
-            softcap or 0.0,
-            settings.window or 0,
-            settings.block or 0,
-            tables.chunk[number],
-        )
-    return _Parts(accumulated, maximum, total, logits)
-
-
-def _weakest(
-    state: StaticState,
-    tables: StepTables,
-    number: int,
-    logits: Tensor | None,
-    lse: Tensor,
-    granted: Tensor,
-    valid: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Votes of the token, then rank and slot of the weakest stored one in each piece of a group."""
-    group, settings = state.groups[number], state.settings
-    return ops.score_select(
-        logits,
-        lse,
-        group.score,
-        group.position,
-        tables.work[number],
-        group.base,
-        granted,
-        state.windows,
-        tables.bits,
-        state.start,
-        state.counter,
-        state.first_vote,
-        valid,
-        state.spans,
-        group.span.start,
-        tables.vote,
-        tables.mean,
-        settings.window or 0,
-        settings.block or 0,
-        tables.chunk[number],
+    heads = HeadsView(state.heads, KeyConstants(state.center, state.scale), tables.chunks)
+    rows = RowsView(state.counter, state.start, state.row_seen, state.class_counts, valid)
+    rule = RuleView(
+        *(tables.bits, state.windows, state.first_vote, state.spans, tables.vote, tables.mean),
+        reach,
     )
+    softmax = Softmax(scaling, softcap, sinks)
+    groups = [
+        (_group(group, query.shape[-1], value.shape[-1]), _pieces(group, tables, number))
+        for number, group in enumerate(state.groups)
+    ]
+    parts = _empty_parts(tables, query, value)
+    logits = []
+    for group, pieces in groups:
+        logits.append(_empty_logits(group, tables, parts))
+        ops.decode_pieces(token, heads, group, pieces, rows, softmax, reach, parts, logits[-1])
+    combined = ops.decode_combine(token, exact, heads, parts, rows, softmax, reach)
+    room = RoomView(state.budget, state.cap, state.capacity)
+    advanced = ops.row_advance(flags, exact, rows, room, rule)
+    for number, (group, pieces) in enumerate(groups):
+        weakest = ops.score_select(
+            logits[number], combined.lse, advanced.granted, group, pieces, rows, rule
+        )
+        step = StepView(combined, advanced, weakest)
+        initial = _initial(state, state.groups[number], key)
+        ops.kv_append(token, exact, heads, group, pieces, rows, rule, step, initial)
+    return combined.out
 
 
-def _append(
-    state: StaticState,
-    tables: StepTables,
-    number: int,
-    key: Tensor,
-    value: Tensor,
-    softmax: tuple[Tensor, Tensor, Tensor, Tensor],
-    weakest: tuple[Tensor, Tensor],
-    valid: Tensor | None,
-) -> None:
-    group, settings = state.groups[number], state.settings
-    ops.kv_append(
-        key,
-        value,
-        state.exact_k,
-        state.exact_v,
-        state.heads,
-        state.center,
-        state.scale,
-        *_parts(group),
+def _group(group: StaticGroup, head_dim: int, value_dim: int) -> GroupView:
+    return GroupView(
+        CodesView.of(group.keys, group.k_dtype, head_dim),
+        CodesView.of(group.values, group.v_dtype, value_dim),
         group.position,
         group.score,
         group.recent_score,
-        _initial(state, group, key),
-        *softmax,
-        *weakest,
-        tables.chunks,
-        state.windows,
-        tables.bits,
-        state.start,
-        state.counter,
-        state.first_vote,
-        valid,
-        state.spans,
-        group.span.start,
-        group.base.shape[1],
-        tables.first_work[number],
-        settings.sink_tokens,
-        tables.vote,
-        tables.mean,
-        settings.window or 0,
-        settings.block or 0,
     )
+
+
+def _pieces(group: StaticGroup, tables: StepTables, number: int) -> PiecesView:
+    work, first_work = tables.work[number], tables.first_work[number]
+    return PiecesView(work, group.base, group.span.start, first_work, tables.chunk[number])
+
+
+def _empty_parts(tables: StepTables, query: Tensor, value: Tensor) -> PartsView:
+    shape = (tables.pieces, query.shape[1] // value.shape[1])
+    maximum = query.new_empty(shape, dtype=torch.float32)
+    accumulated = query.new_empty(*shape, value.shape[-1], dtype=torch.float32)
+    return PartsView(accumulated, maximum, torch.empty_like(maximum))
+
+
+def _empty_logits(group: GroupView, tables: StepTables, parts: PartsView) -> Tensor | None:
+    """``[G, Ns]`` for the logits of a group's scored slots, where they vote."""
+    if tables.vote == "none" or group.score is None:
+        return None
+    return group.score.new_empty(parts.maximum.shape[1], group.score.shape[0] - 1)
 
 
 def _rows(t: Tensor) -> Tensor:
     """With adjacent channels, as the kernels read them."""
     return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _parts(
-    group: StaticGroup,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, str, str]:
-    k, v = group.keys, group.values
-    codes = (k.data, k.scale, k.minimum, v.data, v.scale, v.minimum)
-    return (*codes, group.k_dtype, group.v_dtype)
 
 
 def _initial(state: StaticState, group: StaticGroup, key: Tensor) -> Tensor | None:

@@ -20,6 +20,7 @@ from kvcompress.evict.scorers.attention import LiftScorer, MeanScorer
 from kvcompress.evict.scorers.base import PromptScorer
 from kvcompress.kernels.cpu import layout
 from kvcompress.kernels.cpu.library import Library, library
+from kvcompress.kernels.view import CodesView, ExactView, GroupView, KeyConstants
 from kvcompress.runtime.step.store_token import grow
 from kvcompress.runtime.store.attend import Chunk
 from kvcompress.runtime.store.state import Group, LayerSettings, LayerState
@@ -192,25 +193,18 @@ class FusedStep:
         if not view.fits(query, key, value):
             shapes = [tuple(t.shape) for t in (query, key, value)]
             raise ValueError(f"query, key and value {shapes} of a token, in {query.dtype}")
-        step = view.step
-        view.alive = [query, key, value, out, token.flags]
-        step.query, step.key, step.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
-        step.query_row, step.query_head = query.stride(0), query.stride(1)
-        step.key_row, step.key_head = key.stride(0), key.stride(1)
-        step.value_row, step.value_head = value.stride(0), value.stride(1)
+        flags = None if token.flags is None else token.flags.contiguous()
+        sinks = None if token.sinks is None else token.sinks.float().contiguous()
+        view.alive = [query, key, value, out, flags, sinks]
+        step, softmax = view.step, view.softmax
+        for told, t in zip(view.vectors, (query, key, value), strict=True):
+            told.data = t.data_ptr()
+            told.row, told.head, told.token, _ = t.stride()
+        view.token.flags = None if flags is None else flags.data_ptr()
+        softmax.scaling, softmax.softcap = token.scaling, token.softcap or 0.0
+        softmax.sinks = None if sinks is None else sinks.data_ptr()
         step.out = out.data_ptr()
-        step.flags = None
-        if token.flags is not None:
-            flags = token.flags.contiguous()
-            view.alive.append(flags)
-            step.flags = flags.data_ptr()
-        step.sinks = None
-        if token.sinks is not None:
-            sinks = token.sinks.float().contiguous()
-            view.alive.append(sinks)
-            step.sinks = sinks.data_ptr()
         step.position, step.first_vote = token.position, state.first_vote
-        step.scaling, step.softcap = token.scaling, token.softcap or 0.0
         voting = self._voting
         step.vote, step.per_vote, step.newest = voting.vote, voting.per_vote, voting.newest
         step.what = layout.ATTEND | layout.STORE
@@ -241,11 +235,14 @@ class _View:
     """A state as the kernel's structures; it keeps alive what they point to."""
 
     def __init__(self, state: LayerState, queries: int) -> None:
-        self.alive: list[Any] = []
+        self.alive: list[Tensor | None] = []
         center, scale = state.settings.key_constants(state.start.device)
-        self._constants = (center.contiguous(), scale.contiguous())
-        structs = [_group(state, group) for group in state.groups]
-        self._groups = (layout.GroupStruct * len(structs))(*structs)
+        self._constants = KeyConstants(center.contiguous(), scale.contiguous())
+        self._groups = (layout.GroupStruct * len(state.groups))()
+        self._keeps = (layout.KeepStruct * len(state.groups))()
+        for number, group in enumerate(state.groups):
+            self._groups[number] = _group(state, group)
+            self._keeps[number] = _keep(state, group)
         segments = [
             (capacity, number, row, member)
             for number, group in enumerate(state.groups)
@@ -265,39 +262,31 @@ class _View:
         self.step = layout.StepStruct()
         self.step.victim = cast(self._victim, POINTER(c_int64))
         self.step.own_score = cast(self._own_score, POINTER(c_float))
+        self.token, self.softmax = self.step.token, self.step.softmax
+        self.vectors = (self.token.query, self.token.key, self.token.value)
 
     def _layer(self, state: LayerState, queries: int) -> layout.LayerStruct:
         settings, exact_k = state.settings, state.exact_k
-        batch, heads, exact, dim = exact_k.shape
-        value_dim, flags = state.exact_v.shape[-1], state.exact_class
-        model = str(exact_k.dtype)[6:]
-        center, scale = (layout.address(t, "float32", heads, dim) for t in self._constants)
+        batch, heads, held, dim = exact_k.shape
+        value_dim, model = state.exact_v.shape[-1], str(exact_k.dtype)[6:]
+        exact = ExactView(
+            *(exact_k, state.exact_v, state.exact_position, state.exact_class),
+            settings.sink_tokens,
+        )
+        axes = {"B": batch, "H": heads, "E": held, "D": dim, "Dv": value_dim}
         self._fits = (
             (exact_k.dtype, (batch, heads * queries, 1, dim)),
             (exact_k.dtype, (batch, heads, 1, dim)),
             (exact_k.dtype, (batch, heads, 1, value_dim)),
         )
         return layout.LayerStruct(
-            batch=batch,
-            heads=heads,
-            queries=queries,
-            dim=dim,
-            value_dim=value_dim,
-            sinks=settings.sink_tokens,
-            exact=exact,
-            dtype=layout.DTYPES[model],
-            exact_k=layout.address(exact_k, model, batch, heads, exact, dim),
-            exact_v=layout.address(state.exact_v, model, batch, heads, exact, value_dim),
-            exact_position=layout.address(state.exact_position, "int32", batch, exact),
-            exact_class=None if flags is None else layout.address(flags, "uint8", batch, exact),
-            start=layout.address(state.start, "int32", batch),
-            center=center,
-            scale=scale,
-            window=settings.window or 0,
-            block=settings.block or 0,
-            groups=pointer(self._groups[0]),
-            segments=pointer(self._segments[0]),
-            segment_count=len(self._segments),
+            *(batch, heads, queries, dim, value_dim, held, layout.DTYPES[model]),
+            layout.pack(layout.ExactStruct, exact, model, **axes),
+            layout.pack(layout.ConstantsStruct, self._constants, model, **axes),
+            layout.ReachStruct(settings.window or 0, settings.block or 0),
+            layout.address(state.start, "int32", batch),
+            *map(pointer, (self._groups[0], self._keeps[0], self._segments[0])),
+            len(self._segments),
         )
 
     def fits(self, *vectors: Tensor) -> bool:
@@ -317,33 +306,36 @@ class _View:
 
 
 def _group(state: LayerState, group: Group) -> layout.GroupStruct:
-    store, rules = group.store, group.rules
+    store, kind = group.store, group.store.kind
     batch, members, slots = state.batch, len(group.heads), store.position.shape[0]
-    model = str(state.exact_k.dtype)[6:]
-    recent = group.recent_score
     if sorted(len(line) for line in store.capacities) != [members] * batch:
         raise ValueError(f"capacities of {batch} rows and {members} heads: {store.capacities}")
     if not all(0 <= head < state.exact_k.shape[1] for head in group.heads):
         raise ValueError(f"heads {group.heads} of {state.exact_k.shape[1]}")
     pairs = zip(store.starts, store.capacities, strict=True)
     layout.check_segments([own for pair in pairs for own in zip(*pair, strict=True)], slots)
+    if {store.score is not None, group.recent_score is not None} != {kind.scored}:
+        raise ValueError(f"scores of a group with {kind}")
+    view = GroupView(
+        CodesView.of(store.keys, kind.k_dtype, store.head_dim),
+        CodesView.of(store.values, kind.v_dtype, store.value_dim),
+        store.position,
+        store.score,
+        group.recent_score,
+    )
+    axes = {"N": slots, "Ns": slots, "B": batch, "Ms": members, "R": state.settings.recent_tokens}
+    return layout.pack(layout.GroupStruct, view, str(state.exact_k.dtype)[6:], **axes)
+
+
+def _keep(state: LayerState, group: Group) -> layout.KeepStruct:
+    rules, batch, members = group.rules, state.batch, len(group.heads)
     by_row = rules.classes.ndim == 2
     own = (batch, members) if by_row else (members,)
-    scored = store.kind.scored
-    if (store.score is not None) != scored or (recent is not None) != scored:
-        raise ValueError(f"scores of a group with {store.kind}")
-    return layout.GroupStruct(
-        keys=layout.codes_struct(store.keys, store.kind.k_dtype, store.head_dim, model),
-        values=layout.codes_struct(store.values, store.kind.v_dtype, store.value_dim, model),
-        position=layout.address(store.position, "int32", slots),
-        score=None if store.score is None else layout.address(store.score, "float32", slots),
-        recent_score=None
-        if recent is None
-        else layout.address(recent, "float32", batch, members, state.settings.recent_tokens),
-        windows=layout.address(group.windows, "int32", batch, members),
-        classes=layout.address(rules.classes, "int64", *own),
-        by_score=layout.address(rules.by_score, "bool", *own),
-        keeps_rest=layout.address(rules.keeps_rest, "bool", *own),
-        rules_stride=members if by_row else 0,
-        members=members,
+    return layout.KeepStruct(
+        layout.address(group.windows, "int32", batch, members),
+        layout.address(rules.classes, "int64", *own),
+        layout.address(rules.by_score, "bool", *own),
+        layout.address(rules.keeps_rest, "bool", *own),
+        members if by_row else 0,
+        members,
     )

@@ -226,7 +226,7 @@ static void dots_vnni(const kvc_codes *c, int64_t first, int64_t n, const kvc_qu
 }
 
 static void keys_vnni(const kvc_codes *c, int64_t first, int64_t n, const kvc_query *q, const kvc_sight *s,
-                      float *out, int64_t stride, const kvc_softmax *m, uint8_t *tile) {
+                      float *out, int64_t stride, const kvc_part *m, uint8_t *tile) {
     if (!integer(c)) {
         keys(c, first, n, q, s, out, stride, m, tile);
         return;
@@ -381,7 +381,7 @@ static inline const uint8_t *bytes_of(const kvc_codes *c, int64_t slot, int64_t 
 }
 
 static void values_vnni(const kvc_codes *c, int64_t first, int64_t n, int32_t width, const kvc_sight *s,
-                        float *weight, int64_t stride, int32_t rows, const kvc_softmax *m, float *sum,
+                        float *weight, int64_t stride, int32_t rows, const kvc_part *m, float *sum,
                         int64_t sum_stride, uint8_t *tile) {
     if (!integer(c)) {
         values(c, first, n, width, s, weight, stride, rows, m, sum, sum_stride, tile);

@@ -1,13 +1,12 @@
 /* One decoded token per row through one layer: attention over [exact ; codes ; the token itself] in
  * one softmax, scores, eviction, and the leaving token encoded over its victim.
  *
- * The rules are those of runtime/attend.py and runtime/insert.py. A segment is the work of one
+ * The rules are those of runtime/store/attend.py and runtime/step/store_token.py. A segment is the work of one
  * thread, or, where there are few of them, in chunks that are merged at the end.
  */
 #include <math.h>
 #include <string.h>
 
-#include "decode.h"
 #include "encode.h"
 
 #define PUNCT_SCORE 0x1p110f
@@ -74,19 +73,19 @@ static void prepare(const job *j, const kvc_segment *s, partial *p) {
     const kvc_layer *y = j->layer;
     const kvc_step *step = j->step;
     const int g = y->queries, dim = y->dim, size = y->dtype == KVC_F32 ? 4 : 2;
-    const float *center = y->center + (int64_t)s->head * dim, *scale = y->scale + (int64_t)s->head * dim;
+    const float *center = y->constants.center + (int64_t)s->head * dim, *scale = y->constants.scale + (int64_t)s->head * dim;
     kvc_query *q = &p->query;
     q->rows = g, q->dim = dim, q->padded = (int32_t)up(dim, 64);
     q->value = p->code_query, q->high = p->high, q->low = p->low;
     memset(p->high, 0, (size_t)(4 * g * q->padded));
     memset(p->low, 0, (size_t)(4 * g * q->padded));
     for (int r = 0; r < g; r++) {
-        const int64_t at = s->row * step->query_row + ((int64_t)s->head * g + r) * step->query_head;
+        const int64_t at = s->row * step->token.query.row + ((int64_t)s->head * g + r) * step->token.query.head;
         float *exact = p->exact_query + r * dim, *code = p->code_query + r * dim, most = 0;
-        kvc_from_model((const char *)step->query + at * size, y->dtype, dim, exact);
+        kvc_from_model((const char *)step->token.query.data + at * size, y->dtype, dim, exact);
         float offset = 0, sum = 0;
         for (int i = 0; i < dim; i++) {
-            exact[i] *= step->scaling;
+            exact[i] *= step->softmax.scaling;
             offset += exact[i] * center[i];
             code[i] = exact[i] * scale[i];
             sum += code[i];
@@ -108,15 +107,15 @@ static void prepare(const job *j, const kvc_segment *s, partial *p) {
             for (int t = 0; t < 16; t += 4) high[t] = (int8_t)h, low[t] = (int8_t)(v - h * 256);
             held += v;
         }
-        q->rest[r] = kvc_middle(&y->groups[s->group].keys) * (float)((double)sum - (double)q->unit[r] * (double)held);
+        q->rest[r] = kvc_middle(&y->groups[s->group].k) * (float)((double)sum - (double)q->unit[r] * (double)held);
     }
 }
 
 /* First position that a query at `now` of a row can see. */
 static int32_t first_seen(const kvc_layer *y, int32_t row, int64_t now) {
     int64_t first = 0;
-    if (y->window > 0) first = now - y->window + 1;
-    if (y->block > 0) first = y->start[row] + (now - y->start[row]) / y->block * y->block;
+    if (y->reach.window > 0) first = now - y->reach.window + 1;
+    if (y->reach.block > 0) first = y->start[row] + (now - y->start[row]) / y->reach.block * y->reach.block;
     return (int32_t)(first < 0 ? 0 : first);
 }
 
@@ -143,7 +142,7 @@ static int workspace_of(const kvc_layer *y, uint8_t *memory, workspace *w, int64
     w->scale = take(&at, KVC_CHUNK * 2);
     w->minimum = take(&at, KVC_CHUNK * 2);
     w->scaled = take(&at, (int64_t)y->queries * KVC_CHUNK * 4);
-    w->logits = take(&at, (int64_t)y->queries * (y->exact + 1) * 4);
+    w->logits = take(&at, (int64_t)y->queries * (y->held + 1) * 4);
     w->sum = take(&at, (int64_t)y->queries * y->value_dim * 4);
     w->tile = take(&at, KVC_TILE * widest * 4);
     *bytes = at - memory;
@@ -153,7 +152,7 @@ static int workspace_of(const kvc_layer *y, uint8_t *memory, workspace *w, int64
 /* The channels of a further scale. */
 static void weigh_part(const kvc_isa *isa, const kvc_codes *values, int64_t slot, int64_t n, int low,
                        int width, const kvc_sight *sight, const float *weight, const partial *p,
-                       const kvc_softmax *m, float *sum, int64_t sum_stride, uint8_t *tile) {
+                       const kvc_part *m, float *sum, int64_t sum_stride, uint8_t *tile) {
     const int rows = p->query.rows;
     for (int r = 0; r < rows; r++) {
         const float *x = weight + r * p->stride;
@@ -167,11 +166,11 @@ static void weigh_part(const kvc_isa *isa, const kvc_codes *values, int64_t slot
 static void check_segment(const kvc_layer *y, const kvc_segment *s) {
     const kvc_group *g = y->groups + s->group;
     KVC_CHECK(s->group >= 0 && s->row >= 0 && s->row < y->batch && s->head >= 0 && s->head < y->heads);
-    KVC_CHECK(s->member >= 0 && s->member < g->members);
-    KVC_CHECK(s->start >= 0 && s->capacity >= 0 && s->start + s->capacity <= g->keys.slots);
-    KVC_CHECK(g->keys.slots == g->values.slots && g->keys.dim == y->dim && g->values.dim == y->value_dim);
+    KVC_CHECK(s->member >= 0 && s->member < y->keeps[s->group].members);
+    KVC_CHECK(s->start >= 0 && s->capacity >= 0 && s->start + s->capacity <= g->k.slots);
+    KVC_CHECK(g->k.slots == g->v.slots && g->k.dim == y->dim && g->v.dim == y->value_dim);
     KVC_CHECK(y->queries <= KVC_MAX_ROWS && y->dim <= KVC_MAX_DIM && y->value_dim <= KVC_MAX_DIM);
-    KVC_CHECK(y->sinks >= 0 && y->sinks < y->exact);
+    KVC_CHECK(y->exact.sinks >= 0 && y->exact.sinks < y->held);
     (void)g;
 }
 
@@ -179,19 +178,19 @@ static void check_segment(const kvc_layer *y, const kvc_segment *s) {
 static void attend_chunk(const job *j, const kvc_segment *s, partial *p, int64_t chunk, workspace *w) {
     const kvc_layer *y = j->layer;
     const kvc_group *group = y->groups + s->group;
-    const kvc_codes *keys = &group->keys, *values = &group->values;
+    const kvc_codes *keys = &group->k, *values = &group->v;
     const kvc_isa *isa = j->isa;
     const int64_t low = chunk * KVC_CHUNK, slot = s->start + low;
     const int64_t n = s->capacity - low < KVC_CHUNK ? s->capacity - low : KVC_CHUNK;
     const int g = y->queries;
     float *weight = p->weight + low, *sum = p->sum + chunk * g * j->sum_stride;
     float shift[KVC_MAX_ROWS] = {0};
-    const kvc_softmax softmax = {p->top + chunk * g, p->total + chunk * g, shift, w->scaled};
+    const kvc_part softmax = {p->top + chunk * g, p->total + chunk * g, shift, w->scaled};
     kvc_sight sight = {meta_of(keys, keys->scale, slot, n, 0, w->scale),
                        meta_of(keys, keys->minimum, slot, n, 0, w->minimum),
                        group->position + slot,
                        first_seen(y, s->row, j->step->position),
-                       j->step->softcap,
+                       j->step->softmax.softcap,
                        p->offset};
     isa->keys(keys, slot, n, &p->query, &sight, weight, p->stride, &softmax, w->tile);
     memset(sum, 0, (size_t)(g * j->sum_stride) * 4);
@@ -218,22 +217,22 @@ static void attend_exact(const job *j, const kvc_segment *s, const partial *p, w
     const kvc_layer *y = j->layer;
     const kvc_step *step = j->step;
     const int g = y->queries, dim = y->dim, size = y->dtype == KVC_F32 ? 4 : 2;
-    const int64_t head = (int64_t)s->row * y->heads + s->head, stride = y->exact + 1;
+    const int64_t head = (int64_t)s->row * y->heads + s->head, stride = y->held + 1;
     const int32_t first = first_seen(y, s->row, step->position);
-    const int32_t *position = y->exact_position + (int64_t)s->row * y->exact;
-    kvc_codes exact = {(char *)y->exact_k + head * y->exact * dim * size, NULL, NULL, y->dtype, dim, 1,
-                       dim * size, y->exact};
+    const int32_t *position = y->exact.position + (int64_t)s->row * y->held;
+    kvc_codes exact = {(char *)y->exact.k + head * y->held * dim * size, NULL, NULL, y->dtype, dim, 1,
+                       dim * size, y->held};
     kvc_codes own = exact;
     own.slots = 1;
-    own.data = (char *)step->key + (s->row * step->key_row + s->head * step->key_head) * size;
+    own.data = (char *)step->token.key.data + (s->row * step->token.key.row + s->head * step->token.key.head) * size;
     kvc_query q = p->query;
     q.value = p->exact_query;
-    j->isa->dots(&exact, 0, y->exact, &q, w->logits, stride, w->tile);
-    j->isa->dots(&own, 0, 1, &q, w->logits + y->exact, stride, w->tile);
+    j->isa->dots(&exact, 0, y->held, &q, w->logits, stride, w->tile);
+    j->isa->dots(&own, 0, 1, &q, w->logits + y->held, stride, w->tile);
     for (int r = 0; r < g; r++) {
         float *x = w->logits + r * stride;
-        j->isa->logits(x, y->exact, NULL, NULL, 0, 0, step->softcap, position, first);
-        j->isa->logits(x + y->exact, 1, NULL, NULL, 0, 0, step->softcap, NULL, 0);
+        j->isa->logits(x, y->held, NULL, NULL, 0, 0, step->softmax.softcap, position, first);
+        j->isa->logits(x + y->held, 1, NULL, NULL, 0, 0, step->softmax.softcap, NULL, 0);
     }
 }
 
@@ -244,37 +243,38 @@ static void merge(const job *j, const kvc_segment *s, partial *p, int r, workspa
     const kvc_step *step = j->step;
     const int g = y->queries, dim = y->value_dim, size = y->dtype == KVC_F32 ? 4 : 2;
     const int64_t head = (int64_t)s->row * y->heads + s->head, query = (int64_t)s->head * g + r;
-    float *x = w->logits + r * (y->exact + 1), *out = w->sum + r * dim;
-    float *factor = p->factor, top = j->isa->maximum(x, y->exact + 1);
+    float *x = w->logits + r * (y->held + 1), *out = w->sum + r * dim;
+    float *factor = p->factor, top = j->isa->maximum(x, y->held + 1);
     for (int64_t c = 0; c < p->chunks; c++) top = p->top[c * g + r] > top ? p->top[c * g + r] : top;
-    if (step->sinks && step->sinks[query] > top) top = step->sinks[query];
-    float total = j->isa->exponentials(x, y->exact + 1, top, NULL, NULL, NULL, NULL);
-    if (step->sinks) total += expf(step->sinks[query] - top);
+    if (step->softmax.sinks && step->softmax.sinks[query] > top) top = step->softmax.sinks[query];
+    float total = j->isa->exponentials(x, y->held + 1, top, NULL, NULL, NULL, NULL);
+    if (step->softmax.sinks) total += expf(step->softmax.sinks[query] - top);
     for (int64_t c = 0; c < p->chunks; c++) {
         factor[c] = p->top[c * g + r] == -INFINITY ? 0 : expf(p->top[c * g + r] - top);
         total += factor[c] * p->total[c * g + r];
     }
-    for (int i = 0; i <= y->exact; i++) x[i] /= total;
+    for (int i = 0; i <= y->held; i++) x[i] /= total;
     memset(out, 0, (size_t)dim * 4);
     for (int64_t c = 0; c < p->chunks; c++) {
         factor[c] /= total;
         j->isa->add_scaled(out, p->sum + (c * g + r) * j->sum_stride, dim, factor[c]);
     }
-    kvc_codes exact = {(char *)y->exact_v + head * y->exact * dim * size, NULL, NULL, y->dtype, dim, 1,
-                       dim * size, y->exact};
+    kvc_codes exact = {(char *)y->exact.v + head * y->held * dim * size, NULL, NULL, y->dtype, dim, 1,
+                       dim * size, y->held};
     kvc_codes own = exact;
     own.slots = 1;
-    own.data = (char *)step->value + (s->row * step->value_row + s->head * step->value_head) * size;
-    j->isa->weigh(&exact, 0, y->exact, 0, dim, x, y->exact + 1, 1, out, dim, w->tile);
-    j->isa->weigh(&own, 0, 1, 0, dim, x + y->exact, 1, 1, out, dim, w->tile);
+    own.data = (char *)step->token.value.data + (s->row * step->token.value.row + s->head * step->token.value.head) * size;
+    j->isa->weigh(&exact, 0, y->held, 0, dim, x, y->held + 1, 1, out, dim, w->tile);
+    j->isa->weigh(&own, 0, 1, 0, dim, x + y->held, 1, 1, out, dim, w->tile);
     const int64_t to = (s->row * (int64_t)y->heads * g + query) * dim;
     kvc_to_model(out, y->dtype, dim, (char *)step->out + to * size);
 }
 
 static float *recent_scores(const kvc_layer *y, const kvc_segment *s) {
     const kvc_group *group = y->groups + s->group;
+    const int64_t members = y->keeps[s->group].members;
     if (!group->recent_score) return NULL;
-    return group->recent_score + (s->row * group->members + s->member) * (y->exact - y->sinks);
+    return group->recent_score + (s->row * members + s->member) * (y->held - y->exact.sinks);
 }
 
 /* Add the attention of query row r to the scores of everything that it saw; gives the token's own. */
@@ -283,7 +283,7 @@ static float vote(const job *j, const kvc_segment *s, const partial *p, int r, w
     const kvc_step *step = j->step;
     const kvc_group *group = y->groups + s->group;
     if (!group->recent_score || step->vote == KVC_NO_VOTE || step->position < step->first_vote) return 0;
-    const float *exact = w->logits + r * (y->exact + 1);
+    const float *exact = w->logits + r * (y->held + 1);
     float count = 1.0f / (float)y->queries;
     if (step->vote == KVC_LIFT) count *= (float)(step->position - y->start[s->row]) + 1.0f;
     for (int64_t c = 0; c < p->chunks; c++) {
@@ -293,36 +293,36 @@ static float vote(const job *j, const kvc_segment *s, const partial *p, int r, w
             j->isa->add_scaled(group->score + s->start + low, p->weight + r * p->stride + low, n,
                                p->factor[c] * count);
     }
-    j->isa->add_scaled(recent_scores(y, s), exact + y->sinks, y->exact - y->sinks, count);
-    return exact[y->exact] * count;
+    j->isa->add_scaled(recent_scores(y, s), exact + y->exact.sinks, y->held - y->exact.sinks, count);
+    return exact[y->held] * count;
 }
 
 static kvc_rules rules_of(const job *j, const kvc_segment *s) {
     const kvc_layer *y = j->layer;
-    const kvc_group *group = y->groups + s->group;
-    const int64_t now = j->step->position, at = s->row * group->rules_stride + s->member;
-    const int64_t window = group->windows[s->row * group->members + s->member];
+    const kvc_keep *keep = y->keeps + s->group;
+    const int64_t now = j->step->position, at = s->row * keep->stride + s->member;
+    const int64_t window = keep->windows[s->row * keep->members + s->member];
     kvc_rules u;
     u.first = first_seen(y, s->row, now + 1);
     u.local_from = (int32_t)(now + 1 - window > 0 ? now + 1 - window : 0);
     u.now = now;
     u.first_vote = j->step->first_vote;
-    u.by_score = group->by_score[at];
+    u.by_score = keep->by_score[at];
     u.per_vote = j->step->per_vote;
-    u.keeps_rest = group->keeps_rest[at];
-    u.in_class = group->classes[at] != 0 && !group->keeps_rest[at];
+    u.keeps_rest = keep->keeps_rest[at];
+    u.in_class = keep->classes[at] != 0 && !keep->keeps_rest[at];
     return u;
 }
 
 /* The score of the token that leaves the exact ones, as `class_score` raises it. */
 static float leaving_score(const job *j, const kvc_segment *s) {
     const kvc_layer *y = j->layer;
-    const kvc_group *group = y->groups + s->group;
+    const kvc_keep *keep = y->keeps + s->group;
     const int32_t place = j->place[s->row];
-    float score = recent_scores(y, s)[place - y->sinks];
-    if (!y->exact_class) return score;
-    const int64_t flags = y->exact_class[s->row * y->exact + place] &
-                          group->classes[s->row * group->rules_stride + s->member];
+    float score = recent_scores(y, s)[place - y->exact.sinks];
+    if (!y->exact.flags) return score;
+    const int64_t flags = y->exact.flags[s->row * y->held + place] &
+                          keep->classes[s->row * keep->stride + s->member];
     return flags & SPECIAL_FLAG ? SPECIAL_SCORE : flags & PUNCT_FLAG ? PUNCT_SCORE : score;
 }
 
@@ -331,15 +331,16 @@ static int64_t choose_victim(const job *j, const kvc_segment *s) {
     const kvc_layer *y = j->layer;
     const kvc_group *group = y->groups + s->group;
     const int32_t place = j->place[s->row];
-    const int32_t position = y->exact_position[s->row * y->exact + place];
+    const int32_t position = y->exact.position[s->row * y->held + place];
     if (position < 0 || !s->capacity) return -1;
     kvc_rules u = rules_of(j, s);
     float held, own, score = group->score ? leaving_score(j, s) : 0;
     const int64_t slot =
         s->start + j->isa->victim(group->position + s->start, group->score ? group->score + s->start : NULL,
                                   s->capacity, &u, &held);
-    const int64_t classes = group->classes[s->row * group->rules_stride + s->member];
-    u.in_class = y->exact_class && (y->exact_class[s->row * y->exact + place] & classes) != 0;
+    const kvc_keep *keep = y->keeps + s->group;
+    const int64_t classes = keep->classes[s->row * keep->stride + s->member];
+    u.in_class = y->exact.flags && (y->exact.flags[s->row * y->held + place] & classes) != 0;
     j->isa->victim(&position, group->score ? &score : NULL, 1, &u, &own);
     return own >= held && own > -INFINITY ? slot : -1;
 }
@@ -367,27 +368,27 @@ static void put(const job *j, int64_t number) {
     const kvc_group *group = y->groups + s->group;
     const int32_t place = j->place[s->row];
     const int size = y->dtype == KVC_F32 ? 4 : 2;
-    const int64_t at = ((int64_t)s->row * y->heads + s->head) * y->exact + place;
-    char *key = (char *)y->exact_k + at * y->dim * size, *value = (char *)y->exact_v + at * y->value_dim * size;
+    const int64_t at = ((int64_t)s->row * y->heads + s->head) * y->held + place;
+    char *key = (char *)y->exact.k + at * y->dim * size, *value = (char *)y->exact.v + at * y->value_dim * size;
     const int64_t slot = step->victim[number];
     if (slot >= 0) {
         KVC_CHECK(slot >= s->start && slot < s->start + s->capacity);
         float x[KVC_MAX_DIM];
-        const float *center = y->center + (int64_t)s->head * y->dim, *scale = y->scale + (int64_t)s->head * y->dim;
+        const float *center = y->constants.center + (int64_t)s->head * y->dim, *scale = y->constants.scale + (int64_t)s->head * y->dim;
         kvc_from_model(key, y->dtype, y->dim, x);
         for (int i = 0; i < y->dim; i++) x[i] = (x[i] - center[i]) / scale[i];
-        kvc_encode(&group->keys, slot, x, y->dtype);
+        kvc_encode(&group->k, slot, x, y->dtype);
         kvc_from_model(value, y->dtype, y->value_dim, x);
-        kvc_encode(&group->values, slot, x, y->dtype);
-        group->position[slot] = y->exact_position[(int64_t)s->row * y->exact + place];
+        kvc_encode(&group->v, slot, x, y->dtype);
+        group->position[slot] = y->exact.position[(int64_t)s->row * y->held + place];
         if (group->score) group->score[slot] = leaving_score(j, s);
     }
-    memcpy(key, (const char *)step->key + (s->row * step->key_row + s->head * step->key_head) * size,
+    memcpy(key, (const char *)step->token.key.data + (s->row * step->token.key.row + s->head * step->token.key.head) * size,
            (size_t)(y->dim * size));
-    memcpy(value, (const char *)step->value + (s->row * step->value_row + s->head * step->value_head) * size,
+    memcpy(value, (const char *)step->token.value.data + (s->row * step->token.value.row + s->head * step->token.value.head) * size,
            (size_t)(y->value_dim * size));
     float *recent = recent_scores(y, s);
-    if (recent) recent[place - y->sinks] = step->own_score[number];
+    if (recent) recent[place - y->exact.sinks] = step->own_score[number];
 }
 
 /* ---- work items */
@@ -466,9 +467,9 @@ static void share_out(job *j, uint8_t *memory) {
 /* The exact slot of each row's token: that of the oldest one behind the sinks. */
 static void find_places(const kvc_layer *y, int32_t *place) {
     for (int32_t b = 0; b < y->batch; b++) {
-        const int32_t *position = y->exact_position + (int64_t)b * y->exact;
-        place[b] = y->sinks;
-        for (int32_t i = y->sinks + 1; i < y->exact; i++)
+        const int32_t *position = y->exact.position + (int64_t)b * y->held;
+        place[b] = y->exact.sinks;
+        for (int32_t i = y->exact.sinks + 1; i < y->held; i++)
             if (position[i] < position[place[b]]) place[b] = i;
     }
 }
@@ -479,9 +480,9 @@ KVC_EXPORT int32_t kvc_leaving(const kvc_layer *y, int32_t *position, int32_t *f
     if (!place) return -1;
     find_places(y, place);
     for (int32_t b = 0; b < y->batch; b++) {
-        const int64_t at = (int64_t)b * y->exact + place[b];
-        position[b] = y->exact_position[at];
-        flags[b] = y->exact_class && position[b] >= 0 ? y->exact_class[at] : 0;
+        const int64_t at = (int64_t)b * y->held + place[b];
+        position[b] = y->exact.position[at];
+        flags[b] = y->exact.flags && position[b] >= 0 ? y->exact.flags[at] : 0;
     }
     return 0;
 }
@@ -513,15 +514,18 @@ KVC_EXPORT int32_t kvc_decode(const kvc_layer *y, const kvc_step *step) {
         kvc_parallel(count, slots > SMALL / 4 ? step->threads : 1, whole_segment, &j);
     if (j.failed) return -1;
     for (int32_t b = 0; b < y->batch && (step->what & KVC_STORE); b++) {
-        const int64_t at = (int64_t)b * y->exact + place[b];
-        y->exact_position[at] = (int32_t)step->position;
-        if (y->exact_class) y->exact_class[at] = step->flags ? step->flags[b] : 0;
+        const int64_t at = (int64_t)b * y->held + place[b];
+        y->exact.position[at] = (int32_t)step->position;
+        if (y->exact.flags) y->exact.flags[at] = step->token.flags ? step->token.flags[b] : 0;
     }
     return 0;
 }
 
-/* Sizes of the structures, for whoever mirrors them. */
+/* Sizes of the structures in view.h, in its order, for whoever mirrors them. */
 KVC_EXPORT void kvc_sizes(int64_t *out) {
-    out[0] = sizeof(kvc_codes), out[1] = sizeof(kvc_group), out[2] = sizeof(kvc_segment);
-    out[3] = sizeof(kvc_layer), out[4] = sizeof(kvc_step);
+    const size_t sizes[] = {sizeof(kvc_codes),     sizeof(kvc_vectors), sizeof(kvc_group),   sizeof(kvc_keep),
+                            sizeof(kvc_segment),   sizeof(kvc_exact),   sizeof(kvc_constants), sizeof(kvc_reach),
+                            sizeof(kvc_layer),     sizeof(kvc_token),   sizeof(kvc_softmax), sizeof(kvc_step),
+                            sizeof(kvc_prompt),    sizeof(kvc_compaction)};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) out[i] = (int64_t)sizes[i];
 }

@@ -404,7 +404,7 @@ static float dot(const float *x, const uint16_t *y, int64_t n) {
 
 /* ---- codes and softmax */
 static void keys(const kvc_codes *c, int64_t first, int64_t n, const kvc_query *q, const kvc_sight *s,
-                 float *out, int64_t stride, const kvc_softmax *m, uint8_t *tile) {
+                 float *out, int64_t stride, const kvc_part *m, uint8_t *tile) {
     dots(c, first, n, q, out, stride, tile);
     for (int r = 0; r < q->rows; r++)
         m->top[r] = logits(out + r * stride, n, s->scale, s->minimum, q->sum[r], s->offset[r], s->softcap,
@@ -412,7 +412,7 @@ static void keys(const kvc_codes *c, int64_t first, int64_t n, const kvc_query *
 }
 
 static void values(const kvc_codes *c, int64_t first, int64_t n, int32_t width, const kvc_sight *s,
-                   float *weight, int64_t stride, int32_t rows, const kvc_softmax *m, float *sum,
+                   float *weight, int64_t stride, int32_t rows, const kvc_part *m, float *sum,
                    int64_t sum_stride, uint8_t *tile) {
     for (int r = 0; r < rows; r++)
         m->total[r] = exponentials(weight + r * stride, n, m->top[r] == -INFINITY ? 0 : m->top[r], s->scale,

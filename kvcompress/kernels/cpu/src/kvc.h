@@ -1,13 +1,12 @@
-/* Shared by the CPU kernels: how vectors lie in memory, and what one instruction set offers.
- *
- * Plain C11 without headers of torch or Python. Every structure here is mirrored by a
- * ctypes.Structure in kvcompress/kernels/cpu/layout.py; `kvc_sizes` lets that file check itself.
- */
+/* Shared by the CPU kernels: how they work on vectors, and what one instruction set offers. Plain C11
+ * without headers of torch or Python. */
 #ifndef KVC_H
 #define KVC_H
 
 #include <stddef.h>
 #include <stdint.h>
+
+#include "view.h"
 
 #if defined(_WIN32)
 #define KVC_EXPORT __declspec(dllexport)
@@ -45,15 +44,6 @@ enum {
 #else
 #define KVC_CHECK(holds) ((void)0)
 #endif
-
-/* Vectors of one kind, a row of `row_bytes` for each slot; see quant/codec.py. */
-typedef struct {
-    void *data;
-    uint16_t *scale;   /* [slots, groups] float16; NULL for uncoded vectors */
-    uint16_t *minimum; /* [slots, groups] float16; NULL without */
-    int32_t dtype, dim, groups, row_bytes;
-    int64_t slots;
-} kvc_codes;
 
 /* The number that codes lie around: a rounded factor is off by its rounding error times what codes
  * deviate from it, once the errors' sum times it has been added. */
@@ -97,7 +87,7 @@ typedef struct {
 typedef struct {
     float *top, *total, *shift; /* [rows] */
     float *scaled;              /* [rows, KVC_CHUNK] room for weights times scales */
-} kvc_softmax;
+} kvc_part;
 
 typedef struct {
     const char *name;
@@ -107,11 +97,11 @@ typedef struct {
                  int64_t stride, uint8_t *tile);
     /* logits of n ≤ KVC_CHUNK tokens, −inf where a token is not seen, and softmax.top */
     void (*keys)(const kvc_codes *, int64_t first, int64_t n, const kvc_query *, const kvc_sight *,
-                 float *logits, int64_t stride, const kvc_softmax *, uint8_t *tile);
+                 float *logits, int64_t stride, const kvc_part *, uint8_t *tile);
     /* weight = e^(logit − top), softmax.total and .shift, and what `weigh` gives of the first `width`
      * channels, whose scales and minima `sight` has */
     void (*values)(const kvc_codes *, int64_t first, int64_t n, int32_t width, const kvc_sight *,
-                   float *weight, int64_t stride, int32_t rows, const kvc_softmax *, float *sum,
+                   float *weight, int64_t stride, int32_t rows, const kvc_part *, float *sum,
                    int64_t sum_stride, uint8_t *tile);
     /* sum[r * sum_stride + channel] += Σ_t weight[r * stride + t] · code (first + t, channel), for the
      * channels low ≤ channel < low + width, in an order that only `settle` knows */

@@ -1,4 +1,4 @@
-"""The references of the flat kernels: attention in float64, and the torch decode step."""
+"""The references of the kernels of a step: attention in float64, and the torch decode step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kvcompress.kernels.decode_split.flat import decode_split
+from kvcompress.kernels.decode_split.reference import decode_pieces
 from kvcompress.runtime.hf.attach import attach
 from kvcompress.runtime.static import triton_step as static_triton
 from kvcompress.runtime.static.cache import StaticCompressedCache
@@ -29,12 +29,12 @@ def _no_gradients() -> Iterator[None]:
 
 @pytest.mark.parametrize(("k", "v", "dim", "value_dim", "rows"), SHAPES)
 def test_split(k, v, dim, value_dim, rows):
-    check_split(decode_split, split(k, v, dim, value_dim, rows), TOLERANCE)
+    check_split(decode_pieces, split(k, v, dim, value_dim, rows), TOLERANCE)
 
 
 @pytest.mark.parametrize("settings", [{"softcap": 5.0}, {"window": 120}, {"block": 64}], ids=str)
 def test_what_a_query_may_see(settings):
-    check_split(decode_split, split("int8", "int4", 32, 32, 3, batch=2, **settings), TOLERANCE)
+    check_split(decode_pieces, split("int8", "int4", 32, 32, 3, batch=2, **settings), TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,6 @@ def test_a_step_by_the_references_equals_the_step_by_torch(family, names, settin
 def test_a_piece_is_never_longer_than_the_chunk():
     """Many short pieces and few long ones give the same step."""
     case = split("int8", "int8", 32, 32, 2, chunk=16, capacities=(37, 0, 90))
-    lengths = case.arguments["work"][:, 1].tolist()
+    lengths = case.pieces.work[:, 1].tolist()
     assert lengths == [16, 16, 5, *[16] * 5, 10]
-    check_split(decode_split, case, TOLERANCE)
+    check_split(decode_pieces, case, TOLERANCE)
