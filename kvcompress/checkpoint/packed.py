@@ -39,7 +39,7 @@ def import_bitsandbytes() -> None:
     sys.modules["kernels"] = None  # type: ignore[assignment]  # how Python spells "cannot be found"
     try:
         importlib.import_module("bitsandbytes")
-    except ImportError:  # whoever needs it says so
+    except ImportError:  # a caller that needs it raises its own error
         pass
     finally:
         del sys.modules["kernels"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvcompress.rules import FastGenChoice
 
 LOW_QUANTILE: Final = 0.05  # of rows, as in `kvcompress.profile.measure`
-_ROUNDING: Final = 1e-9  # 0.1 · 30 is not 3
+_ROUNDING: Final = 1e-9  # taken off before rounding up: in floats 0.1 · 30 is above 3
 
 
 def pooled_budgets(rank: Tensor, budget: Tensor, floor: float) -> list[list[int]]:

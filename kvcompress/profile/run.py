@@ -69,8 +69,8 @@ from kvcompress.tokenizer import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HEAD_PROMPTS: Final = 4  # read twice for the scores of heads
-KEY_PROMPTS: Final = 8  # moments of 8 k tokens are exact enough: 4 k are, see `keystats`
+HEAD_PROMPTS: Final = 4  # prompts that are read twice for the scores of heads
+KEY_PROMPTS: Final = 8  # prompts for the key constants; moments of 4 k tokens are exact enough
 SHARE_QUANTILE: Final = 0.95
 Progress = Callable[[int, int], None]  # (finished steps, all steps)
 

@@ -24,7 +24,7 @@ from kvcompress.quant.weights.base import linear_layers, output_heads
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WEIGHT_PROMPTS: Final = 4  # each layer and format costs a forward of each
+WEIGHT_PROMPTS: Final = 4  # each layer and format takes a forward of each of these prompts
 ROUNDED: Final[tuple[WeightScheme, ...]] = ("int8", "nf4")
 
 

@@ -178,7 +178,7 @@ class _Runs:
             return finding
         try:
             tokens, logits = self.generate(**way)
-        except Exception as error:  # whatever it is, the user would meet it
+        except Exception as error:  # any error here is one that a user would get
             text = str(error).strip().split("\n")[0]
             return replace(finding, status="no", note=f"generate fails: {text}")
         rows = same_text_steps(tokens, wanted[0])
