@@ -343,7 +343,7 @@ def recall_within(plan: Plan, memory_bytes: int, context_tokens: int, batch: int
         tried = with_window(blocks)
         return kv_bytes(tried, context_tokens, batch) + recalled_bytes(tried, context_tokens, batch)
 
-    # digests come and go GROW_BLOCKS at a time: bytes rise from one such step to the next
+    # Digests are allocated GROW_BLOCKS at a time, so bytes rise from one such step to the next.
     most = max(1, -(-(context_tokens - exact) // recall.block_tokens))
     steps = range(1, most + 1, GROW_BLOCKS)
     first = steps[max(0, bisect_right(steps, memory_bytes, key=held) - 1)]

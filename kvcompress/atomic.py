@@ -224,7 +224,9 @@ def _put_in_place(staged: Path, target: Path) -> None:
         return
     old = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _lock(old)  # under the staged name in a moment: nobody else clears it
+        _lock(
+            old
+        )  # it gets the hidden name in a moment, and the lock keeps others from clearing it
         if _exchange(staged, target):
             shutil.rmtree(staged, ignore_errors=True)
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvcompress.bundle import files, manifest
-from kvcompress.bundle.checks import problem_of
+from kvcompress.bundle.checks import check_parts
 from kvcompress.bundle.manifest import Manifest
 from kvcompress.bundle.source import as_bundle_error
 from kvcompress.checkpoint.load import (
@@ -117,9 +117,7 @@ def open_bundle(path: Path | str) -> Bundle:
         tokenizer=tokenizer,
     )
     with as_bundle_error():
-        problem = problem_of(opened)
-    if problem is not None:
-        raise BundleError(problem)
+        check_parts(opened)
     return opened
 
 

@@ -129,7 +129,7 @@ def export(
     job = _prepare(Path(profile), model, plan, recipe, weights, measured or {})
     _check_space(target, job)
     with _one_line(target), atomic.directory(target) as staged:
-        _check_target(target, overwrite)  # another export may have ended since
+        _check_target(target, overwrite)  # another export may have written it meanwhile
         note(f"loading {job.source.id} and storing its weights as {job.format.name}")
         _check_weights(Path(profile), job)
         expected, found = _write_weights(job, staged, device_map)
@@ -262,7 +262,7 @@ def _one_line(target: Path) -> Iterator[None]:
             raise BundleError(f"{target}: {error.strerror}; {todo}") from error
         reason = error.strerror or str(error)
         raise BundleError(f"{target}: the bundle cannot be written ({reason})") from error
-    except SafetensorError as error:  # how safetensors reports what the system said
+    except SafetensorError as error:  # safetensors wraps the system's errors
         if any(f"(os error {code})" in str(error) for code in _FULL_DISK):
             raise BundleError(f"{target}: the weights do not fit on the disk; {todo}") from error
         raise BundleError(f"{target}: the weights cannot be written: {error}") from error

@@ -136,7 +136,7 @@ def load_tokenizer(found: Checkpoint, **options: object) -> PreTrainedTokenizerB
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             found.folder, **found.place, **options
         )
-        # settings of a wrong type are only met when they are used
+        # settings of a wrong type raise only when they are used
         ids = tokenizer("A word.", return_tensors="pt").input_ids[0]
         if not len(ids):
             raise UnsupportedModelError(
@@ -243,7 +243,7 @@ def _gguf_options(found: Checkpoint, options: dict[str, object]) -> dict[str, ob
     if options.get("dtype") == "auto":
         options["dtype"] = torch.bfloat16
     made: dict[str, object] = {"dtype": torch.bfloat16}
-    kind = getattr(transformers, "GgufConfig", None)  # releases before it always unpack
+    kind = getattr(transformers, "GgufConfig", None)  # releases without it always unpack
     return made if kind is None else {**made, "quantization_config": kind(dequantize=True)}
 
 
@@ -261,13 +261,13 @@ def reading(name: str, what: str) -> Iterator[None]:
     except Exception as error:
         raise _refusal(name, what, error) from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # how the tokenizers' Rust code ends
+        if type(error).__name__ != "PanicException":  # raised by the tokenizers' Rust code
             raise
         raise _refusal(name, what, error) from None
 
 
 def _refusal(name: str, what: str, error: BaseException) -> UnsupportedModelError:
-    if "trust_remote_code" in str(error):  # an option that we do not have
+    if "trust_remote_code" in str(error):  # transformers advises an option that we refuse
         return UnsupportedModelError(
             f"{name}: its {what} is code of the model's own, which is never run; give a model that "
             "transformers has"

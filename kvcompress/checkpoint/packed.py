@@ -48,7 +48,7 @@ def import_bitsandbytes() -> None:
     torch.compile = partial(_compile_later, compile_now)
     try:
         importlib.import_module("bitsandbytes")
-    except ImportError:  # whoever needs it says so
+    except ImportError:  # a caller that needs it raises its own error
         pass
     finally:
         torch.compile = compile_now

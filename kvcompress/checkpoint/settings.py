@@ -111,7 +111,7 @@ def _entries(value: object) -> Iterator[tuple[str, object]]:
     """Every (key, value) of all objects in `value`."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield str(key), inner  # of a value in memory, a label's number
+            yield str(key), inner  # keys are numbers in the labels of a configuration in memory
             yield from _entries(inner)
     elif isinstance(value, list):
         for inner in value:

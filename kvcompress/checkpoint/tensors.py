@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WEIGHTS: Final = "model.safetensors"
-LARGEST: Final = 65504.0  # of float16, in which scales are stored; weights are below 1000
+LARGEST: Final = 65504.0  # the largest float16, as scales are stored; weights are below 1000
 _PER_BYTE: Final = 8  # weights that one byte of a file can hold at most
 _WHOLE: Final = "give a complete model"
 

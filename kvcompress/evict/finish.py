@@ -56,7 +56,7 @@ def output_weight(module: nn.Module, heads: int, width: int) -> Tensor | None:
         eye = torch.eye(heads * width, dtype=dtype, device=weight.device)
         try:
             rows = layer(eye) - layer(torch.zeros_like(eye[:1]))
-        except RuntimeError:  # reads another number of channels
+        except RuntimeError:  # this layer reads another number of channels
             continue
         return rows.float().unflatten(0, (heads, width)).transpose(1, 2)
     return None

@@ -7,13 +7,16 @@ token, so that the same prompt always gets the same decision.
 from __future__ import annotations
 
 import math
-from typing import Final, Literal
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from kvcompress.rules import FastGenChoice
+
 LOW_QUANTILE: Final = 0.05  # of rows, as in `kvcompress.profile.measure`
-_ROUNDING: Final = 1e-9  # 0.1 · 30 is not 3
+_ROUNDING: Final = 1e-9  # taken off before rounding up: in floats 0.1 · 30 is above 3
 
 
 def pooled_budgets(rank: Tensor, budget: Tensor, floor: float) -> list[list[int]]:
@@ -82,21 +85,45 @@ def threshold_counts(rank: Tensor, at_least: float, cap: Tensor) -> list[list[in
     return torch.minimum(good.sum(-1), cap.to(rank.device)).tolist()
 
 
-def fastgen_choice(
-    probability: Tensor,
-    query_position: Tensor,
-    key_position: Tensor,
-    valid: Tensor,
-    special: Tensor,
-    punct: Tensor,
-    frequent_rank: Tensor,
-    sinks: int,
-    recent: int,
-    frequent_tokens: Tensor,
-    local_tokens: Tensor,
-    recovery: float,
-    reading: Literal["mass", "l1"],
-) -> list[list[int]]:
+@dataclass(frozen=True, slots=True)
+class NewestRows:
+    """The newest W query rows of a prompt of N tokens, and the tokens that they see.
+
+    Attributes:
+        probability: ``[B, H, G, W, N]`` attention of the rows.
+        query_position: ``[W]``, each one of `key_position`.
+        key_position: ``[N]`` ascending, pads counted.
+        valid: ``[B, N]`` bool, False for padding.
+        special, punct: ``[B, N]`` bool, the token classes. Tokens that are kept in any case may
+            count as special: every keep-set holds those.
+        rank: ``[B, H, N]``; the `frequent` tokens are those of the largest rank.
+    """
+
+    probability: Tensor
+    query_position: Tensor
+    key_position: Tensor
+    valid: Tensor
+    special: Tensor
+    punct: Tensor
+    rank: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KeepSizes:
+    """How many tokens the parts of a keep-set hold.
+
+    Attributes:
+        sinks, recent: first and newest real tokens, which every keep-set holds.
+        frequent, local: ``[B]`` int, budgets resolved for each row.
+    """
+
+    sinks: int
+    recent: int
+    frequent: Tensor
+    local: Tensor
+
+
+def fastgen_choice(rows: NewestRows, sizes: KeepSizes, rule: FastGenChoice) -> list[list[int]]:
     """Which keep-set of `keep_set_ladder` each head takes: the first that recovers enough.
 
     The recovery of a row is what it keeps of its attention; that of a head is what all but the
@@ -107,41 +134,33 @@ def fastgen_choice(
     and in every row the best tokens of the past, never of the future.
 
     Args:
-        probability: ``[B, H, G, W, N]`` attention of a prompt's newest W rows.
-        query_position: ``[W]``, each one of `key_position`.
-        key_position: ``[N]`` ascending, pads counted.
-        valid: ``[B, N]`` bool, False for padding.
-        special, punct: ``[B, N]`` bool, the token classes. Tokens that are kept in any case may
-            count as special: every keep-set holds those.
-        frequent_rank: ``[B, H, N]``, larger is kept.
-        sinks, recent: first and newest real tokens that every keep-set holds.
-        frequent_tokens, local_tokens: ``[B]`` int, budgets resolved for the row.
-        recovery: T.
-        reading: ``mass`` asks for kept attention ≥ T, ``l1`` for ‖A − Â‖₁ = 2 (1 − kept) ≤ 1 − T.
+        rule: T and its reading. ``mass`` asks for kept attention ≥ T, ``l1`` for
+            ‖A − Â‖₁ = 2 (1 − kept) ≤ 1 − T.
 
     Returns:
         ``[B][H]`` index into the ladder, 0 to 4; 4, everything, where no row has a real query.
     """
-    device = probability.device
+    device, valid, special, punct = rows.probability.device, rows.valid, rows.special, rows.punct
     number = valid.long().cumsum(-1)  # 1 at the row's first real token
-    age = query_position[:, None] - key_position[None, :]  # [W, N]
+    age = rows.query_position[:, None] - rows.key_position[None, :]  # [W, N]
     seen = valid[:, None] & (age >= 0)
-    always = (number <= sinks)[:, None] | special[:, None] | (age < recent)
-    local = age[None] < local_tokens.to(device).view(-1, 1, 1)
+    sink = (number <= sizes.sinks)[:, None]
+    always = sink | special[:, None] | (age < sizes.recent)
+    local = age[None] < sizes.local.to(device).view(-1, 1, 1)
     fixed = always | punct[:, None]
-    rest = seen & ~(special | punct | (number <= sinks))[:, None] & (age >= recent)
-    budget = frequent_tokens.to(device)
+    rest = seen & ~(special | punct)[:, None] & ~sink & (age >= sizes.recent)
+    budget = sizes.frequent.to(device)
     kept = (
         always[:, None],
         fixed[:, None],
-        fixed[:, None] | _best_of_each_row(frequent_rank, rest, budget),
-        (fixed | local)[:, None] | _best_of_each_row(frequent_rank, rest & ~local, budget),
+        fixed[:, None] | _best_of_each_row(rows.rank, rest, budget),
+        (fixed | local)[:, None] | _best_of_each_row(rows.rank, rest & ~local, budget),
     )
-    real_row = valid[:, torch.searchsorted(key_position, query_position)]  # [B, W]
-    enough = recovery if reading == "mass" else 1 - (1 - recovery) / 2
-    choice = torch.full(probability.shape[:2], len(kept), device=device)
+    real_row = valid[:, torch.searchsorted(rows.key_position, rows.query_position)]  # [B, W]
+    enough = rule.recovery if rule.reading == "mass" else 1 - (1 - rule.recovery) / 2
+    choice = torch.full(rows.probability.shape[:2], len(kept), device=device)
     for index in reversed(range(len(kept))):
-        reached = _recovered(probability, kept[index] & seen[:, None], real_row)
+        reached = _recovered(rows.probability, kept[index] & seen[:, None], real_row)
         choice = torch.where(reached >= enough, index, choice)
     return choice.tolist()
 

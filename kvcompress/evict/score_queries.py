@@ -23,7 +23,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-_GOLDEN: Final = 40503  # the golden ratio's fraction, in units of 2^-16; odd, so that all come
+_GOLDEN: Final = 40503  # fraction of the golden ratio in units of 2^-16; odd: every place comes
 
 
 def votes_for_its_stride(row: Tensor, stride: int) -> Tensor:

@@ -22,7 +22,7 @@ from kvcompress.profile.store import ExactSetting, Profile
 from kvcompress.recipe import DuoPolicy, LayersPolicy, StaticCurvePolicy
 
 BETAS: Final = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)  # tried both ways round by `calibrated`
-_PARTS: Final = 1_000_000  # of a row's tokens: shares as whole numbers
+_PARTS: Final = 1_000_000  # a row's tokens in parts, so that shares are whole numbers
 
 
 def layer_shares(layers: int, beta: float) -> tuple[float, ...]:

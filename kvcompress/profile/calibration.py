@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BUILTIN: Final = "builtin"
-_BLOCKS: Final = 4  # drawn from a large file for each prompt
-_CHARACTERS: Final = 8  # of a block for each token of a prompt: about two prompts of English
+_BLOCKS: Final = 4  # blocks drawn from a large file for each prompt
+_CHARACTERS: Final = 8  # length of a block per token of a prompt: about two English prompts
 
 
 def load_prompts(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -43,7 +43,7 @@ def load_prompts(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -
         source = texts(calibration, tokenizer)
         blocks, whole = spread(source, rng, wanted, size, first=streams(calibration))
         runs = [[text for block in blocks for text in block]] if whole else blocks
-        if calibration.data.lower().endswith(".txt"):  # one text, whatever its lines are
+        if calibration.data.lower().endswith(".txt"):  # its lines make up one text
             runs = [["".join(run)] for run in runs]
         ids = [_ids(tokenizer, run, opening) for run in runs]
         found = [piece for run in ids for piece in _cut(run, fresh, rng)]

@@ -85,7 +85,7 @@ class RunningScores:
         self.keep, self.scorer = keep, scorer(keep.scorer)
         self.prompt_tokens, self.query = prompt_tokens, given.query
         last = 0 if keep.score_rows is None else max(0, prompt_tokens - keep.score_rows)
-        self.first_last = last  # of the prompt's rows that vote for all that they see
+        self.first_last = last  # from this row on, a row votes for every token that it sees
         self.first_vote = last if keep.score_stride is None else 0
         heads, tokens, _ = given.key.shape
         self.snapshots_at = range(prompt_tokens, tokens, BLOCK_ROWS)

@@ -100,8 +100,8 @@ def attention_through(
         return out.to(query.dtype).transpose(0, 1).unsqueeze(0).contiguous(), None
 
     before = model.config._attn_implementation or "sdpa"
-    # transformers offers no way to unregister, so a name is registered once and what it calls is
-    # set, and taken away again, on the interface's own mapping
+    # transformers cannot unregister a name. So the name is registered once, and the function behind
+    # it is set and taken away again on the interface's own mapping.
     AttentionInterface.register(NAME, _outside)
     AttentionMaskInterface.register(NAME, _no_mask)
     ALL_ATTENTION_FUNCTIONS[NAME] = forward

@@ -69,8 +69,8 @@ from kvcompress.tokenizer import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HEAD_PROMPTS: Final = 4  # read twice for the scores of heads
-KEY_PROMPTS: Final = 8  # moments of 8 k tokens are exact enough: 4 k are, see `keystats`
+HEAD_PROMPTS: Final = 4  # prompts that are read twice for the scores of heads
+KEY_PROMPTS: Final = 8  # prompts for the key constants; moments of 4 k tokens are exact enough
 SHARE_QUANTILE: Final = 0.95
 Progress = Callable[[int, int], None]  # (finished steps, all steps)
 
@@ -118,48 +118,26 @@ def run(
     if done is not None:
         place.clear()
         return done
+    steps = _Steps(progress, len(prompts), shape.layers, surrogate.needed(recipe.keep))
     was_training = model.training
     model.eval()
     try:
-        steps = _Steps(progress, len(prompts), shape.layers, surrogate.needed(recipe.keep))
-        rotations = find_rotations(model, shape, prompts[0][-1])
-        params = _key_constants(model, shape, rotations, prompts, place, steps)
-        no_gradients = why_no_gradients(model, shape, recipe.keep, prompts[0])
-        steps.add(1)
-        student = None
-        if surrogate.needed(recipe.keep):
-            opening = len(opening_ids(tokenizer))
-            student = surrogate.train(model, shape, prompts, opening, place, steps.trained)
-            params = replace(params, scorer={surrogate.KEPT: student.weights})
-        setup = Setup(
-            shape,
-            recipe.keep,
-            special_ids(tokenizer),
-            punct_ids(tokenizer),
-            fastgen_ladder(fastgen_policy(recipe)),
-            candidates(recipe, shape.head_dim),
-            tuple((k, small_candidates(shape.head_dim)) for k in fewer_exact(recipe.keep)),
-            params,
-            gradients=not no_gradients,
-        )
-        results = [_measured(model, setup, i, ids, place, steps) for i, ids in enumerate(prompts)]
-        layers = measure_weights(model, shape.layers, prompts, steps.add)
-        opening = len(opening_ids(tokenizer))
-        heads = _head_scores(model, shape, recipe, prompts, opening, steps.scored)
+        params, found = _measured(model, tokenizer, recipe, shape, prompts, place, steps)
     finally:
         model.train(was_training)
-    profile = _profile(model, name, recipe, provenance, tokenizer, setup, rotations, results)
     staged, kept = place.directory / f".{PARAMS_FILE}", place.directory / PARAMS_FILE
     params.save(staged)
     staged.replace(kept)
-    found = {
-        "loss_note": no_gradients,
-        "weight_layers": layers,
-        "repeat_heads": heads,
-        "surrogate_r2": None if student is None else student.table(),
-        "params_sha256": file_sha256(kept),
-    }
-    profile = profile.model_copy(update=found)
+    profile = Profile(
+        model=name or model.config.name_or_path or type(model).__name__,
+        shape=shape,
+        recipe=recipe,
+        provenance=provenance,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        weight_bytes=weight_bytes(model),
+        params_sha256=file_sha256(kept),
+        **found,  # type: ignore[arg-type]
+    )
     profile.save(place.directory)
     place.clear()
     steps.finish()
@@ -216,6 +194,58 @@ class _Steps:
             self.progress(done, self.total)
 
 
+def _measured(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    shape: ModelShape,
+    prompts: list[list[int]],
+    place: Workplace,
+    steps: _Steps,
+) -> tuple[KVParams, dict[str, object]]:
+    """The constants that a bundle ships, and the measured fields of a `Profile`."""
+    rotations = find_rotations(model, shape, prompts[0][-1])
+    params = _key_constants(model, shape, rotations, prompts, place, steps)
+    no_gradients = why_no_gradients(model, shape, recipe.keep, prompts[0])
+    steps.add(1)
+    opening, student = len(opening_ids(tokenizer)), None
+    if surrogate.needed(recipe.keep):
+        student = surrogate.train(model, shape, prompts, opening, place, steps.trained)
+        params = replace(params, scorer={surrogate.KEPT: student.weights})
+    setup = Setup(
+        shape,
+        recipe.keep,
+        special_ids(tokenizer),
+        punct_ids(tokenizer),
+        fastgen_ladder(fastgen_policy(recipe)),
+        candidates(recipe, shape.head_dim),
+        tuple((k, small_candidates(shape.head_dim)) for k in fewer_exact(recipe.keep)),
+        params,
+        gradients=not no_gradients,
+    )
+    results = []
+    for number, ids in enumerate(prompts):
+
+        def measured(ids: list[int] = ids) -> dict[str, Tensor]:
+            return dict(vars(measure_prompt(model, setup, ids)))
+
+        results.append(PromptResult(**place.step(f"{number:04d}", measured)))
+        steps.add(_Steps.MEASURE)
+    weight_layers = measure_weights(model, shape.layers, prompts, steps.add)
+    sinks = recipe.keep.sink_tokens
+    long = [ids for ids in prompts[:HEAD_PROMPTS] if len(ids) // 4 > opening + sinks]
+    heads = head_scores(model, shape, long, opening, sinks, steps.scored) if long else ()
+    return params, {
+        **_tables(setup, results),
+        "repeat_ids": repeat_ids(tokenizer),
+        "rotations": tuple(found.note for found in rotations),
+        "loss_note": no_gradients,
+        "weight_layers": weight_layers,
+        "repeat_heads": heads,
+        "surrogate_r2": None if student is None else student.table(),
+    }
+
+
 def _key_constants(
     model: PreTrainedModel,
     shape: ModelShape,
@@ -244,67 +274,25 @@ def _key_constants(
     return derive(merged, turned, shape.max_position)
 
 
-def _head_scores(
-    model: PreTrainedModel,
-    shape: ModelShape,
-    recipe: Recipe,
-    prompts: list[list[int]],
-    opening: int,
-    step: Callable[[int], None],
-) -> tuple[tuple[float, ...], ...]:
-    sinks = recipe.keep.sink_tokens
-    long = [ids for ids in prompts[:HEAD_PROMPTS] if len(ids) // 4 > opening + sinks]
-    return head_scores(model, shape, long, opening, sinks, step) if long else ()
-
-
-def _measured(
-    model: PreTrainedModel,
-    setup: Setup,
-    number: int,
-    ids: list[int],
-    place: Workplace,
-    steps: _Steps,
-) -> PromptResult:
-    kept = place.step(f"{number:04d}", lambda: dict(vars(measure_prompt(model, setup, ids))))
-    steps.add(_Steps.MEASURE)
-    return PromptResult(**kept)
-
-
-def _profile(
-    model: PreTrainedModel,
-    name: str | None,
-    recipe: Recipe,
-    provenance: Provenance,
-    tokenizer: PreTrainedTokenizerBase,
-    setup: Setup,
-    rotations: list[LayerRotation],
-    results: list[PromptResult],
-) -> Profile:
+def _tables(setup: Setup, results: list[PromptResult]) -> dict[str, object]:
+    """Fields of a `Profile` that sum up the results of all prompts."""
     recovery = over_prompts(torch.stack([r.recovery for r in results]))
     losses = torch.stack([r.loss for r in results]).mean(0)
     shares = torch.quantile(torch.stack([r.shares for r in results]), SHARE_QUANTILE, dim=0)
-    return Profile(
-        model=name or model.config.name_or_path or type(model).__name__,
-        shape=setup.shape,
-        recipe=recipe,
-        provenance=provenance,
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        weight_bytes=weight_bytes(model),
-        special_ids=setup.special_ids,
-        punct_ids=setup.punct_ids,
-        repeat_ids=repeat_ids(tokenizer),
-        special_share=float(shares[0]),
-        punct_share=float(shares[1]),
-        rotations=tuple(r.note for r in rotations),
-        chain=setup.ladder,
-        recovery=_table(recovery),
-        recovery_l1=_table(l1_distance(recovery)),
-        candidates=setup.heads,
-        losses=_table(lower_envelope(losses[..., : len(setup.heads)], setup.heads)),
-        fewer=_fewer(setup, losses[..., len(setup.heads) :]),
-        loss_unit="nats" if setup.gradients else "residual",
-        path_nats=_path_nats(results),
-    )
+    return {
+        "special_ids": setup.special_ids,
+        "punct_ids": setup.punct_ids,
+        "special_share": float(shares[0]),
+        "punct_share": float(shares[1]),
+        "chain": setup.ladder,
+        "recovery": _table(recovery),
+        "recovery_l1": _table(l1_distance(recovery)),
+        "candidates": setup.heads,
+        "losses": _table(lower_envelope(losses[..., : len(setup.heads)], setup.heads)),
+        "fewer": _fewer(setup, losses[..., len(setup.heads) :]),
+        "loss_unit": "nats" if setup.gradients else "residual",
+        "path_nats": _path_nats(results),
+    }
 
 
 def _fewer(setup: Setup, losses: Tensor) -> tuple[ExactSetting, ...]:

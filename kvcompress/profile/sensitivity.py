@@ -131,7 +131,7 @@ class _Path:
             return attend(given)
         softmax, key, value = given.softmax, given.key, given.value
         logits = softmax.logits(given.query, key)
-        # the newest keys are there; an architecture's own window may have let the first ones go
+        # only the newest keys come where the architecture's own window has dropped the first ones
         first = self.length - key.shape[1]
         position = torch.arange(first, self.length, device=key.device)
         row = torch.arange(self.length - self.rows, self.length, device=key.device)[:, None]

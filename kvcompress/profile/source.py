@@ -127,8 +127,4 @@ def weight_bytes(model: PreTrainedModel) -> dict[str, int]:
     heads = set(output_heads(model))
     sizes = [size for name, size in linear_layers(model).items() if name not in heads]
     rest = 2 * (sum(p.numel() for p in model.parameters()) - sum(o * i for o, i in sizes))
-    return {
-        name: rest
-        + sum((f if f.fits(*size) else FORMATS["bf16"]).linear_bytes(*size) for size in sizes)
-        for name, f in FORMATS.items()
-    }
+    return {name: rest + sum(f.stored_bytes(*s) for s in sizes) for name, f in FORMATS.items()}

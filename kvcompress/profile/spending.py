@@ -236,7 +236,7 @@ def _head_choices(
         sizes = {c: head_plan_bytes(empty, layer, h, context, batch) for c, h in heads.items()}
         for row in setting.losses[layer]:
             choices.append([Choice(sizes[c], row[c], c) for c in heads])
-    # with class flags in every layer: which layers need them is not known yet
+    # Class flags are counted in every layer, because no head has been chosen yet.
     shared = kv_bytes(empty, context, batch) - sum(
         head_plan_bytes(empty, layer, HeadPlan(), context, batch) * shape.kv_heads
         for layer in range(shape.layers)

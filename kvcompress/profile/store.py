@@ -202,23 +202,19 @@ class Profile(StrictModel):
         Raises:
             ProfileError: if they are missing, damaged, of another model or of another profile.
         """
-        params = load_params(directory, self.shape)
         path = Path(directory) / PARAMS_FILE
+        try:
+            params = KVParams.load(path, self.shape)
+        except ValueError as error:
+            raise ProfileError(
+                f"{path}: no usable key constants ({error}); profile again"
+            ) from None
         if self.params_sha256 not in (None, file_sha256(path)):
             raise ProfileError(f"{path}: not the key constants of this profile; profile again")
         return params
 
 
 def file_sha256(path: Path) -> str:
-    """Of the bytes of a file."""
+    """sha256 of the bytes of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_params(directory: Path | str, shape: ModelShape) -> KVParams:
-    """See `Profile.load_params`."""
-    path = Path(directory) / PARAMS_FILE
-    try:
-        return KVParams.load(path, shape)
-    except ValueError as error:
-        raise ProfileError(f"{path}: no usable key constants ({error}); profile again") from None

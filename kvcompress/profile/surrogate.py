@@ -34,7 +34,7 @@ RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FLOOR: Final = 1e-8  # lower scores count as this: their order is useless and would bend the fit
 KEPT: Final = "surrogate"
 _HELD_OUT_SHARE: Final = 4
-_STILL: Final = 1e-12  # of a channel's mean square
+_STILL: Final = 1e-12  # a channel that varies by less of its mean square never moves
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class Moments:
         covariance = self.square[:-1, :-1] / count - mean[:, None] * mean
         shared = self.cross[:-1] / count - mean[:, None] * target
         variance = covariance.diagonal()
-        # what is left of a channel that never moves is rounding; it gets weight 0
+        # the variance of a channel that never moves is rounding noise: it gets weight 0
         moves = variance > _STILL * self.square.diagonal()[:-1] / count
         scale = torch.where(moves, variance.clamp(min=0).sqrt(), torch.inf)
         correlation = covariance / scale[:, None] / scale

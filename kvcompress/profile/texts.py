@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FILES: Final = (".txt", ".jsonl", ".parquet")
 CHAT_COLUMNS: Final = ("messages", "conversations")  # taken where there is no column of text
 _DEFAULT_COLUMN: Final = Calibration().text_column
-_SHUFFLED_ROWS: Final = 10_000  # of a data set that streams: its rows are mixed in a buffer
+_SHUFFLED_ROWS: Final = 10_000  # buffer in which the rows of a streamed data set are mixed
 _ROLES: Final = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 
 Entry = Mapping[str, object]

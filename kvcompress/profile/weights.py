@@ -24,7 +24,7 @@ from kvcompress.quant.weights.base import linear_layers, output_heads
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WEIGHT_PROMPTS: Final = 4  # each layer and format costs a forward of each
+WEIGHT_PROMPTS: Final = 4  # each layer and format takes a forward of each of these prompts
 ROUNDED: Final[tuple[WeightScheme, ...]] = ("int8", "nf4")
 
 
@@ -46,18 +46,10 @@ def layer_modules(model: PreTrainedModel, layers: int) -> list[dict[str, nn.Modu
 
 def weight_sizes(modules: dict[str, nn.Module]) -> dict[WeightScheme, int]:
     """Bytes of these linear layers in each format; a layer that does not fit stays in 16 bits."""
-    sizes: dict[WeightScheme, int] = {}
-    for weight_format in FORMATS.values():
-        total = 0
-        for module in modules.values():
-            out_features, in_features = _size(module)
-            fits = weight_format.fits(out_features, in_features)
-            used = weight_format if fits else FORMATS["bf16"]
-            total += used.linear_bytes(out_features, in_features)
-            bias = getattr(module, "bias", None)
-            total += 0 if bias is None else 2 * bias.numel()
-        sizes[weight_format.name] = total
-    return sizes
+    biases = [getattr(module, "bias", None) for module in modules.values()]
+    rest = sum(2 * bias.numel() for bias in biases if bias is not None)
+    sizes = [_size(module) for module in modules.values()]
+    return {f.name: rest + sum(f.stored_bytes(*size) for size in sizes) for f in FORMATS.values()}
 
 
 def measure_weights(

@@ -98,7 +98,7 @@ def encode(x: Tensor, dtype: KVDtype, groups: int = 1) -> Codes:
     levels = _LEVELS[dtype]
     least, most = parts.amin(-1), parts.amax(-1)
     broken = ~(least.isfinite() & most.isfinite())
-    # rounded first: the codes then absorb its rounding
+    # the minimum is rounded first, so that the codes absorb its rounding
     low = least.clamp(-HALF_MAX, HALF_MAX).to(torch.float16).masked_fill_(broken, torch.nan)
     scale = _half((most - low.float()) / levels)
     steps = (parts - low.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from kvcompress.evict.keep_set_ladder import fastgen_ladder
 from kvcompress.evict.per_request import (
     LOW_QUANTILE,
+    KeepSizes,
+    NewestRows,
     fastgen_choice,
     pooled_budgets,
     threshold_counts,
 )
-from kvcompress.plan import Budget, HeadPlan
+from kvcompress.plan import Budget, FastGenChoice, HeadPlan
 from kvcompress.profile import measure
 
 
@@ -132,10 +134,11 @@ class Case:
         self.local = torch.tensor([6, 11])[:batch]
 
     def choice(self, recovery, reading="mass", sinks=2, recent=3):
-        return fastgen_choice(
-            self.probability, self.query, self.key, self.valid, self.special, self.punct,
-            self.rank, sinks, recent, self.frequent, self.local, recovery, reading,
-        )  # fmt: skip
+        rows = NewestRows(
+            self.probability, self.query, self.key, self.valid, self.special, self.punct, self.rank
+        )
+        rule = FastGenChoice(kind="fastgen", recovery=recovery, reading=reading)
+        return fastgen_choice(rows, KeepSizes(sinks, recent, self.frequent, self.local), rule)
 
     def kept(self, b, h, q, place, sinks=2, recent=3):
         """Places that keep-set `place` of the chain holds when row `q` is the newest."""

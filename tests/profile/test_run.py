@@ -14,7 +14,7 @@ from kvcompress.profile import report
 from kvcompress.profile import run as profiler
 from kvcompress.profile.run import run, run_and_plan
 from kvcompress.profile.solve import solve
-from kvcompress.profile.store import Profile, load_params
+from kvcompress.profile.store import Profile
 from kvcompress.recipe import BytesPolicy, Calibration, Keep, Recipe
 from tests.profile.conftest import model_of
 
@@ -182,7 +182,7 @@ def test_missing_and_damaged_profiles(tmp_path, finished):
     with pytest.raises(ProfileError, match="losses does not cover every layer"):
         Profile.load(tmp_path)
     with pytest.raises(ProfileError, match="no usable key constants"):
-        load_params(tmp_path, Profile.load(finished[0]).shape)
+        Profile.load(finished[0]).load_params(tmp_path)
 
 
 def test_the_report_counts_every_head(finished):

@@ -46,6 +46,12 @@ class WeightFormat:
     roundtrip: Callable[[Tensor], Tensor]
     dtypes: frozenset[str]
 
+    def stored_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of a linear layer's weight in a bundle; one that does not fit stays in 16 bits."""
+        if self.fits(out_features, in_features):
+            return self.linear_bytes(out_features, in_features)
+        return 2 * out_features * in_features
+
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every linear layer by its name; meta tensors are enough."""

@@ -59,7 +59,7 @@ class CompressedCache(Cache):
         PlanError: for relative positions that can outgrow the plan's `max_position`.
     """
 
-    filled_by: weakref.ref[PreTrainedModel] | None = None  # the model whose forward was told last
+    filled_by: weakref.ref[PreTrainedModel] | None = None  # the model of the newest forward
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class CompressedCache(Cache):
         self._in_prompt = False
         self._second_reading = SecondReading(plan)
         self.needs_rotations = "rotation" in scorer(plan.scorer).needs
-        # an assistant's cache: `generate` may take back one token more than the assistant drafted
+        # in an assistant's cache `generate` may take back one token more than were drafted
         self.assists = False
 
     def __getstate__(self) -> dict[str, object]:

@@ -30,7 +30,8 @@ class SeenText:
         self.tokens = 0
         self._rows: list[bytes] | None = []
         self._late: list[Tensor] = []  # ``[B, 1]`` ids that are not in the hashes yet
-        self._before: deque[list[bytes]] = deque(maxlen=UNDO_TOKENS)  # each of the newest tokens
+        # the hashes before each of the newest tokens, which `crop` goes back to
+        self._before: deque[list[bytes]] = deque(maxlen=UNDO_TOKENS)
 
     @property
     def rows(self) -> list[bytes] | None:

@@ -153,6 +153,10 @@ class _Runs:
         rows = [self.feed(cache, token[None, None]) for token in self.ids[0, start:]]
         return torch.cat(rows, 1)
 
+    def prompt_and_steps(self, cache: Cache) -> Tensor:
+        """Logits of the prompt, fed at once, and of the tokens after it."""
+        return torch.cat([self.feed(cache, self.ids[:, :PROMPT]), self.steps(cache)], 1)
+
     def judged(
         self, capability: str, found: Tensor, wanted: Tensor, note: str, status: Status = "yes"
     ) -> Finding:
@@ -174,7 +178,7 @@ class _Runs:
             return finding
         try:
             tokens, logits = self.generate(**way)
-        except Exception as error:  # whatever it is, the user would meet it
+        except Exception as error:  # any error here is one that a user would get
             text = str(error).strip().split("\n")[0]
             return replace(finding, status="no", note=f"generate fails: {text}")
         rows = same_text_steps(tokens, wanted[0])
@@ -190,11 +194,11 @@ class _Runs:
         plan, before = uniform(self.shape, head, positions="relative"), attached(self.model)
         assert before is not None
         with self.detached() as own:
-            wanted = torch.cat([self.feed(own, self.ids[:, :PROMPT]), self.steps(own)], 1)
+            wanted = self.prompt_and_steps(own)
         try:
             attach(self.model, plan)
             cache = new_cache(self.model)
-            found = torch.cat([self.feed(cache, self.ids[:, :PROMPT]), self.steps(cache)], 1)
+            found = self.prompt_and_steps(cache)
         except KVCompressError as error:
             return Finding(name, "no", None, str(error))
         finally:
@@ -229,10 +233,10 @@ class _Runs:
 
     def cache(self) -> Finding:
         with self.detached() as own:
-            wanted = torch.cat([self.feed(own, self.ids[:, :PROMPT]), self.steps(own)], 1)
+            wanted = self.prompt_and_steps(own)
             plain = self.generate()
         ours = new_cache(self.model)
-        found = torch.cat([self.feed(ours, self.ids[:, :PROMPT]), self.steps(ours)], 1)
+        found = self.prompt_and_steps(ours)
         note = "equals transformers' own where nothing goes, through generate too"
         return self.as_users_go(self.judged("cache", found, wanted, note), plain)
 

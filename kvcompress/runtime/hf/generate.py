@@ -69,7 +69,7 @@ def check_forward(model: PreTrainedModel, cache: object) -> None:
     Raises:
         KVCompressError: naming the release and the method that it did not call.
     """
-    if torch.compiler.is_compiling():  # a decode step: the prompt went the eager way before it
+    if torch.compiler.is_compiling():  # a decode step; its prompt ran uncompiled
         return
     running = _RUNNING.get()
     if running is None or running.model is not model or running.own_loop:

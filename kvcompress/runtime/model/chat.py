@@ -84,7 +84,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]])
         raise KVCompressError("the tokenizer has no chat template; give text in place of messages")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program of others
+    except Exception as error:  # a template is a program and may raise anything
         reason = " ".join(str(error).split())[:200]
         raise KVCompressError(f"the chat template refuses the conversation ({reason})") from None
 

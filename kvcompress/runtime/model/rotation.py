@@ -59,7 +59,7 @@ def find_rotations(
         nothing = LayerRotation(None, "none: the model has no rotary embedding", explained=False)
         return [nothing] * shape.layers
     positions = [p for p in PROBE_POSITIONS if p < shape.max_position]
-    # farthest first: a model that switches its frequencies is left with the usual ones
+    # the farthest first, so that a model that switches its frequencies ends with the usual ones
     positions = [*filter(None, [last_position]), *reversed(positions)]
     probed = [_probe(model, token, p) for p in positions]
     at_zero = _probe(model, token, 0)

@@ -153,7 +153,7 @@ def _digest(tensor: Tensor) -> str:
 
 def _row_sums(numbers: Tensor, odd: Tensor) -> Tensor:
     rows, rest = numbers.numel() // _ROW, numbers.numel() % _ROW
-    numbers = numbers ^ (numbers >> 32)  # one to one; else a change of high bits has few to show in
+    numbers = numbers ^ (numbers >> 32)  # one to one; moves high bits to low ones
     sums = (numbers[: rows * _ROW].view(rows, _ROW) * odd).sum(1)
     return torch.cat([sums, (numbers[rows * _ROW :] * odd[:rest]).sum()[None]])
 

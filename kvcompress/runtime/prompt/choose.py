@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG, place_in_run
-from kvcompress.evict.per_request import fastgen_choice, pooled_budgets, threshold_counts
+from kvcompress.evict.per_request import (
+    KeepSizes,
+    NewestRows,
+    fastgen_choice,
+    pooled_budgets,
+    threshold_counts,
+)
 from kvcompress.plan import FastGenChoice, PooledBudget, Threshold
 from kvcompress.runtime.prompt.attention_inputs import frequent_tokens
 from kvcompress.runtime.store.attend import Chunk
@@ -136,7 +142,7 @@ def chosen_keep_sets(state: LayerState, chunk: Chunk, scores: dict[int, Tensor])
         torch.tensor([0 if b is None else b.resolve(n) for n in state.budget_length])
         for b in budgets
     )
-    return fastgen_choice(
+    newest = NewestRows(
         logits.softmax(-1) * shown,
         query_position,
         key_position,
@@ -144,10 +150,6 @@ def chosen_keep_sets(state: LayerState, chunk: Chunk, scores: dict[int, Tensor])
         (flags & SPECIAL_FLAG) != 0,
         (flags & PUNCT_FLAG) != 0,
         rank,
-        settings.sink_tokens,
-        settings.recent_tokens,
-        frequent,
-        local,
-        rule.recovery,
-        rule.reading,
     )
+    sizes = KeepSizes(settings.sink_tokens, settings.recent_tokens, frequent, local)
+    return fastgen_choice(newest, sizes, rule)

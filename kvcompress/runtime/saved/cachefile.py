@@ -25,11 +25,11 @@ from kvcompress.errors import KVCompressError
 from kvcompress.strict import Json
 
 FORMAT: Final = "kvcompress-cache"
-SCHEMA_VERSION: Final = 2  # 1 did not say which weights
+SCHEMA_VERSION: Final = 2  # 1 had no digest of the weights
 _UNSEALED: Final = b"0" * 64
 _OPENING: Final = b'{"__metadata__":{"sha256":"'
 _LENGTH_BYTES: Final = 8
-_HEADER_LIMIT: Final = 1 << 24  # bytes; as Python's objects they are some 30 times as many
+_HEADER_LIMIT: Final = 1 << 24  # bytes, which take some 30 times as much memory once parsed
 _MOST_AXES: Final = 8
 _DTYPES: Final = {
     "F64": torch.float64,
@@ -91,7 +91,7 @@ def read(
             tensors = {name: _read_tensor(file, *own, digest) for name, own in declared.items()}
     except OSError as error:
         raise CacheFileError(f"{path}: cannot be read ({error.strerror})") from None
-    except (MemoryError, RuntimeError):  # torch's own kind where there is no memory
+    except (MemoryError, RuntimeError):  # torch raises a RuntimeError where memory is short
         raise CacheFileError(f"{path}: no memory for a cache of {size} bytes") from None
     if digest.hexdigest() != metadata["sha256"]:
         raise damaged(path, "its sha256 is another")
@@ -110,7 +110,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def _write(file: BinaryIO, metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
     """Header and data, then the digest over both into its place in the header."""
-    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that each is aligned
+    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # aligns every tensor
     header = _header(metadata, {name: tensors[name] for name in names})
     digest = hashlib.sha256(header)
     file.write(header)

@@ -197,7 +197,7 @@ def _lay_out(
     _set_fields(layer, saved)
     if saved["state"] is None:
         return
-    if len(saved["state"]["row_seen"]) != batch:  # before there is anything of so many rows
+    if len(saved["state"]["row_seen"]) != batch:  # before tensors of so many rows are made
         raise ValueError(f"{name}: not so: each list of its rows has one entry for a row")
     state = _empty_state(layer, batch, dtype, _META, ())
     for field, value in saved["state"].items():
@@ -219,7 +219,7 @@ def _lay_out(
 
 def _set_fields(layer: CompressedLayer, values: Json) -> None:
     for key in LAYER_FIELDS:
-        if getattr(layer, key) != values[key]:  # what a layer has from its class stays there
+        if getattr(layer, key) != values[key]:  # a default of the class stays unset on the layer
             setattr(layer, key, values[key])
 
 
@@ -228,7 +228,7 @@ def _empty_state(
 ) -> LayerState:
     """Of a layer that now counts as one that has begun."""
     shape, size = layer.settings.plan.model, (batch, len(layer.settings.heads), 0)
-    own, layer._spans = layer._spans, spans  # rows may have moved since they were given
+    own, layer._spans = layer._spans, spans  # rows may have moved since the layer got its spans
     layer.lazy_initialization(
         torch.empty(*size, shape.head_dim, dtype=dtype, device=device),
         torch.empty(*size, shape.v_dim, dtype=dtype, device=device),
