@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Final, ParamSpec, TypeVar, get_type_hints
+from typing import Final, ParamSpec, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -59,12 +59,12 @@ def operator(changes: str, fake: Callable[P, R], reference: Callable[P, R]) -> C
     result = hints.pop("return")
     arguments = [field_of(parameter, hint) for parameter, hint in hints.items()]
 
-    def run(*values: Any) -> Any:
+    def run(*values: object) -> tuple[Tensor, ...] | None:
         module = import_module(reference.__module__.replace(".reference", ".triton"))
         return _plain(getattr(module, name)(*_views(arguments, values)))
 
-    def empty(*values: Any) -> Any:
-        return _plain(fake(*_views(arguments, values)))  # type: ignore[call-arg]
+    def empty(*values: object) -> tuple[Tensor, ...] | None:
+        return _plain(fake(*_views(arguments, values)))  # type: ignore[arg-type, call-arg]
 
     own = torch.library.custom_op(
         f"kvcompress::{name}", run, mutates_args=written, schema=schema(arguments, written, result)
@@ -93,13 +93,14 @@ def schema(arguments: list[Field], written: list[str], result: type) -> str:
     return f"({', '.join(words)}) -> ({', '.join(['Tensor'] * results)})"
 
 
-def _views(arguments: list[Field], values: tuple[Any, ...]) -> list[Any]:
+def _views(arguments: list[Field], values: tuple[object, ...]) -> list[object]:
     rest = iter(values)
     return [packed(argument, rest) for argument in arguments]
 
 
-def _plain(found: Any) -> tuple[Tensor, ...] | None:
-    return None if found is None else tuple(found)
+def _plain(found: object) -> tuple[Tensor, ...] | None:
+    """A result as torch takes it."""
+    return tuple(found) if isinstance(found, tuple) else None
 
 
 # ---- results without numbers

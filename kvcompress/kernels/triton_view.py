@@ -7,7 +7,8 @@ constant is known when the kernel is compiled, as is whether a field is None. A 
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import triton.language as tl
@@ -15,16 +16,17 @@ from torch import Tensor
 
 from kvcompress.kernels.view import Field, Vectors, fields_of
 
-View = TypeVar("View", bound=tuple[Any, ...])
+View = TypeVar("View", bound=tuple[object, ...])
 
 
 def told(view: View) -> View:
     """A view as a kernel takes it."""
     fields = fields_of(type(view))
-    return type(view)(*(_told(field, value) for field, value in zip(fields, view, strict=True)))
+    make: Callable[..., View] = type(view)
+    return make(*(_told(field, value) for field, value in zip(fields, view, strict=True)))
 
 
-def _told(field: Field, value: Any) -> Any:
+def _told(field: Field, value: object) -> object:
     if isinstance(value, Tensor):
         value = value.view(torch.uint8) if value.dtype == torch.float8_e4m3fn else value
         return Vectors.of(value) if field.strided else value

@@ -6,13 +6,15 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from kvcompress.plan import KVDtype
 
+# architecture → storage → widest head_dim → the fields of a SplitConfig
+Table = dict[str, dict[str, dict[str, list[int]]]]
 SMALLEST_CHUNK: Final = 64
 _WAVES: Final = 8  # programs for each multiprocessor, so that the last ones even out
 _CPU_UNITS: Final = 1
@@ -35,9 +37,9 @@ class SplitConfig:
 
 
 @cache
-def _table() -> dict[str, Any]:
+def _table() -> Table:
     text = files("kvcompress.kernels").joinpath("tuning.json").read_text(encoding="utf-8")
-    table: dict[str, Any] = json.loads(text)
+    table: Table = json.loads(text)
     return table
 
 
@@ -56,7 +58,7 @@ def split_config(
     return lookup(_table(), architecture(device), f"{k_dtype}/{v_dtype}", head_dim)
 
 
-def lookup(table: dict[str, Any], arch: str, storage: str, head_dim: int) -> SplitConfig:
+def lookup(table: Table, arch: str, storage: str, head_dim: int) -> SplitConfig:
     """The entry for a head of `head_dim` channels.
 
     Raises:

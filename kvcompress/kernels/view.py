@@ -17,10 +17,10 @@ keys and values, N slots of a group, Ns of its scored heads, W pieces, S protect
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, Final, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Final, NamedTuple, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -326,7 +326,7 @@ def fields_of(view: type) -> tuple[Field, ...]:
     return tuple(field_of(name, hint) for name, hint in hints.items())
 
 
-def field_of(name: str, hint: Any) -> Field:
+def field_of(name: str, hint: object) -> Field:
     """What an annotation says of a field, or of an argument of a kernel."""
     table = ""
     if get_origin(hint) is Annotated:
@@ -353,9 +353,9 @@ def leaves(field: Field) -> Iterator[Field]:
         yield from leaves(inner._replace(name=f"{field.name}_{inner.name}"))
 
 
-def flat(values: Iterable[Any]) -> list[Any]:
+def flat(values: Iterable[object]) -> list[object]:
     """What `leaves` names, of arguments in order."""
-    found: list[Any] = []
+    found: list[object] = []
     for value in values:
         if isinstance(value, tuple):
             found.extend(flat(value))
@@ -364,8 +364,9 @@ def flat(values: Iterable[Any]) -> list[Any]:
     return found
 
 
-def packed(field: Field, values: Iterator[Any]) -> Any:
+def packed(field: Field, values: Iterator[object]) -> object:
     """An argument from the next of its leaves: `flat` undone."""
     if not issubclass(field.kind, tuple):
         return next(values)
-    return field.kind(*(packed(inner, values) for inner in fields_of(field.kind)))
+    make: Callable[..., object] = field.kind
+    return make(*(packed(inner, values) for inner in fields_of(field.kind)))

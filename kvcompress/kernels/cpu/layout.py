@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from torch import Tensor
 
@@ -33,12 +33,13 @@ STORE: Final = 2
 NO_VOTE, VOTE, LIFT = 0, 1, 2
 MAX_ROWS: Final = 64
 MAX_DIM: Final = 512
-_NUMBERS: Final = {"int32": c_int32, "int64": c_int64, "float32": c_float}
+CType = type[Structure] | type[c_int32] | type[c_int64] | type[c_float] | type[c_void_p]
+_NUMBERS: Final[dict[str, CType]] = {"int32": c_int32, "int64": c_int64, "float32": c_float}
 
 
-def in_c(view: type, **nested: type[Structure]) -> tuple[tuple[str, Any], ...]:
+def in_c(view: type, **nested: type[Structure]) -> tuple[tuple[str, CType], ...]:
     """A view's table as ``_fields_``; `nested` has the structures of the views in it."""
-    found: list[tuple[str, Any]] = []
+    found: list[tuple[str, CType]] = []
     for field in fields_of(view):
         if field.strided:
             found.append((field.name, VectorsStruct))
@@ -194,7 +195,7 @@ STRUCTS: Final[tuple[type[Structure], ...]] = (
 S = TypeVar("S", bound=Structure)
 
 
-def pack(struct: type[S], view: tuple[Any, ...], model: str, **axes: int) -> S:
+def pack(struct: type[S], view: tuple[object, ...], model: str, **axes: int) -> S:
     """A view as C has it.
 
     Args:
@@ -204,7 +205,7 @@ def pack(struct: type[S], view: tuple[Any, ...], model: str, **axes: int) -> S:
     Raises:
         ValueError: where a tensor is not what the table says of it.
     """
-    told: list[Any] = []
+    told: list[object] = []
     for field, value in zip(fields_of(type(view)), view, strict=True):
         dtype, shape = field.dtype, field.shape
         if value is None and not field.optional:

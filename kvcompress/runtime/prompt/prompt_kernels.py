@@ -123,8 +123,10 @@ def _encode_in_c(
     prompt = PromptView(key, value, kept.contiguous(), slot.contiguous())
     axes = {"B": batch, "H": heads, "T": tokens, "D": store.head_dim, "Dv": store.value_dim}
     keys = KeyConstants(*(t.contiguous() for t in constants))
+    k, v = (layout.codes_struct(codes, model, slots) for codes in _codes(store))
     kernels.compact(
-        *(layout.codes_struct(codes, model, slots) for codes in _codes(store)),
+        k,
+        v,
         layout.CompactionStruct(
             layout.pack(layout.PromptStruct, prompt, model, kept=count, **axes),
             layout.pack(layout.ConstantsStruct, keys, model, **axes),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int32, c_int64, cast, pointer
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -41,9 +41,9 @@ class Voting:
         """None for a scorer that asks for more than weighted sums of attention."""
         if not scorer.adds_up:
             return None
-        known = (Scorer, MeanScorer, LiftScorer, PromptScorer)
+        known: tuple[type[Scorer], ...] = (Scorer, MeanScorer, LiftScorer, PromptScorer)
 
-        def of_known(name: str) -> Any:
+        def of_known(name: str) -> type[Scorer] | None:
             return next((k for k in known if getattr(k, name) is scorer.runs(name)), None)
 
         weight, rank, initial = map(of_known, ("row_weight", "rank", "initial"))
@@ -141,11 +141,11 @@ class FusedStep:
         self._seen: list[Tensor | None] = []
         self._view: _View | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """A copy and a pickle go with other tensors, so they make a view of their own."""
         return {"_voting": self._voting, "_seen": [], "_view": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
 
     def run(self, state: LayerState, token: IncomingToken) -> Tensor:
