@@ -1,14 +1,14 @@
 """Every forward of the model is announced to its cache before its layers run.
 
 A layer that attends for a forward that was not announced raises, see
-`kvcompress.runtime.layer.base.StoringLayer.update`: nothing that depends on the announcement can be
+`kvcompress.runtime.layer.layer.AbstractLayer`: nothing that depends on the announcement can be
 lost in silence when transformers changes.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -16,21 +16,27 @@ from torch import Tensor
 from kvcompress.errors import KVCompressError, PlanError
 from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.new import new_cache
-from kvcompress.runtime.hf import generate
-from kvcompress.runtime.model.attached import Attached, record_of_hooked
-from kvcompress.runtime.names import CACHE, by_keyword
+from kvcompress.runtime.hf.generate import RUNNING
+from kvcompress.runtime.model.attached import RECORD, Attached
+from kvcompress.runtime.names import CACHE, CACHE_NAMES, by_keyword
+
+_OTHER_NAMES: Final = tuple(name for name in CACHE_NAMES if name != CACHE)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def announce(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Forward pre-hook: the cache learns what comes, the attention function learns the cache."""
-    own = record_of_hooked(model)
-    given = by_keyword(own.arguments, args, kwargs)
+    own: Attached = model.__dict__[RECORD]
+    plain = not args and not any(name in kwargs for name in _OTHER_NAMES)
+    given = dict(kwargs) if plain else by_keyword(own.arguments, args, kwargs)
     if given.get(CACHE) is None and _wants_a_cache(model, given):
         given[CACHE] = new_cache(model)
     cache = given.get(CACHE)
-    generate.check_forward(model, cache)
+    if not torch.compiler.is_compiling():  # a compiled step follows a prompt that went this way
+        running = RUNNING.get()
+        if running is not None:
+            running.check_forward(model, cache)
     if not isinstance(cache, CompressedCache):
         return (), given
     ids = given.get("input_ids")

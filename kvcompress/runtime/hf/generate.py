@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NoReturn
 
-import torch
 from torch import Tensor
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
@@ -37,8 +36,27 @@ class _Running:
     cache_prepared: bool = False
     prompt_fed: bool = False
 
+    def check_forward(self, model: Any, cache: Any) -> None:
+        """Refuse a forward for which transformers did not ask us.
 
-_RUNNING: ContextVar[_Running | None] = ContextVar("kvcompress_generate", default=None)
+        Raises:
+            KVCompressError: naming the release and the method that it did not call.
+        """
+        if self.model is not model or self.own_loop:
+            return
+        missed = None
+        if not self.cache_prepared:
+            missed = "_prepare_cache_for_generation"
+        elif isinstance(cache, CompressedCache) and not self.prompt_fed:
+            missed = "_prefill"
+        if missed is not None:
+            raise KVCompressError(
+                f"generate of {release()} fed {type(model).__name__} without calling its {missed}, "
+                "which kvcompress needs; use a tested release, or pass forwards by hand"
+            )
+
+
+RUNNING: ContextVar[_Running | None] = ContextVar("kvcompress_generate", default=None)
 
 
 def override(model: Any) -> None:
@@ -62,29 +80,6 @@ def restore(model: Any) -> None:
         model.__dict__.pop(name, None)
 
 
-def check_forward(model: Any, cache: Any) -> None:
-    """Refuse a forward inside of `generate` for which transformers did not ask us.
-
-    Raises:
-        KVCompressError: naming the release and the method that it did not call.
-    """
-    if torch.compiler.is_compiling():  # a decode step: the prompt went the eager way before it
-        return
-    running = _RUNNING.get()
-    if running is None or running.model is not model or running.own_loop:
-        return
-    missed = None
-    if not running.cache_prepared:
-        missed = "_prepare_cache_for_generation"
-    elif isinstance(cache, CompressedCache) and not running.prompt_fed:
-        missed = "_prefill"
-    if missed is not None:
-        raise KVCompressError(
-            f"generate of {release()} fed {type(model).__name__} without calling its {missed}, "
-            "which kvcompress needs; use a tested release, or pass forwards by hand"
-        )
-
-
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` with the arguments that lead to the compressed cache."""
     kwargs = with_one_cache(kwargs)
@@ -98,11 +93,11 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     if given is None or isinstance(given, CompressedCache):
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
         _refuse_bypass(model, config, kwargs)
-    token = _RUNNING.set(_Running(model, own_loop is not None))
+    token = RUNNING.set(_Running(model, own_loop is not None))
     try:
         return type(model).generate(model, *args, **kwargs)
     finally:
-        _RUNNING.reset(token)
+        RUNNING.reset(token)
 
 
 def _refuse_bypass(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
@@ -124,7 +119,7 @@ def _prepare_cache(
     model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> None:
     """`generate` asks for a cache: ours, unless the caller passed another kind."""
-    running, given = _RUNNING.get(), model_kwargs.get(CACHE)
+    running, given = RUNNING.get(), model_kwargs.get(CACHE)
     if running is not None and running.model is model:
         running.cache_prepared = True
     if isinstance(given, StaticCompressedCache):
@@ -174,7 +169,7 @@ def _drafts(model: Any, **kwargs: Any) -> Any:
 
 
 def _note_prompt(model: Any) -> None:
-    running = _RUNNING.get()
+    running = RUNNING.get()
     if running is not None and running.model is model:
         running.prompt_fed = True
 

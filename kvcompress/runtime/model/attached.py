@@ -13,7 +13,7 @@ from kvcompress.runtime.names import forward_arguments
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ATTRIBUTE: Final = "_kvcompress_attached"
+RECORD: Final = "_kvcompress_attached"
 
 
 class Attached:
@@ -88,24 +88,18 @@ def _unwrapped(model: Any) -> tuple[Any, Any]:
 
 def record(model: Any) -> Attached | None:
     """What is attached to a model, None without a plan."""
-    found: Attached | None = _unwrapped(model)[0].__dict__.get(_ATTRIBUTE)
-    return found
-
-
-def record_of_hooked(model: Any) -> Attached:
-    """What is attached to a model whose pre-hook runs."""
-    found: Attached = model.__dict__[_ATTRIBUTE]
+    found: Attached | None = _unwrapped(model)[0].__dict__.get(RECORD)
     return found
 
 
 def set_record(model: PreTrainedModel, value: Attached) -> None:
-    model.__dict__[_ATTRIBUTE] = value
+    model.__dict__[RECORD] = value
 
 
 def take_record(model: Any) -> tuple[Any, Attached | None]:
     """The model inside of a wrapper, and what was attached to it, which is removed."""
     inner = _unwrapped(model)[0]
-    return inner, inner.__dict__.pop(_ATTRIBUTE, None)
+    return inner, inner.__dict__.pop(RECORD, None)
 
 
 def attached(model: Any) -> tuple[Plan, KVParams | None] | None:

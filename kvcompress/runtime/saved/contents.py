@@ -35,7 +35,8 @@ REBUILT: Final[dict[type, frozenset[str]]] = {
     ),
     Codes: frozenset(),
 }
-LAYER_FIELDS: Final = {"seen": int, "record_past": bool, "_decoded": bool}
+# what a file keeps of a layer's `Progress`, by the name that it has there
+PROGRESS: Final = {"seen": "seen", "record_past": "record_past", "_decoded": "decoded"}
 LINEAR_STATES: Final = ("conv_states", "recurrent_states")
 _META: Final = torch.device("meta")
 
@@ -47,7 +48,7 @@ def take_cache(cache: CompressedCache, tensors: dict[str, Tensor]) -> dict[str, 
     Raises:
         CacheFileError: for a cache in the middle of something, or one that could not be loaded.
     """
-    spans = cache.compressed_layers[0]._spans
+    spans = cache.compressed_layers[0].spans
     return {
         "compress": cache.compress,
         "assists": cache.assists,
@@ -63,7 +64,7 @@ def take_cache(cache: CompressedCache, tensors: dict[str, Tensor]) -> dict[str, 
 def _take_layer(layer: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(layer, CompressedLayer):
         layer.check_idle()
-        own = {key: getattr(layer, key) for key in LAYER_FIELDS}
+        own = {key: getattr(layer.progress, field) for key, field in PROGRESS.items()}
         return {**own, "state": _take(layer.state, f"{name}.state", tensors)}
     if isinstance(layer, LinearAttentionLayer):
         return _take_linear(layer, name, tensors)
@@ -175,7 +176,7 @@ def fill(
         name = f"layers.{number}"
         if isinstance(layer, CompressedLayer):
             assert isinstance(like, CompressedLayer)
-            _set_fields(layer, {key: getattr(like, key) for key in LAYER_FIELDS})
+            layer.progress = like.progress
             if like.state is not None:
                 _fill_state(layer, like.state, f"{name}.state", tensors, devices[number])
         elif isinstance(layer, LinearAttentionLayer):
@@ -184,10 +185,10 @@ def fill(
 
 
 def _lay_out(layer: CompressedLayer, saved: Any, batch: int, dtype: torch.dtype, name: str) -> None:
-    for key, kind in LAYER_FIELDS.items():
-        if not fits(saved[key], kind):
+    for key, field in PROGRESS.items():
+        if not fits(saved[key], type(getattr(layer.progress, field))):
             raise ValueError(f"{name}: its counters have the types that counters have")
-    _set_fields(layer, saved)
+        setattr(layer.progress, field, saved[key])
     if saved["state"] is None:
         return
     if len(saved["state"]["row_seen"]) != batch:  # before there is anything of so many rows
@@ -207,13 +208,6 @@ def _lay_out(layer: CompressedLayer, saved: Any, batch: int, dtype: torch.dtype,
             *(store.kind, store.head_dim, store.value_dim, store.model_dtype, store.device),
             store.capacities,
         )
-    layer.state = state
-
-
-def _set_fields(layer: CompressedLayer, values: Any) -> None:
-    for key in LAYER_FIELDS:
-        if getattr(layer, key) != values[key]:  # what a layer has from its class stays there
-            setattr(layer, key, values[key])
 
 
 def _empty_state(
@@ -221,13 +215,13 @@ def _empty_state(
 ) -> LayerState:
     """Of a layer that now counts as one that has begun."""
     shape, size = layer.settings.plan.model, (batch, len(layer.settings.heads), 0)
-    own, layer._spans = layer._spans, spans  # rows may have moved since they were given
-    layer.lazy_initialization(
+    layer.begin(
         torch.empty(*size, shape.head_dim, dtype=dtype, device=device),
         torch.empty(*size, shape.v_dim, dtype=dtype, device=device),
+        spans,  # rows may have moved since the layer's own were given
     )
-    layer._spans = own
-    assert layer.state is not None
+    if layer.state is None:
+        raise ValueError(f"layer {layer.settings.layer} holds its tokens in no segments")
     return layer.state
 
 
