@@ -328,7 +328,7 @@ def our_cache(run: Run, model: Any, share: float, context: int, batch: int) -> A
     for layer in cache.static_layers:
         layer.lazy_initialization(token, token)
         fill(layer.fixed, context)
-        layer.state, layer.frozen = None, True
+        layer.growing.ready, layer.frozen = None, True
     return cache
 
 
@@ -544,6 +544,7 @@ def model_rows(run: Run, name: str, model: Any, context: int, batch: int, compil
 
 def step_rows(run: Run, model: Any, name: str, context: int, batch: int) -> None:
     """One layer's decode step without the rest of the model."""
+    from kvcompress.runtime.layer.call import AttentionCall
     from kvcompress.runtime.static.step import decode_step
     from kvcompress.runtime.static.triton_step import triton_step
 
@@ -557,9 +558,10 @@ def step_rows(run: Run, model: Any, name: str, context: int, batch: int) -> None
             return torch.randn(shape, device=run.device).to(model.dtype)
 
         token = (rows(config.num_attention_heads), *(rows(config.num_key_value_heads),) * 2)
-        rest = (None, None, config.head_dim**-0.5, None, None)
+        scaling = config.head_dim**-0.5
+        call, rest = AttentionCall(*token, None, scaling), (None, None, scaling, None, None)
         if layer.tables is None:
-            ms = run.time_ms(lambda: decode_step(state, *token, *rest))
+            ms = run.time_ms(lambda: decode_step(state, call, None, None))
         else:
             ms = run.time_ms(lambda: triton_step(state, layer.tables, *token, *rest))
         return {"ms": ms, "bytes": state.nbytes(), "GB_per_s": state.nbytes() / ms / 1e6}

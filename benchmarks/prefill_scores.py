@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
 from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
-from kvcompress.runtime.layer import layer as layer_module
+from kvcompress.runtime.layer import attention as layer_attention
 from kvcompress.runtime.model.families import shape_of
 from kvcompress.runtime.names import as_argument
 from kvcompress.runtime.prompt.attention_inputs import new_scores
-from kvcompress.runtime.prompt.score_queries import LateScoreQueries, attend_prompt
+from kvcompress.runtime.prompt.score_queries import attend_prompt
 from kvcompress.runtime.store.attend import Chunk, attend
 from kvcompress.runtime.store.state import LayerSettings, LayerState
 
@@ -151,7 +151,7 @@ def layer_runs(args: argparse.Namespace, context: int) -> dict[str, Run]:
     def way(score_queries: tuple[int | None, int | None]) -> Run:
         def run() -> torch.Tensor:
             state, scores = empty(score_queries)
-            return attend_prompt(state, chunk, scores, plain, LateScoreQueries(), False)
+            return attend_prompt(state, chunk, scores, plain, None)
 
         return run
 
@@ -203,13 +203,13 @@ def float32_chunks(wanted: bool) -> Iterator[None]:
     def old(state: LayerState, chunk: Chunk, scores: Any, *rest: Any) -> torch.Tensor:
         return attend(state, chunk, scores).transpose(1, 2).contiguous()
 
-    before = layer_module.attend_prompt
+    before = layer_attention.attend_prompt
     if wanted:
-        layer_module.attend_prompt = old
+        layer_attention.attend_prompt = old
     try:
         yield
     finally:
-        layer_module.attend_prompt = before
+        layer_attention.attend_prompt = before
 
 
 # ---- timing

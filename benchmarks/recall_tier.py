@@ -182,8 +182,8 @@ def measure_steps(model, context: int, steps: int) -> list[dict]:
             blocks = recall_blocks(plan.recall, exact, [context], [context])
             one = 2 * vector_bytes("int8", shape.head_dim, shape.model_dtype_bytes)
             row["digest_bytes_read"] = shape.layers * shape.kv_heads * blocks.host[0] * one
-            layers = caches[name].layers
-            row["bytes_copied"] = sum(layer.copied_bytes() for layer in layers) // steps
+            tiers = [layer.ready for layer in caches[name].layers]
+            row["bytes_copied"] = sum(tier.copied_bytes() for tier in tiers) // steps
         rows.append(row)
         print(
             f"{name:30} context {context:5}  {row['step_ms']:6.1f} ms a step, digests read "

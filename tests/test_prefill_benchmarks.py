@@ -42,7 +42,7 @@ def test_prefill_scores(benchmark, capsys):
             ratio = row["ms"][name] / row["ms"]["plain"]
             assert row["ratio"][name] == pytest.approx(ratio, rel=0.1)
     assert "| layer | 150 |" in script.table(told)
-    assert importlib.import_module("kvcompress.runtime.layer.layer").attend_prompt.__name__ == (
+    assert importlib.import_module("kvcompress.runtime.layer.attention").attend_prompt.__name__ == (
         "attend_prompt"
     )
 

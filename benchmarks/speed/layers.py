@@ -18,6 +18,7 @@ from kvcompress.bench.result import Kind
 from kvcompress.bench.timing import case_of
 from kvcompress.evaluate.quality import weights_bytes
 from kvcompress.evaluate.serving import model_shape
+from kvcompress.runtime.layer.call import AttentionCall
 from speed.model import COMPILED, INT8, NAMES, Models
 
 PACKED: Final = "queries of a group as rows"
@@ -70,7 +71,7 @@ def own_entry(models: Models, made: Shared, setup: Setup, size: Size) -> Entry:
             cache.note_forward(None, 1)
             for layer in cache.compressed_layers:
                 stored = layer.update(key.clone(), key)
-                layer.forward(query, *stored, None, scaling, None, None)
+                layer.forward(AttentionCall(query, *stored, None, scaling))
 
         step()
         return _ready(name, "ours", step, size, held, "float32", quality=setup.name)

@@ -17,7 +17,7 @@ from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
 from kvcompress.plan import HOLDS_KV, Plan
 from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.cache.cache import CompressedCache
-from kvcompress.runtime.layer.layer import CompressedLayer
+from kvcompress.runtime.layer.layer import AbstractLayer
 from kvcompress.runtime.prompt.attention_inputs import new_scores
 from kvcompress.runtime.prompt.store_prompt import store_prompt
 from kvcompress.runtime.store.attend import Chunk
@@ -68,10 +68,10 @@ def fill_compressed(plan: Plan, params: KVParams | None, pair: Pair) -> Compress
     return cache
 
 
-def _fill_layer(layer: CompressedLayer, pair: Pair, generator: torch.Generator) -> None:
+def _fill_layer(layer: AbstractLayer, pair: Pair, generator: torch.Generator) -> None:
     key, value = pair
     layer.lazy_initialization(key, value)
-    layer.seen = key.shape[2]
+    layer.growing.progress.seen = key.shape[2]
     state = layer.state
     assert state is not None
     state.turn_starts.append(0)
@@ -85,7 +85,7 @@ def _fill_layer(layer: CompressedLayer, pair: Pair, generator: torch.Generator) 
     state.first_vote = 0 if rows is None else max(0, chunk.length - rows)
     drawn = {
         number: score + torch.rand(score.shape, generator=generator).to(score.device)
-        for number, score in new_scores(state, chunk, layer.attention_inputs).items()
+        for number, score in new_scores(state, chunk).items()
     }
     store_prompt(state, chunk, drawn)
 

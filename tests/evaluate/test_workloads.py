@@ -178,11 +178,11 @@ def test_a_long_generation_goes_through_the_decode_path(
         Session, "feed", lambda self, tokens: lengths.append(tokens.shape[1]) or feed(self, tokens)
     )
     inserted = []
-    from kvcompress.runtime.layer import layer
+    from kvcompress.runtime.layer import intake
     from kvcompress.runtime.step import cpu as fused
 
     # without kernels, with them
-    for owner, name in ((layer, "store_token"), (fused.FusedStep, "run")):
+    for owner, name in ((intake, "store_token"), (fused.FusedStep, "run")):
         take = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, take=take: inserted.append(1) or take(*args))
     run_workload(tiny_llama, tiny_tokenizer, suite, whole(tiny_llama))

@@ -13,9 +13,9 @@ from kvcompress.kernels.cpu import layout
 from kvcompress.kernels.cpu.library import ISAS, library
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan
 from kvcompress.quant.keystats import KVParams
-from kvcompress.runtime.layer.base import ForwardInfo
+from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo
 from kvcompress.runtime.layer.layer import CompressedLayer
-from kvcompress.runtime.step.cpu import EXCEPTIONS, exception, refusal
+from kvcompress.runtime.step.cpu import EXCEPTIONS, refusal
 from kvcompress.runtime.store.state import LayerSettings
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels were not built")
@@ -80,9 +80,8 @@ class Pair:
 
     def __init__(self, plan: Plan, groups: int, dtype: torch.dtype = torch.float32) -> None:
         settings = LayerSettings(plan, params_of(plan), 0)
+        assert refusal(settings) is None
         self.fused, self.plain = CompressedLayer(settings), CompressedLayer(settings)
-        assert self.fused._fused is not None
-        self.plain._fused = None
         self.plan, self.groups, self.dtype = plan, groups, dtype
         self.generator = torch.Generator().manual_seed(11)
 
@@ -102,12 +101,10 @@ class Pair:
         for layer in (self.fused, self.plain):
             layer.announce(ForwardInfo(flags=flags))
             layer.update(key, value)
-            given = {"softcap": None, "sinks": None, "mask": None, **more}
-            result = layer.forward(
-                query, key, value, given["mask"], shape.head_dim**-0.5, given["softcap"], None,
-                given["sinks"],
-            )  # fmt: skip
-            out.append(result.float())
+            if layer is self.plain:
+                layer.ready.fused = None
+            given = {"mask": None, "scaling": shape.head_dim**-0.5, **more}
+            out.append(layer.forward(AttentionCall(query, key, value, **given)).float())
         return out[0], out[1]
 
     def compare(self, tolerance: float) -> None:
@@ -286,7 +283,7 @@ def test_codes_are_those_of_the_codec(isa):
         for layer in (pair.fused, pair.plain):
             layer.announce(ForwardInfo())
             layer.update(vectors, vectors)
-            layer.forward(vectors * 0, vectors, vectors, None, 1.0, None, None)
+            layer.forward(AttentionCall(vectors * 0, vectors, vectors, None, 1.0))
     pair.compare(1e-5)
 
 
@@ -319,10 +316,10 @@ def test_what_the_kernels_leave_to_tensor_operations_is_named(reason):
     x = torch.randn(1, 5, 60, 32)
     layer.announce(ForwardInfo())
     layer.update(x, x)
-    layer.forward(x, x, x, None, 1.0, None, None)
+    layer.forward(AttentionCall(x, x, x, None, 1.0))
     token = torch.randn(1, 5, 1, 32)
-    assert exception(layer.state, token) is None
-    assert exception(*NOT_SERVED[reason](layer.state, token)) == reason
+    assert refusal(layer.settings, layer.state, token) is None
+    assert refusal(layer.settings, *NOT_SERVED[reason](layer.state, token)) == reason
 
 
 @torch.no_grad()
@@ -332,9 +329,9 @@ def test_protected_spans_go_the_other_way():
     x = torch.randn(1, 5, 60, 32)
     layer.announce(ForwardInfo())
     layer.update(x, x)
-    layer.forward(x, x, x, None, 1.0, None, None)
+    layer.forward(AttentionCall(x, x, x, None, 1.0))
     token = torch.randn(1, 5, 1, 32)
     layer.announce(ForwardInfo())
     layer.update(token, token)
-    layer.forward(token, token, token, None, 1.0, None, None)
-    assert layer._fused is not None and layer._fused._view is None
+    layer.forward(AttentionCall(token, token, token, None, 1.0))
+    assert layer.ready.fused is not None and layer.ready.fused._view is None

@@ -16,7 +16,7 @@ from kvcompress import accounting
 from kvcompress.evict.keepset import class_mask
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan
 from kvcompress.registry import SUMS
-from kvcompress.runtime.layer.base import ForwardInfo
+from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.store.rules import broken
 from kvcompress.runtime.store.state import LayerSettings
@@ -163,7 +163,7 @@ class Driver:
         self.real.append(real)
         self.layer.announce(ForwardInfo(flags=flags, in_prompt=False))
         self.layer.update(k, v)
-        out = self.layer.forward(q, k, v, mask, dim**-0.5, None, None)
+        out = self.layer.forward(AttentionCall(q, k, v, mask, dim**-0.5))
         if self.exact and length == 1 and before is not None:
             self.check_output(q, out, before)
         return out
@@ -324,7 +324,7 @@ class Driver:
         if back == length:
             for ours, theirs in zip(self.layer.state.tensors(), before, strict=True):
                 assert torch.equal(ours, theirs), "a rejected draft left a trace"
-        self.layer.record_past = False
+        self.layer.progress.record_past = False
 
 
 @settings(

@@ -16,11 +16,11 @@ from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.layer.layer import CompressedLayer
+from kvcompress.runtime.layer.ready import Ready
 from kvcompress.runtime.model.families import shape_of
 from kvcompress.runtime.names import as_argument
 from kvcompress.runtime.recall import layer as runtime_recall
-from kvcompress.runtime.recall.layer import RecallLayer
+from kvcompress.runtime.recall.layer import RecallReady
 from kvcompress.runtime.recall.state import RecallState
 from kvcompress.runtime.static.cache import StaticCompressedCache
 from kvcompress.runtime.store.state import LayerSettings
@@ -50,13 +50,14 @@ def served(family="llama", *heads: HeadPlan, tier: Recall | None = None, **setti
     return attach(model, plan), plan
 
 
-def tiers(cache) -> list[RecallLayer]:
-    return [layer for layer in cache.layers if isinstance(layer, RecallLayer)]
+def tiers(cache) -> list[RecallReady]:
+    found = [layer.growing.ready for layer in cache.compressed_layers]
+    return [tier for tier in found if isinstance(tier, RecallReady)]
 
 
 def everything(cache) -> list:
     """All that a cache holds, as plain values."""
-    return [(layer.seen, everything_in(layer.state)) for layer in tiers(cache)]
+    return [(tier.progress.seen, everything_in(tier.state)) for tier in tiers(cache)]
 
 
 def everything_in(state: RecallState) -> list:
@@ -108,8 +109,9 @@ def test_v1_families(family):
 
 def test_only_layers_without_a_window_have_a_tier():
     model, _ = served("gemma2")
-    kinds = [type(layer) for layer in new_cache(model).layers]
-    assert kinds == [CompressedLayer, RecallLayer]
+    cache = new_cache(model)
+    feed(model, cache, prompts(1, 9)["input_ids"])
+    assert [type(layer.ready) for layer in cache.layers] == [Ready, RecallReady]
 
 
 # ---- V2: hidden blocks equal masked ones

@@ -34,12 +34,12 @@ def seen(monkeypatch):
     found = []
     real = attend_prompt
 
-    def spy(state, chunk, scores, fast_attention, late_voters, late):
-        out = real(state, chunk, scores, fast_attention, late_voters, late)
+    def spy(state, chunk, scores, fast_attention, late):
+        out = real(state, chunk, scores, fast_attention, late)
         found.append((state, chunk, {n: s.clone() for n, s in scores.items()}, out))
         return out
 
-    monkeypatch.setattr("kvcompress.runtime.layer.layer.attend_prompt", spy)
+    monkeypatch.setattr("kvcompress.runtime.layer.attention.attend_prompt", spy)
     return found
 
 
@@ -116,13 +116,13 @@ def test_a_held_prompt_has_the_estimates_of_one_that_came_at_once(family, size):
             ],
         }
         feed(model, held, part)
-        waiting = [layer._late.nbytes() for layer in held.compressed_layers]
+        waiting = [layer.ready.intake._queries.nbytes() for layer in held.compressed_layers]
     assert all(waiting)
     before = held.nbytes()
     held.end_prefill()
     assert held.nbytes() == whole.nbytes() < before
     for ours, theirs in zip(held.compressed_layers, whole.compressed_layers, strict=True):
-        assert not ours._late.nbytes()
+        assert not ours.ready.intake._queries.nbytes()
         for a, b in zip(ours.state.groups, theirs.state.groups, strict=True):
             if a.recent_score is not None:
                 torch.testing.assert_close(a.recent_score, b.recent_score, rtol=1e-4, atol=1e-4)
@@ -206,7 +206,7 @@ def test_only_voters_for_their_stride_wait_for_the_end():
     cache.begin_prefill()
     for part in ids.split(32, 1):
         feed(model, cache, {"input_ids": part})
-    noted = [own for _, (own,) in cache.compressed_layers[0]._late._noted]
+    noted = [own for _, (own,) in cache.compressed_layers[0].ready.intake._queries._noted]
     number = torch.arange(90)
     expected = score_queries.votes_for_its_stride(number, 8) | (number >= 84)
     assert torch.equal(torch.cat([own.position for own in noted]), number[expected])
@@ -260,8 +260,9 @@ def test_rows_that_a_mask_takes_out_do_not_vote(hold, seen):
     counts = pair_weight(number, number, 55, 5, 4) * valid[:, None]
     for layer, (_, chunk, scores, _) in zip(cache.compressed_layers, seen, strict=True):
         if hold:
-            scores = layer._pending.scores
-            layer._late.vote(layer.state, layer._pending.chunk, scores)
+            intake = layer.ready.intake
+            scores = intake.pending.scores
+            intake._queries.vote(layer.state, intake.pending.chunk, scores)
         logits = chunk.query @ chunk.key.repeat_interleave(2, 1).mT * chunk.scaling
         hidden = (number[:, None] < number) | ~valid
         share = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)

@@ -20,15 +20,15 @@ from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.runtime.cache.second_reading import SecondReading
 from kvcompress.runtime.cache.seen_text import SeenText
 from kvcompress.runtime.cache.spans import ClassIds, Span, row_spans
-from kvcompress.runtime.layer.base import ForwardInfo, refuse_change
-from kvcompress.runtime.layer.latent import LatentLayer
-from kvcompress.runtime.layer.layer import CompressedLayer
+from kvcompress.runtime.layer.call import ForwardInfo, refuse_change
+from kvcompress.runtime.layer.latent import latent_layer
+from kvcompress.runtime.layer.layer import AbstractLayer, CompressedLayer
 from kvcompress.runtime.layer.relative import check_relative, frame_positions, row_starts
 from kvcompress.runtime.model.attached import own_part
 from kvcompress.runtime.model.parallel import layer_devices
 from kvcompress.runtime.names import cropped_tokens
 from kvcompress.runtime.prompt.choose import pooled_over_layers
-from kvcompress.runtime.recall.layer import RecallLayer
+from kvcompress.runtime.recall.layer import RecallReady, recall_layer
 from kvcompress.runtime.saved.cachefile import CacheFileError
 from kvcompress.runtime.saved.persist import load_cache, save_cache
 from kvcompress.runtime.store.state import LayerSettings
@@ -81,8 +81,8 @@ class CompressedCache(Cache):
         for layer in range(plan.model.layers):
             if plan.model.kind(layer) in HOLDS_KV:
                 settings = LayerSettings(plan, params, layer)
-                kind = LatentLayer if settings.kind == "latent" else CompressedLayer
-                kind = RecallLayer if plan.recalls(layer) else kind
+                kind = latent_layer if settings.kind == "latent" else CompressedLayer
+                kind = recall_layer if plan.recalls(layer) else kind
                 layers.append(kind(settings, spans, compress == "after_prefill"))
             elif config is None:
                 raise KVCompressError(
@@ -92,7 +92,7 @@ class CompressedCache(Cache):
             elif layer < len(own):
                 layers.append(own[layer])
         super().__init__(layers=layers)
-        plain = all(isinstance(layer, CompressedLayer) for layer in layers)
+        plain = all(isinstance(layer, AbstractLayer) for layer in layers)
         self._config = None if plain else config
         self.params = params
         self.seen_text = SeenText()
@@ -125,9 +125,9 @@ class CompressedCache(Cache):
         return copied
 
     @property
-    def compressed_layers(self) -> list[CompressedLayer]:
+    def compressed_layers(self) -> list[AbstractLayer]:
         """The layers that hold keys and values, in order."""
-        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+        return [layer for layer in self.layers if isinstance(layer, AbstractLayer)]
 
     # ---- told by the model's forward
     @between_graphs
@@ -155,7 +155,7 @@ class CompressedCache(Cache):
                 "pass input_ids, or these classes are not kept",
             )
         if self._second_reading.reading:
-            self._announce(ForwardInfo(None, None, True, length))
+            self._announce(ForwardInfo(in_prompt=True, length=length, reads_again=True))
             return
         if length == 1 and not self._in_prompt and not self._drafts_wait:
             self.end_prefill()
@@ -168,7 +168,8 @@ class CompressedCache(Cache):
         flags = self._class_ids.flags(input_ids) if uses and input_ids is not None else None
         self._announce(ForwardInfo(flags, final_tokens, self._in_prompt, length))
         self.seen_text.update(input_ids)
-        self._second_reading.note(input_ids, length, attention_mask)
+        if self._second_reading.wanted:
+            self._second_reading.note(input_ids, length, attention_mask)
 
     def _announce(self, forward_info: ForwardInfo) -> None:
         for layer in self.compressed_layers:
@@ -196,22 +197,24 @@ class CompressedCache(Cache):
         return frame_positions(self.plan, start, first.seen, length)
 
     def _check_rows(self, input_ids: Tensor | None) -> None:
-        state = self.compressed_layers[0].state
-        if state is not None and input_ids is not None:
-            refuse_change("rows", state.batch, input_ids.shape[0])
+        held = self.compressed_layers[0].row_seen
+        if held is not None and input_ids is not None and len(held) != input_ids.shape[0]:
+            refuse_change("rows", len(held), input_ids.shape[0])
 
     def _check_mask(self, length: int, mask: Tensor | None) -> None:
         """A mask must show the stored tokens as it did when they came."""
         first = self.compressed_layers[0]
-        if mask is None or mask.ndim != 2 or length < 2 or first.state is None or first.has_pending:
+        if mask is None or mask.ndim != 2 or length < 2 or first.row_seen is None:
+            return
+        if first.has_pending:
             return
         if mask.shape[1] != first.seen + length:
             return
         shown = mask[:, : first.seen].ne(0).sum(1).tolist()
-        if shown != first.state.row_seen:
+        if shown != first.row_seen:
             raise KVCompressError(
                 f"the attention mask shows {shown} of the tokens so far, the cache took in "
-                f"{first.state.row_seen}: it cannot hide or show tokens later; pass the mask of "
+                f"{first.row_seen}: it cannot hide or show tokens later; pass the mask of "
                 "the whole conversation"
             )
 
@@ -280,7 +283,7 @@ class CompressedCache(Cache):
 
     @property
     def _drafts_wait(self) -> bool:
-        return any(layer.record_past and layer._drafts_wait for layer in self.compressed_layers)
+        return any(layer.drafts_wait for layer in self.compressed_layers)
 
     # ---- which tokens they are
     def check_prefix(self, input_ids: Tensor) -> None:
@@ -313,7 +316,7 @@ class CompressedCache(Cache):
         if self._config is not None:
             own = DynamicCache(config=self._config).layers
             for number, layer in enumerate(self.layers):
-                if not isinstance(layer, CompressedLayer):
+                if not isinstance(layer, AbstractLayer):
                     self.layers[number] = own[number]
         self.seen_text = SeenText()
         self._second_reading = SecondReading(self.plan)
@@ -365,8 +368,8 @@ class CompressedCache(Cache):
 
     def host_nbytes(self) -> int:
         """Bytes of host memory that a plan's recall tier holds beside them."""
-        tiers = (layer for layer in self.layers if isinstance(layer, RecallLayer))
-        return sum(layer.host_nbytes() for layer in tiers)
+        tiers = (layer.growing.ready for layer in self.compressed_layers)
+        return sum(tier.host_nbytes() for tier in tiers if isinstance(tier, RecallReady))
 
 
 def _check_relative(

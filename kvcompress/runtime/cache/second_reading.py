@@ -46,7 +46,7 @@ class SecondReading:
 
     def note(self, ids: Tensor | None, length: int, mask: Tensor | None) -> None:
         """A forward of the prompt comes: its ``[B, T]`` tokens and ``[B, seen + T]`` mask."""
-        if not self.wanted or self.reading or not length:
+        if self.reading or not length:
             return
         self._embeddings = self._embeddings or ids is None
         if ids is not None:
@@ -78,19 +78,14 @@ class SecondReading:
         ask = ask.expand(ids.shape[0], -1)
         room = self.plan.max_position - ids.shape[1] - ask.shape[1] - LEAD_TOKENS
         size = min(MOST_TOKENS, max(FEWEST_TOKENS, room))
-        self._switch(cache, True)
+        self.reading = True
         try:
             for low in range(0, ids.shape[1], size):
                 part = slice(max(0, low - LEAD_TOKENS), low + size)
                 self._chunk(model, cache, ids, mask, ask, part)
         finally:
-            self._switch(cache, False)
+            self.reading = False
         self.wanted, self._ids = False, []
-
-    def _switch(self, cache: CompressedCache, on: bool) -> None:
-        self.reading = on
-        for layer in cache.compressed_layers:
-            layer.reads_again = on
 
     def _chunk(
         self,

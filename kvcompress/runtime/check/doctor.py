@@ -105,6 +105,6 @@ def _layers(plan: Plan, params: KVParams | None) -> list[Finding]:
 
 
 def _layer(settings: LayerSettings) -> Finding:
-    reason = why_not() if library() is None else refusal(settings)
+    reason = refusal(settings)
     path = "compiled kernels" if reason is None else "tensor operations"
     return Finding(f"layer {settings.layer}, {settings.kind}", path, reason)

@@ -1,13 +1,14 @@
 """Hooks that announce every forward of a model to its cache before the layers run.
 
 A layer raises where it attends for a forward that nobody announced, see
-`kvcompress.runtime.layer.base.StoringLayer.update`. So if a release of transformers stops calling
-the hooks, the user gets an error and no wrong text.
+`kvcompress.runtime.layer.layer.AbstractLayer`. So if a release of transformers stops calling the
+hooks, the user gets an error and no wrong text.
 """
 
 from __future__ import annotations
 
 import weakref
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,21 +17,27 @@ from transformers import PreTrainedModel
 from kvcompress.errors import KVCompressError, PlanError
 from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.new import new_cache
-from kvcompress.runtime.hf import generate
-from kvcompress.runtime.model.attached import Attached, record_of_hooked
-from kvcompress.runtime.names import CACHE, Arguments, by_keyword
+from kvcompress.runtime.hf.generate import RUNNING
+from kvcompress.runtime.model.attached import RECORD, Attached
+from kvcompress.runtime.names import CACHE, CACHE_NAMES, Arguments, by_keyword
+
+_OTHER_NAMES: Final = tuple(name for name in CACHE_NAMES if name != CACHE)
 
 Call = tuple[tuple[object, ...], Arguments]
 
 
 def announce(model: PreTrainedModel, args: tuple[object, ...], kwargs: Arguments) -> Call:
     """Forward pre-hook: tell the cache which tokens come, and pass it to the attention function."""
-    own = record_of_hooked(model)
-    given = by_keyword(own.arguments, args, kwargs)
+    own: Attached = model.__dict__[RECORD]
+    plain = not args and not any(name in kwargs for name in _OTHER_NAMES)
+    given = dict(kwargs) if plain else by_keyword(own.arguments, args, kwargs)
     if given.get(CACHE) is None and _wants_a_cache(model, given):
         given[CACHE] = new_cache(model)
     cache = given.get(CACHE)
-    generate.check_forward(model, cache)
+    if not torch.compiler.is_compiling():  # a compiled step follows a prompt that went this way
+        running = RUNNING.get()
+        if running is not None:
+            running.check_forward(model, cache)
     if not isinstance(cache, CompressedCache):
         return (), given
     ids = given.get("input_ids")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final, NoReturn, cast
 
 import torch
@@ -13,9 +12,10 @@ from transformers.masking_utils import sdpa_mask
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
 from kvcompress.runtime.cache.cache import CompressedCache
-from kvcompress.runtime.layer.layer import CompressedLayer
+from kvcompress.runtime.layer.call import AttentionCall
+from kvcompress.runtime.layer.layer import AbstractLayer
 from kvcompress.runtime.model.eager import eager_attention
-from kvcompress.runtime.prompt.attention_inputs import AttentionInputs
+from kvcompress.runtime.prompt.attention_inputs import NOTHING, AttentionInputs
 
 IMPLEMENTATION: Final = "kvcompress"
 
@@ -38,7 +38,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature; see `CompressedLayer.forward`."""
+    """transformers' attention signature; see `AttentionCall`."""
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__}: attention with position_bias is not built yet"
@@ -61,30 +61,27 @@ def _attention(
 
     plain = softcap is None and s_aux is None
     if layer is not None:
-        reader = cast(int, module.layer_idx)
-        if layer.settings.scorer.needs and reader == layer.settings.layer:
-            layer.attention_inputs = AttentionInputs(module, hidden)
-        kernel = fast if plain else None
-
-        def compressed() -> Tensor:
-            return layer.forward(
-                query, key, value, attention_mask, scaling, softcap, kernel, s_aux, reader
-            )
-
-        return _without_gradient(compressed, query), None
+        inputs = AttentionInputs(module, hidden) if layer.settings.scorer.needs else NOTHING
+        call = AttentionCall(
+            *(query, key, value, attention_mask, scaling, softcap, s_aux),
+            fast=fast if plain else None,
+            reader=cast(int, module.layer_idx),
+            inputs=inputs,
+        )
+        return _without_gradient(layer, call), None
     if plain:
         return fast(), None
     return eager_attention(query, key, value, attention_mask, scaling, softcap, s_aux), None
 
 
-def _without_gradient(attend: Callable[[], Tensor], query: Tensor) -> Tensor:
+def _without_gradient(layer: AbstractLayer, call: AttentionCall) -> Tensor:
     """Attend without recording a graph, as stored codes have none. Where the caller records one, a
     backward pass through the output raises."""
-    if not (torch.is_grad_enabled() and query.requires_grad):
-        return attend()
+    if not (torch.is_grad_enabled() and call.query.requires_grad):
+        return layer.forward(call)
     with torch.no_grad():
-        out = attend()
-    return cast(Tensor, _NoGradient.apply(out, query))
+        out = layer.forward(call)
+    return cast(Tensor, _NoGradient.apply(out, call.query))
 
 
 class _NoGradient(torch.autograd.Function):
@@ -101,10 +98,10 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
-def _layer_of(module: torch.nn.Module, key: Tensor, cache: object) -> CompressedLayer | None:
+def _layer_of(module: torch.nn.Module, key: Tensor, cache: object) -> AbstractLayer | None:
     """The cache layer that holds these keys. The keys carry it as an attribute, which is lost where
     the model computes new tensors from them; then the module's own number tells the layer."""
     layer = getattr(key, "_kvc_layer", None)
     if layer is None and isinstance(cache, CompressedCache):
         layer = cache.layers[cast(int, module.layer_idx)]
-    return layer if isinstance(layer, CompressedLayer) else None
+    return layer if isinstance(layer, AbstractLayer) else None

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NoReturn
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -38,8 +37,27 @@ class _Running:
     cache_prepared: bool = False
     prompt_fed: bool = False
 
+    def check_forward(self, model: Any, cache: Any) -> None:
+        """Refuse a forward for which transformers did not ask us.
 
-_RUNNING: ContextVar[_Running | None] = ContextVar("kvcompress_generate", default=None)
+        Raises:
+            KVCompressError: naming the release and the method that it did not call.
+        """
+        if self.model is not model or self.own_loop:
+            return
+        missed = None
+        if not self.cache_prepared:
+            missed = "_prepare_cache_for_generation"
+        elif isinstance(cache, CompressedCache) and not self.prompt_fed:
+            missed = "_prefill"
+        if missed is not None:
+            raise KVCompressError(
+                f"generate of {release()} fed {type(model).__name__} without calling its {missed}, "
+                "which kvcompress needs; use a tested release, or pass forwards by hand"
+            )
+
+
+RUNNING: ContextVar[_Running | None] = ContextVar("kvcompress_generate", default=None)
 
 
 def override(model: PreTrainedModel) -> None:
@@ -63,29 +81,6 @@ def restore(model: PreTrainedModel) -> None:
         model.__dict__.pop(name, None)
 
 
-def check_forward(model: PreTrainedModel, cache: object) -> None:
-    """Refuse a forward inside of `generate` before which transformers did not call us back.
-
-    Raises:
-        KVCompressError: naming the release and the method that it did not call.
-    """
-    if torch.compiler.is_compiling():  # a decode step; its prompt ran uncompiled
-        return
-    running = _RUNNING.get()
-    if running is None or running.model is not model or running.own_loop:
-        return
-    missed = None
-    if not running.cache_prepared:
-        missed = "_prepare_cache_for_generation"
-    elif isinstance(cache, CompressedCache) and not running.prompt_fed:
-        missed = "_prefill"
-    if missed is not None:
-        raise KVCompressError(
-            f"generate of {release()} fed {type(model).__name__} without calling its {missed}, "
-            "which kvcompress needs; use a tested release, or pass forwards by hand"
-        )
-
-
 def _generate(model: PreTrainedModel, *args: object, **kwargs: object) -> object:
     """`generate` with the arguments that lead to the compressed cache."""
     kwargs = with_one_cache(kwargs)
@@ -99,11 +94,11 @@ def _generate(model: PreTrainedModel, *args: object, **kwargs: object) -> object
     if given is None or isinstance(given, CompressedCache):
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
         _refuse_bypass(model, config, kwargs)
-    token = _RUNNING.set(_Running(model, own_loop is not None))
+    token = RUNNING.set(_Running(model, own_loop is not None))
     try:
         return _original(model, "generate")(model, *args, **kwargs)
     finally:
-        _RUNNING.reset(token)
+        RUNNING.reset(token)
 
 
 def _refuse_bypass(model: PreTrainedModel, config: object, kwargs: Arguments) -> None:
@@ -130,7 +125,7 @@ def _prepare_cache(
     **kwargs: object,
 ) -> None:
     """`generate` asks for a cache: ours, unless the caller passed another kind."""
-    running, given = _RUNNING.get(), model_kwargs.get(CACHE)
+    running, given = RUNNING.get(), model_kwargs.get(CACHE)
     if running is not None and running.model is model:
         running.cache_prepared = True
     if isinstance(given, StaticCompressedCache):
@@ -186,7 +181,7 @@ def _original(model: PreTrainedModel, name: str) -> Callable[..., object]:
 
 
 def _note_prompt(model: PreTrainedModel) -> None:
-    running = _RUNNING.get()
+    running = RUNNING.get()
     if running is not None and running.model is model:
         running.prompt_fed = True
 

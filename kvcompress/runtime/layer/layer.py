@@ -1,106 +1,303 @@
-"""One layer of the compressed cache: it attends to what is stored, then stores and evicts."""
+"""A layer of the compressed cache as transformers sees it; `ready` has the work on tokens."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import Any, Final
+from typing import Any, final
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
-from kvcompress.kernels.cpu.library import library
-from kvcompress.runtime.layer.pending_chunk import PendingChunk
-from kvcompress.runtime.layer.prompt_hold import HoldingLayer
-from kvcompress.runtime.layer.relative import attend_relative, in_order, parts
-from kvcompress.runtime.layer.undo_log import UndoLog
-from kvcompress.runtime.names import cropped_tokens
-from kvcompress.runtime.prompt.attention_inputs import NOTHING, new_scores
-from kvcompress.runtime.prompt.score_queries import attend_prompt
-from kvcompress.runtime.prompt.store_prompt import store_prompt
-from kvcompress.runtime.step.cpu import FusedStep, IncomingToken, refusal, serves
-from kvcompress.runtime.step.store_token import store_token
-from kvcompress.runtime.store.attend import Chunk, attend, score_rows
+from kvcompress.runtime.layer.attention import Pair
+from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo, Progress, refuse_change
+from kvcompress.runtime.layer.ready import AbstractReady, Ready, refuse_crop
+from kvcompress.runtime.names import CACHE, cropped_tokens, release
+from kvcompress.runtime.prompt.store_prompt import PromptToStore
+from kvcompress.runtime.step.cpu import fused_step
 from kvcompress.runtime.store.state import LayerSettings, LayerState
 from kvcompress.runtime.torch_modes import between_graphs, leaving_plain_tensors
 
-_NEVER: Final = 1 << 60  # a first vote that no position reaches
-_MOST_DRAFTED: Final = 256
-
-# the model's normal attention over the chunk alone; None where it has no such kernel
-FastAttention = Callable[[], Tensor] | None
+# protected tokens of every row, or of each row
+Spans = list[tuple[range, ...]] | tuple[range, ...]
 
 
-class CompressedLayer(HoldingLayer):
-    """Attends to a chunk in `forward` and only then stores it; arguments as for `HoldingLayer`."""
+class AbstractLayer(CacheLayerMixin):
+    """What the cache, its files and the attention function ask of a layer.
+
+    Attributes:
+        spans: one tuple of protected tokens for every row, or a list of them, one per row.
+    """
+
+    supports_early_init = False
+
+    def __init__(self, settings: LayerSettings, spans: Spans) -> None:
+        super().__init__()
+        self.settings, self.spans = settings, spans
+        self.forward_info = ForwardInfo()  # of the forward that was announced last
+        self._announced = False
+
+    # ---- the handshake with the model's pre-hook
+    def announce(self, forward_info: ForwardInfo) -> None:
+        """The next call of `update` belongs to this forward."""
+        self.forward_info, self._announced = forward_info, True
+
+    def _answer(self, length: int) -> ForwardInfo:
+        """What was announced of the `length` tokens that come now.
+
+        Raises:
+            KVCompressError: where the cache was not told of them, or was told otherwise, naming the
+                release and how the cache has to be passed.
+        """
+        announced, self._announced = self._announced, False
+        if not announced or self.forward_info.length not in (0, length):
+            was = f"announced with {self.forward_info.length}" if announced else "not announced"
+            raise KVCompressError(
+                f"layer {self.settings.layer}: a forward of {length} tokens was {was} to its cache "
+                f"({release()}): call kvcompress.attach(model, plan) first, then the model itself, "
+                f"no part of it, with the cache as {CACHE}="
+            )
+        return self.forward_info
+
+    @abstractmethod
+    def forward(self, call: AttentionCall) -> Tensor:
+        """Attention of the chunk that `update` saw last, then eviction and storage.
+
+        Returns:
+            ``[B, T, Hq, D]`` contiguous.
+        """
+
+    @property
+    @abstractmethod
+    def growing(self) -> CompressedLayer:
+        """The layer that takes prompts in."""
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen, kept or not, pads counted."""
+        return self.growing.progress.seen
+
+    @property
+    def state(self) -> LayerState | None:
+        """What a layer holds in segments; None before its first keys."""
+        ready = self.growing.ready
+        return ready.state if isinstance(ready, Ready) else None
+
+    @property
+    def row_seen(self) -> list[int] | None:
+        """Real tokens of each row so far; None before the first keys."""
+        ready = self.growing.ready
+        return None if ready is None else ready.row_seen
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether a prompt, or a draft, is held uncompressed."""
+        ready = self.growing.ready
+        return ready is not None and ready.has_pending
+
+    @property
+    def drafts_wait(self) -> bool:
+        """Whether tokens that come now may be a draft that is stored only when `crop` is called."""
+        growing = self.growing
+        recording = growing.progress.record_past
+        return recording and growing.ready is not None and growing.ready.drafts_wait
+
+    def prompt_to_store(self) -> PromptToStore | None:
+        """The held prompt, ready to be compressed; None where none is held."""
+        ready = self.growing.ready
+        return None if ready is None else ready.prompt_to_store()
+
+    def end_prefill(self) -> None:
+        """Compress a prompt that is held."""
+        if self.growing.ready is not None:
+            self.growing.ready.end_prefill()
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of every tensor that this layer holds."""
+
+    def offload(self) -> None:
+        raise KVCompressError("the compressed cache cannot be offloaded; drop offloading=True")
+
+    prefetch = offload
+
+
+# from settings, keys and values of the first chunk, spans of each row, hold_prompt and progress
+Begin = Callable[
+    [LayerSettings, Pair, list[tuple[range, ...]], bool, Progress],
+    AbstractReady,
+]
+
+
+def in_segments(
+    settings: LayerSettings,
+    first: Pair,
+    spans: list[tuple[range, ...]],
+    hold_prompt: bool,
+    progress: Progress,
+) -> Ready:
+    """A layer whose keys are stored in segments as the model makes them."""
+    state = LayerState.empty(settings, *first, spans)
+    return Ready(state, hold_prompt, progress, fused_step(settings))
+
+
+@final
+class CompressedLayer(AbstractLayer):
+    """A layer whose store grows with the context. `update` hands the chunk through, and `forward`
+    attends and stores it.
+
+    Args:
+        spans: see `AbstractLayer`.
+        hold_prompt: keep a prompt uncompressed until it ends, see `CompressedCache`.
+        begin: makes what works on tokens, when the first keys come.
+
+    Attributes:
+        ready: None before the first keys.
+    """
+
+    is_compileable = False
 
     def __init__(
         self,
         settings: LayerSettings,
-        spans: list[tuple[range, ...]] | tuple[range, ...] = (),
+        spans: Spans = (),
         hold_prompt: bool = False,
+        begin: Begin = in_segments,
     ) -> None:
-        super().__init__(settings, spans, hold_prompt)
-        self._shared: PendingChunk | None = None
-        self._undo_log = UndoLog()
-        self._decoded = False  # the last forward decoded, so that a prompt opens a turn
-        served = library() is not None and refusal(settings) is None
-        self._fused = FusedStep(settings) if served else None
+        super().__init__(settings, spans)
+        self.sliding_window = settings.window if settings.block is None else settings.block
+        self.is_sliding = self.sliding_window is not None
+        self.hold_prompt = hold_prompt
+        self.progress = Progress()
+        self.ready: AbstractReady | None = None
+        self._begin = begin
+        # the keys and values that `update` handed on, until they are read
+        self._given: Pair | None = None
 
+    @property
+    def growing(self) -> CompressedLayer:
+        return self
+
+    # ---- what transformers calls
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` can take tokens back; transformers 5.24 asks before it drafts."""
+        return self.progress.record_past
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.begin(key_states, value_states)
+
+    @leaving_plain_tensors
+    def begin(self, key: Tensor, value: Tensor, spans: Spans | None = None) -> AbstractReady:
+        """Get ready for keys and values like these.
+
+        Args:
+            spans: in place of the layer's own, where rows have moved since they were given.
+
+        Raises:
+            UnsupportedModelError: where the plan is for other shapes.
+        """
+        settings, shape, heads = self.settings, self.settings.plan.model, len(self.settings.heads)
+        for name, came, dim in (("keys", key, shape.head_dim), ("values", value, shape.v_dim)):
+            if came.shape[1] != heads or came.shape[-1] != dim:
+                raise UnsupportedModelError(
+                    f"layer {settings.layer}: {name} {tuple(came.shape)}, the plan is for {heads} "
+                    f"KV heads of {dim} channels; use this model's own plan"
+                )
+        self.dtype, self.device, batch = key.dtype, key.device, key.shape[0]
+        spans = self.spans if spans is None else spans
+        rows = spans if isinstance(spans, list) else [tuple(spans)] * batch
+        if len(rows) != batch:
+            raise KVCompressError(
+                f"protect names the tokens of {len(rows)} rows, the batch has {batch}"
+            )
+        self.ready = self._begin(settings, (key, value), rows, self.hold_prompt, self.progress)
+        self.keys = self.values = key.new_zeros(0)
+        self.is_initialized = True
+        return self.ready
+
+    @between_graphs
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self._shared is not None:
-            raise UnsupportedModelError(
-                f"layer {self.settings.layer}: layers {self.settings.readers[1:]} should have read "
-                "its keys and did not"
-            )
-        return super().update(key_states, value_states)
+        info = self._answer(key_states.shape[-2])
+        ready = self.ready
+        if ready is None:
+            ready = self.begin(key_states, value_states)
+        else:
+            self._check_fits(key_states, len(ready.row_seen))
+        if self._given is not None or ready.awaits_readers:
+            self._refuse_unread()
+        self._given = (key_states, value_states)
+        self.progress.seen += key_states.shape[-2]
+        key_states._kvc_layer = self  # type: ignore[attr-defined]  # how the attention finds its layer
+        return ready.shown(key_states, value_states, info)
 
-    @leaving_plain_tensors
-    def _select(self, rows: list[int]) -> None:
-        if len(self._undo_log):
-            raise KVCompressError(
-                "rows cannot move while drafted tokens may still be taken back; call crop first"
+    def resume(self, state: LayerState, seen: int) -> None:
+        """Go on with a state that was filled elsewhere."""
+        self.progress.seen = seen
+        self.ready = Ready(state, self.hold_prompt, self.progress, fused_step(self.settings))
+
+    def _check_fits(self, key: Tensor, batch: int) -> None:
+        """Refuse another batch, dtype or device than that of the tokens held."""
+        if (batch, self.dtype, self.device) != (key.shape[0], key.dtype, key.device):
+            refuse_change("rows", batch, key.shape[0])
+            refuse_change("dtype", self.dtype, key.dtype)
+            refuse_change("device", self.device, key.device)
+
+    def _refuse_unread(self) -> None:
+        settings = self.settings
+        if self._given is None:
+            raise UnsupportedModelError(
+                f"layer {settings.layer}: layers {settings.readers[1:]} should have read its keys "
+                "and did not"
             )
-        self.end_prefill()
-        super()._select(rows)
+        raise UnsupportedModelError(
+            f"layer {settings.layer}: the model stored keys but never called the compressed "
+            "attention, so its output would be wrong; call kvcompress.attach(model, plan) first"
+        )
+
+    def get_seq_length(self) -> int:
+        """Positions and masks follow it."""
+        return self.progress.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Only the chunk: stored tokens are masked from their own positions."""
+        return query_length, self.progress.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.ready is None else len(self.ready.row_seen)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.ready is not None:
+            self.ready.select_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.ready is not None:
+            self.ready.select_rows([r for r in range(self.batch_size) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.ready is not None:
+            self.ready.select_rows(torch.arange(self.batch_size)[indices.cpu()].tolist())
 
     def reset(self) -> None:
-        super().reset()
-        self._shared = None
-        self._undo_log, self._decoded = UndoLog(), False
-
-    def check_idle(self) -> None:
-        """Refuse to be copied to a file while anything waits to be stored or taken back.
-
-        Raises:
-            KVCompressError: saying what has to happen first.
-        """
-        reason = None
-        if self._given is not None or self._shared is not None:
-            reason = "save the cache between two forwards, not inside one"
-        elif len(self._undo_log) or (self._pending is not None and self.record_past):
-            reason = "drafted tokens are not settled; call cache.crop(0) first"
-        elif self._pending is not None:
-            reason = "a prompt is held uncompressed; call cache.end_prefill() first"
-        if reason is not None:
-            raise KVCompressError(f"layer {self.settings.layer}: {reason}")
-
-    # ---- taking tokens back
-    @property
-    def _drafts_wait(self) -> bool:
-        """Other layers read these keys before they are stored: a draft is then kept aside, and
-        stored only when `crop` says what stays of it."""
-        return len(self.settings.readers) > 1
+        recording = self.progress.record_past
+        self.progress, self.ready = Progress(record_past=recording), None
+        self.is_initialized, self._given = False, None
+        self._announced = False
 
     def activate_past_recording(self) -> None:
         """From now on drafted tokens can be taken back with `crop`."""
-        self.record_past = True
+        self.progress.record_past = True
 
-    @leaving_plain_tensors
     def crop(self, max_length: int) -> None:
         """Take back the newest ``−max_length`` tokens; 0 says that all drafted tokens stay.
 
@@ -108,293 +305,37 @@ class CompressedLayer(HoldingLayer):
             KVCompressError: for tokens that were not drafted while the cache recorded.
         """
         count = cropped_tokens(max_length)
-        pending = self._pending if self._drafts_wait else None
-        drafted = len(self._undo_log) if pending is None else pending.chunk.key.shape[2]
-        if count < 0 or count > drafted:
-            raise KVCompressError(
-                f"crop({max_length}): only the {drafted} newest drafted tokens can be taken back, "
-                "as a negative number; call cache.activate_past_recording() before they come"
-            )
-        if pending is not None:
-            self._pending = pending.without_last(count)
-            self.end_prefill()
+        if self.ready is None:
+            refuse_crop(-count, 0)
         else:
-            for _ in range(count):
-                assert self.state is not None
-                self._undo_log.undo(self.state)
-            self._undo_log = UndoLog()
-        self.seen -= count
+            self.ready.crop(-count)
+        self.progress.seen -= count
 
     # ---- attention
     @between_graphs
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        fast_attention: FastAttention,
-        sinks: Tensor | None = None,
-        reader: int | None = None,
-    ) -> Tensor:
-        """Attention of the chunk that `update` saw last, then eviction and storage.
-
-        Args:
-            query: ``[B, Hq, T, D]``.
-            key, value: ``[B, Hkv, T, D]`` the chunk's own.
-            mask: ``[B, 1, T, T]`` bool or None (causal).
-            fast_attention: gives ``[B, T, Hq, D]``.
-            sinks: ``[Hq]`` learned logits that join every softmax.
-            reader: number of the layer that attends, where it reads another layer's keys.
-
-        Returns:
-            ``[B, T, Hq, D]`` contiguous.
-        """
-        if reader is not None and reader != self.settings.layer:
-            return self._read_shared(query, scaling, softcap, fast_attention, sinks, reader)
-        self._check_given(key, value)
-        assert self.state is not None
-        if mask is None and self._fused is not None and self._just_decodes(query):
-            flags = self.forward_info.flags if self.settings.uses_classes else None
-            token = IncomingToken(query, key, value, self.seen - 1, flags, scaling, softcap, sinks)
-            return self._fused.run(self.state, token)  # stores through pointers, in any mode
-        chunk_of = partial(self._chunk, query, key, value, mask, scaling, softcap, sinks)
-        return self._forward(chunk_of, fast_attention)
-
-    @leaving_plain_tensors
-    def _forward(self, chunk_of: Callable[[], Chunk], fast_attention: FastAttention) -> Tensor:
-        chunk = chunk_of()
-        if self.reads_again:
-            return self._read_again(chunk)
-        self._note_turn(chunk)
-        final_tokens = self._final_tokens(chunk.length)
-        if final_tokens:
-            self._undo_log = UndoLog()
-        if final_tokens == chunk.length or self._drafts_wait:
-            return self._take_in_range(chunk, fast_attention)
-        out = [self._take_in_range(chunk.tokens(0, final_tokens), None)] if final_tokens else []
-        return torch.cat([*out, *self._take_drafted(chunk, final_tokens)], 1)
-
-    def _check_given(self, key: Tensor, value: Tensor) -> None:
-        """The keys and values to attend over must be those that were stored, and be read once."""
+    def forward(self, call: AttentionCall) -> Tensor:
+        ready, settings = self.ready, self.settings
+        if call.reader is not None and call.reader != settings.layer and ready is not None:
+            return ready.read_shared(call, self.forward_info)
         given, self._given = self._given, None
-        if given is None:
+        if given is None or ready is None:
             raise UnsupportedModelError(
-                f"layer {self.settings.layer}: the model attends more than once over what it "
-                "stored, which the compressed cache cannot serve"
+                f"layer {settings.layer}: the model attends more than once over what it stored, "
+                "which the compressed cache cannot serve"
             )
-        first = self.seen == key.shape[-2]
-        for name, stored, now in (("keys", given[0], key), ("values", given[1], value)):
-            if now is stored:
-                continue
-            if now.shape != stored.shape or (first and not torch.equal(now, stored)):
-                raise UnsupportedModelError(
-                    f"layer {self.settings.layer}: the model changes {name} after it stored them "
-                    f"({tuple(stored.shape)} to {tuple(now.shape)}), which the compressed cache "
-                    "would not do to the tokens it holds"
-                )
+        return ready.forward(call, given, self.forward_info)
 
-    def _chunk(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Chunk:
-        length = query.shape[2]
-        if mask is not None and (mask.dtype != torch.bool or mask.shape[-2:] != (length, length)):
-            raise KVCompressError(
-                f"an attention mask {tuple(mask.shape)} of {mask.dtype} cannot be combined with "
-                "the compressed cache; pass the usual 2-dimensional attention_mask"
-            )
-        valid = None
-        if mask is not None:
-            valid = mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(query.shape[0], -1)
-            valid = None if bool(valid.all()) else valid
-        flags = self.forward_info.flags if self.settings.uses_classes else None
-        return Chunk(
-            query.detach(),
-            key.detach(),
-            value.detach(),
-            self.seen - length,
-            mask,
-            valid,
-            None if flags is None else flags.to(key.device),
-            scaling,
-            softcap,
-            sinks,
-        )
+    def check_idle(self) -> None:
+        """Refuse to be copied to a file while anything waits to be stored or taken back.
 
-    def _note_turn(self, chunk: Chunk) -> None:
-        assert self.state is not None
-        decodes = self._final_tokens(chunk.length) <= 1 and not self.forward_info.in_prompt
-        if not self.state.turn_starts or (self._decoded and not decodes):
-            self.state.turn_starts.append(chunk.position)
-        self._decoded = decodes
-
-    def _final_tokens(self, length: int) -> int:
-        """Tokens at the head of a chunk that will not be taken back."""
-        assert self.state is not None
-        if not self.record_past:
-            return length
-        final_tokens = self.forward_info.final_tokens
-        if final_tokens is None:
-            final_tokens = 0 if any(self.state.row_seen) else length
-        return 0 if final_tokens == 1 and any(self.state.row_seen) else final_tokens
-
-    # ---- storing
-    def _take_in_range(self, chunk: Chunk, fast_attention: FastAttention) -> Tensor:
-        """`_take`, in parts where relative positions would leave the range of the plan."""
-        cuts = [(0, chunk.length)]
-        if self.settings.relative:
-            cuts = parts(self.settings.plan, chunk.position, chunk.length)
-        if len(cuts) == 1:
-            return self._take(chunk, fast_attention)
-        return torch.cat([self._take(chunk.tokens(*cut), None) for cut in cuts], 1)
-
-    def _take(self, chunk: Chunk, fast_attention: FastAttention) -> Tensor:
-        """Attend, then store, or leave it to the last layer that reads these keys."""
-        assert self.state is not None
-        if self._prompt_is_over(chunk.length):
-            self.end_prefill()
-        if self._fused is not None and self._is_step(chunk):
-            self.attention_inputs = NOTHING
-            return self._fused.run(self.state, IncomingToken.of(chunk))
-        if self._pending is not None:
-            chunk = self._pending.followed_by(chunk)
-        scores = new_scores(self.state, chunk, self.attention_inputs)
-        if self._pending is not None:
-            scores = self._pending.scores_before(scores)
-        out = self._attend(chunk, scores, fast_attention)
-        pending = PendingChunk(chunk, scores)
-        if len(self.settings.readers) > 1:
-            self._shared = pending
-        else:
-            self._store(pending)
-        return out
-
-    def _just_decodes(self, query: Tensor) -> bool:
-        """Whether a forward decodes one token and nothing waits that it has to look at."""
-        state = self.state
-        assert state is not None
-        busy = self._pending is not None or self.record_past or self.reads_again
-        if busy or self.forward_info.in_prompt or query.shape[2] != 1 or not self._decoded:
-            return False
-        return min(state.row_seen) >= self.settings.sink_tokens and serves(state, query)
-
-    def _is_step(self, chunk: Chunk) -> bool:
-        """Whether a chunk is a token that one call of the compiled kernels takes in."""
-        assert self.state is not None
-        waits = self._pending is not None or (self._hold_prompt and self.forward_info.in_prompt)
-        return not waits and _decodes(self.state, chunk) and serves(self.state, chunk.query)
-
-    @leaving_plain_tensors
-    def _read_shared(
-        self,
-        query: Tensor,
-        scaling: float,
-        softcap: float | None,
-        fast_attention: FastAttention,
-        sinks: Tensor | None,
-        reader: int,
-    ) -> Tensor:
-        """Attention of another layer over these keys: before they are stored, and with a vote."""
-        if self._shared is None or reader not in self.settings.readers:
-            raise UnsupportedModelError(
-                f"layer {reader} attends over the keys of layer {self.settings.layer}, which the "
-                "plan does not foresee"
-            )
-        chunk = replace(
-            self._shared.chunk, query=query, scaling=scaling, softcap=softcap, sinks=sinks
-        )
-        out = self._attend(chunk, self._shared.scores, fast_attention)
-        if reader == self.settings.readers[-1]:
-            pending, self._shared = self._shared, None
-            self._store(pending)
-        return out
-
-    def _store(self, pending: PendingChunk) -> None:
-        state, chunk = self.state, pending.chunk
-        assert state is not None
-        if self._waits(chunk) or (self.record_past and self._drafts_wait):
-            self._hold(pending)
-            return
-        if _decodes(state, chunk):
-            store_token(state, chunk, pending.scores)
-        else:
-            store_prompt(state, chunk, pending.scores, self.attention_inputs)
-        self.attention_inputs = NOTHING
-
-    def _waits(self, chunk: Chunk) -> bool:
-        """Whether a chunk is held until its prompt ends."""
-        prompt = chunk.length > 1 or self.forward_info.in_prompt or self._pending is not None
-        return self._hold_prompt and prompt
-
-    def _take_drafted(self, chunk: Chunk, first: int) -> list[Tensor]:
-        """The tokens from `first` on, one after the other, each of which `crop` can take back."""
-        self.end_prefill()
-        state = self.state
-        assert state is not None
-        out = []
-        for index in range(first, chunk.length):
-            token = chunk.tokens(index, index + 1)
-            undo_log = self._undo_log
-            (undo_log.before_token if _decodes(state, token) else undo_log.before_prompt)(state)
-            out.append(self._take(token, None))
-            UndoLog.stop_notes(state)
-        self._undo_log.forget_all_but(_MOST_DRAFTED)
-        return out
-
-    def _prompt_is_over(self, length: int) -> bool:
-        """Whether a forward of `length` tokens shows that what is held is complete."""
-        drafting = self.record_past and self._drafts_wait
-        return length == 1 and not self.forward_info.in_prompt and not drafting
-
-    def _attend(
-        self, chunk: Chunk, scores: dict[int, Tensor], fast_attention: FastAttention
-    ) -> Tensor:
-        """``[B, T, Hq, D]``, with the votes of the chunk's queries."""
-        state, settings = self.state, self.settings
-        assert state is not None
-        late = self._votes_late() and self._waits(chunk)
-        rows, first = settings.plan.score_rows, self._set_first_vote(chunk, late)
-        voting = settings.scorer.uses_attention and any(kind.scored for kind, _ in settings.groups)
-        if settings.relative and not in_order(state, chunk):
-            out = attend_relative(state, chunk, scores, settings.rotation)
-            return out.transpose(1, 2).contiguous()
-        if voting and settings.sums and not any(state.row_seen):
-            return attend_prompt(state, chunk, scores, fast_attention, self._late, late)
-        if not any(state.row_seen) and not chunk.held and fast_attention is not None:
-            if voting and rows is not None and not late:
-                score_rows(state, chunk, scores, first)
-                return fast_attention()
-            if not voting or late:
-                return fast_attention()
-        return attend(state, chunk, scores).transpose(1, 2).contiguous()
-
-    def _set_first_vote(self, chunk: Chunk, late: bool = False) -> int:
-        """In a first prompt only the last `score_rows` queries vote; gives the first of them."""
-        state, rows = self.state, self.settings.plan.score_rows
-        assert state is not None
-        if rows is None or any(state.row_seen) or self.settings.plan.score_stride is not None:
-            return 0
-        first = max(0, chunk.length - rows)
-        state.first_vote = _NEVER if late else chunk.position + first
-        return first
+        Raises:
+            KVCompressError: saying what has to happen first.
+        """
+        reason = None if self.ready is None else self.ready.refuses_saving()
+        if self._given is not None:
+            reason = "save the cache between two forwards, not inside one"
+        if reason is not None:
+            raise KVCompressError(f"layer {self.settings.layer}: {reason}")
 
     def nbytes(self) -> int:
-        """Bytes of every tensor that this layer holds."""
-        held = 0 if self._pending is None else self._pending.nbytes()
-        return super().nbytes() + held + self._late.nbytes()
-
-
-def _decodes(state: LayerState, chunk: Chunk) -> bool:
-    """Whether a chunk is one decoded token, for which the layer keeps its layout."""
-    full_sinks = min(state.row_seen) >= state.settings.sink_tokens
-    one = chunk.key.shape[2] == 1 and chunk.valid is None
-    return one and full_sinks and any(state.row_seen)
+        return 0 if self.ready is None else self.ready.nbytes()

@@ -21,6 +21,10 @@ class PendingChunk:
     chunk: Chunk
     scores: dict[int, Tensor]
 
+    @property
+    def tokens(self) -> int:
+        return self.chunk.key.shape[2]
+
     def followed_by(self, chunk: Chunk) -> Chunk:
         """`chunk` with these tokens held before its own."""
         held = self.chunk

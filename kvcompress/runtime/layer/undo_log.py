@@ -46,7 +46,7 @@ class UndoLog:
 
     def before_token(self, state: LayerState) -> None:
         """Remember the state; `store_token` then notes what it overwrites."""
-        row, place = state.oldest_recent()
+        row, place = state.rows(), state.oldest_recent()
         scores, recent = [], []
         notes: list[list[Overwritten]] = []
         for group in state.groups:

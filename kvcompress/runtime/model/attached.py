@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-_ATTRIBUTE: Final = "_kvcompress_attached"
+RECORD: Final = "_kvcompress_attached"
 
 
 class Attached:
@@ -90,24 +90,18 @@ def _unwrapped(model: Any) -> tuple[Any, Any]:
 
 def record(model: object) -> Attached | None:
     """The record of a model, None where it has no plan."""
-    found: Attached | None = _unwrapped(model)[0].__dict__.get(_ATTRIBUTE)
-    return found
-
-
-def record_of_hooked(model: PreTrainedModel) -> Attached:
-    """The record of a model whose pre-hook runs, which therefore has one."""
-    found: Attached = model.__dict__[_ATTRIBUTE]
+    found: Attached | None = _unwrapped(model)[0].__dict__.get(RECORD)
     return found
 
 
 def set_record(model: PreTrainedModel, value: Attached) -> None:
-    model.__dict__[_ATTRIBUTE] = value
+    model.__dict__[RECORD] = value
 
 
 def take_record(model: object) -> tuple[PreTrainedModel, Attached | None]:
     """The model inside its wrappers, and its record, which is removed from it."""
     inner = _unwrapped(model)[0]
-    return inner, inner.__dict__.pop(_ATTRIBUTE, None)
+    return inner, inner.__dict__.pop(RECORD, None)
 
 
 def attached(model: object) -> tuple[Plan, KVParams | None] | None:

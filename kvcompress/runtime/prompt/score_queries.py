@@ -31,15 +31,14 @@ def attend_prompt(
     chunk: Chunk,
     scores: dict[int, Tensor],
     fast_attention: Callable[[], Tensor] | None,
-    score_queries: LateScoreQueries,
-    late: bool,
+    late: LateScoreQueries | None,
 ) -> Tensor:
     """Attention of a first prompt, or of a part of one that is held; raises `scores` in place.
 
     Args:
         scores: for each scored group (by its index) ``[B, Hg, P + T]``.
-        voters: takes the queries that vote only when the prompt has ended.
-        late: whether it goes on, so that its last rows are not known yet.
+        late: takes the queries that vote only when the prompt has ended, where it goes on, so that
+            its last rows are not known yet; else None.
 
     Returns:
         ``[B, T, Hq, D]`` contiguous.
@@ -47,7 +46,7 @@ def attend_prompt(
     plan = state.settings.plan
     kernel = None if chunk.held else fast_attention
     if plan.score_stride is not None:
-        return _estimated(state, chunk, scores, kernel is not None, score_queries, late)
+        return _estimated(state, chunk, scores, kernel is not None, late)
     weight = _weights(state, chunk)
     if plan.score_rows is None or kernel is None:
         sums_of = weight if bool(weight.any()) else None
@@ -55,7 +54,7 @@ def attend_prompt(
         out, sums = exact or _dense(state, chunk, sums_of)[::2]
     else:
         out, sums = kernel(), None
-        if not late:
+        if late is None:
             first = max(0, chunk.length - plan.score_rows)
             sums = _sums(state, chunk, range(first, chunk.length), weight)
     if sums is not None:
@@ -68,8 +67,7 @@ def _estimated(
     chunk: Chunk,
     scores: dict[int, Tensor],
     has_kernel: bool,
-    score_queries: LateScoreQueries,
-    late: bool,
+    late: LateScoreQueries | None,
 ) -> Tensor:
     found = None
     if has_kernel:
@@ -78,9 +76,10 @@ def _estimated(
     out, normaliser = found or _dense(state, chunk, None)[:2]
     weight, (near, _) = _weights(state, chunk), _near_and_stride(state)
     _raise(state, scores, _sums(state, chunk, range(chunk.length), weight, near, normaliser))
-    score_queries.note(state, chunk, normaliser)
-    if not late:
-        score_queries.vote(state, chunk, scores)
+    queries = LateScoreQueries() if late is None else late
+    queries.note(state, chunk, normaliser)
+    if late is None:
+        queries.vote(state, chunk, scores)
     return out
 
 

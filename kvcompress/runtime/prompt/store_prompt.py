@@ -12,7 +12,7 @@ from kvcompress.runtime.prompt.choose import Candidates, chosen_keep_sets, grant
 from kvcompress.runtime.prompt.prompt_kernels import encode_kept
 from kvcompress.runtime.store.attend import Chunk, first_positions
 from kvcompress.runtime.store.segments import EMPTY, place_segments
-from kvcompress.runtime.store.state import Group, LayerState
+from kvcompress.runtime.store.state import Group, LayerState, in_spans
 
 
 class Pool:
@@ -191,7 +191,9 @@ def _candidates(
         old = ((classes != 0) & ~group.rules.keeps_rest)[group.at(old_row, old_head)]
         in_class = torch.cat([old, (flags & own_classes) != 0])
     position = state.settings.without_outdated(position, now, state.start[all_row].long())
-    pinned = state.pinned(all_row, position)
+    bounds, pinned = state.span_bounds(), None
+    if bounds is not None:
+        pinned = in_spans(position - state.start[all_row], bounds[all_row])
     rank = priority(
         group.rules,
         state.settings.scorer,

@@ -37,7 +37,8 @@ REBUILT: Final[dict[type, frozenset[str]]] = {
     ),
     Codes: frozenset(),
 }
-LAYER_FIELDS: Final = {"seen": int, "record_past": bool, "_decoded": bool}
+# what a file keeps of a layer's `Progress`, by the name that it has there
+PROGRESS: Final = {"seen": "seen", "record_past": "record_past", "_decoded": "decoded"}
 LINEAR_STATES: Final = ("conv_states", "recurrent_states")
 Spans = tuple[range, ...] | list[tuple[range, ...]]  # for every row, or row by row
 _META: Final = torch.device("meta")
@@ -50,7 +51,7 @@ def take_cache(cache: CompressedCache, tensors: dict[str, Tensor]) -> dict[str, 
     Raises:
         CacheFileError: for a cache that holds a prompt or drafts, or could not be loaded again.
     """
-    spans = cache.compressed_layers[0]._spans
+    spans = cache.compressed_layers[0].spans
     return {
         "compress": cache.compress,
         "assists": cache.assists,
@@ -66,7 +67,7 @@ def take_cache(cache: CompressedCache, tensors: dict[str, Tensor]) -> dict[str, 
 def _take_layer(layer: object, name: str, tensors: dict[str, Tensor]) -> Json:
     if isinstance(layer, CompressedLayer):
         layer.check_idle()
-        own = {key: getattr(layer, key) for key in LAYER_FIELDS}
+        own = {key: getattr(layer.progress, field) for key, field in PROGRESS.items()}
         return {**own, "state": _take(layer.state, f"{name}.state", tensors)}
     if isinstance(layer, LinearAttentionLayer):
         return _take_linear(layer, name, tensors)
@@ -180,7 +181,7 @@ def fill(
         name = f"layers.{number}"
         if isinstance(layer, CompressedLayer):
             assert isinstance(like, CompressedLayer)
-            _set_fields(layer, {key: getattr(like, key) for key in LAYER_FIELDS})
+            layer.progress = like.progress
             if like.state is not None:
                 _fill_state(layer, like.state, f"{name}.state", tensors, devices[number])
         elif isinstance(layer, LinearAttentionLayer):
@@ -191,10 +192,10 @@ def fill(
 def _lay_out(
     layer: CompressedLayer, saved: Json, batch: int, dtype: torch.dtype, name: str
 ) -> None:
-    for key, kind in LAYER_FIELDS.items():
-        if not fits(saved[key], kind):
+    for key, field in PROGRESS.items():
+        if not fits(saved[key], type(getattr(layer.progress, field))):
             raise ValueError(f"{name}: its counters have the types that counters have")
-    _set_fields(layer, saved)
+        setattr(layer.progress, field, saved[key])
     if saved["state"] is None:
         return
     if len(saved["state"]["row_seen"]) != batch:  # before tensors of so many rows are made
@@ -214,13 +215,6 @@ def _lay_out(
             *(store.kind, store.head_dim, store.value_dim, store.model_dtype, store.device),
             store.capacities,
         )
-    layer.state = state
-
-
-def _set_fields(layer: CompressedLayer, values: Json) -> None:
-    for key in LAYER_FIELDS:
-        if getattr(layer, key) != values[key]:  # a default of the class stays unset on the layer
-            setattr(layer, key, values[key])
 
 
 def _empty_state(
@@ -228,13 +222,13 @@ def _empty_state(
 ) -> LayerState:
     """Of a layer that now counts as one that has begun."""
     shape, size = layer.settings.plan.model, (batch, len(layer.settings.heads), 0)
-    own, layer._spans = layer._spans, spans  # rows may have moved since the layer got its spans
-    layer.lazy_initialization(
+    layer.begin(
         torch.empty(*size, shape.head_dim, dtype=dtype, device=device),
         torch.empty(*size, shape.v_dim, dtype=dtype, device=device),
+        spans,  # rows may have moved since the layer's own were given
     )
-    layer._spans = own
-    assert layer.state is not None
+    if layer.state is None:
+        raise ValueError(f"layer {layer.settings.layer} holds its tokens in no segments")
     return layer.state
 
 

@@ -13,7 +13,7 @@ keep their addresses for the cache's life. A forward with one token then follows
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, NoReturn, cast, get_args
+from typing import Any, Final, NoReturn, cast, final, get_args
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ from kvcompress.plan import Plan
 from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.spans import Span
-from kvcompress.runtime.layer.base import ForwardInfo
-from kvcompress.runtime.layer.layer import CompressedLayer
+from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo
+from kvcompress.runtime.layer.layer import AbstractLayer, CompressedLayer, Spans
 from kvcompress.runtime.static.moves import freeze, thaw
 from kvcompress.runtime.static.state import Sizes, StaticState, static_cache_bytes
 from kvcompress.runtime.static.step import decode_step
@@ -45,24 +45,42 @@ _STEP: Final = ForwardInfo(length=1)
 _SERVED: Final = frozenset({"full", "sliding", "chunked"})
 
 
-class StaticCompressedLayer(CompressedLayer):
-    """One layer: grows while a prompt comes in, lies in fixed arrays (`frozen`) while decoding."""
+@final
+class StaticCompressedLayer(AbstractLayer):
+    """One layer: grows while a prompt comes in, lies in fixed arrays (`frozen`) while decoding.
+
+    Attributes:
+        fixed: allocated with the first prompt, for good.
+        tables: where the Triton kernels decode.
+    """
 
     is_compileable = True
 
     def __init__(
         self,
         settings: LayerSettings,
-        spans: list[tuple[range, ...]] | tuple[range, ...],
+        spans: Spans,
         sizes: Sizes,
         classes: _StepClasses,
         kernels: Kernels,
     ) -> None:
         super().__init__(settings, spans)
         self.sizes, self.classes, self.kernels = sizes, classes, kernels
+        self._growing = CompressedLayer(settings, spans)
+        self.sliding_window = self._growing.sliding_window
+        self.is_sliding = self._growing.is_sliding
         self.frozen = False
         self.fixed: StaticState | None = None
-        self.tables: StepTables | None = None  # where the Triton kernels decode
+        self.tables: StepTables | None = None
+
+    @property
+    def growing(self) -> CompressedLayer:
+        return self._growing
+
+    @property
+    def decoding(self) -> StaticState | None:
+        """The arrays, while they are what the layer holds."""
+        return self.fixed if self.frozen else None
 
     # ---- storage
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -72,13 +90,14 @@ class StaticCompressedLayer(CompressedLayer):
                 f"the static cache holds {self.fixed.exact_k.dtype} on {self.fixed.start.device}, "
                 f"the model now gives {found[0]} on {found[1]}; make a new cache"
             )
-        super().lazy_initialization(key_states, value_states)
+        self._growing.begin(key_states, value_states)
+        self.is_initialized = True
         if self.fixed is None:
-            assert self.state is not None
             self.classes.move(key_states.device)
-            spans = self.state.spans
+            spans, batch = self.spans, key_states.shape[0]
+            rows = spans if isinstance(spans, list) else [spans] * batch
             self.fixed = StaticState.empty(
-                self.settings, key_states, value_states, self.sizes, spans
+                self.settings, key_states, value_states, self.sizes, rows
             )
             dims = key_states.shape[-1], value_states.shape[-1]
             if choose_kernels(self.kernels, self.settings, *dims, key_states.device):
@@ -105,18 +124,18 @@ class StaticCompressedLayer(CompressedLayer):
 
     def thaw(self) -> None:
         """Go on as a growing layer until the next prompt ends."""
-        if self.frozen and self.fixed is not None:
-            self.state, self.seen = thaw(self.fixed), int(self.fixed.counter)
+        fixed = self.decoding
+        if fixed is not None:
+            self._growing.resume(thaw(fixed), int(fixed.counter))
             self.frozen = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self.frozen and key_states.shape[2] == 1:
-            self._take_announcement(key_states)
-            assert self.fixed is not None
-            self.fixed.counter.add_(1)
-            key_states._kvc_layer = self  # type: ignore[attr-defined]
+        info, fixed = self._answer(key_states.shape[2]), self.decoding
+        key_states._kvc_layer = self  # type: ignore[attr-defined]
+        if fixed is not None and key_states.shape[2] == 1:
+            fixed.counter.add_(1)
             return key_states, value_states
         if torch.compiler.is_compiling():
             raise KVCompressError(
@@ -125,56 +144,53 @@ class StaticCompressedLayer(CompressedLayer):
             )
         self.check_prompt(key_states.shape[0], key_states.shape[2])
         self.thaw()
-        return super().update(key_states, value_states)
+        if self._growing.ready is None:
+            self.lazy_initialization(key_states, value_states)
+        self._growing.announce(info)
+        self._growing.update(key_states, value_states)
+        key_states._kvc_layer = self  # type: ignore[attr-defined]  # not the growing one
+        return key_states, value_states
 
-    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.frozen:
-            return self._decode(query, *args, **kwargs)
-        out = super().forward(query, *args, **kwargs)
-        assert self.state is not None and self.fixed is not None
-        freeze(self.state, self.seen, self.fixed)
-        self.state, self.frozen = None, True
+    def forward(self, call: AttentionCall) -> Tensor:
+        fixed = self.decoding
+        if fixed is not None:
+            return self._decode(fixed, call)
+        out = self._growing.forward(call)
+        state, fixed = self.state, self.fixed
+        assert state is not None and fixed is not None  # `update` saw to both
+        freeze(state, self.seen, fixed)
+        self._growing.ready, self.frozen = None, True
         return out
 
-    def _decode(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        fast_attention: Any,
-        sinks: Tensor | None = None,
-        reader: int | None = None,
-    ) -> Tensor:
-        assert self.fixed is not None
-        if mask is not None and (mask.dtype != torch.bool or mask.shape[-2:] != (1, 1)):
-            raise KVCompressError(
-                f"an attention mask {tuple(mask.shape)} of {mask.dtype} cannot be combined with "
-                "the compressed cache; pass the usual 2-dimensional attention_mask"
-            )
+    def _decode(self, fixed: StaticState, call: AttentionCall) -> Tensor:
+        call.check_mask()
+        mask = call.mask
         valid = None if mask is None else mask[:, 0, 0, 0].expand(self.sizes.batch)
         flags = self.classes.flags() if self.settings.uses_classes else None
-        if self.tables is not None:
-            return triton_step(
-                self.fixed,
-                self.tables,
-                query,
-                key,
-                value,
-                valid,
-                flags,
-                scaling,
-                softcap,
-                sinks,
-            )
-        return decode_step(self.fixed, query, key, value, valid, flags, scaling, softcap, sinks)
+        if self.tables is None:
+            return decode_step(fixed, call, valid, flags)
+        return triton_step(
+            fixed,
+            self.tables,
+            call.query,
+            call.key,
+            call.value,
+            valid,
+            flags,
+            call.scaling,
+            call.softcap,
+            call.sinks,
+        )
 
     # ---- what transformers calls
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return False
+
     def get_seq_length(self) -> Any:
         """Tokens seen, kept or not: a number before the first prompt, then an int64 scalar."""
-        return self.fixed.counter if self.frozen and self.fixed is not None else self.seen
+        fixed = self.decoding
+        return self.seen if fixed is None else fixed.counter
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
         return query_length, self.get_seq_length()
@@ -189,10 +205,11 @@ class StaticCompressedLayer(CompressedLayer):
         return self.sizes.batch
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.frozen and self.fixed is not None:
-            self.fixed.select_rows(beam_idx)
+        fixed = self.decoding
+        if fixed is not None:
+            fixed.select_rows(beam_idx)
         else:
-            super().reorder_cache(beam_idx)
+            self._growing.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._refuse(f"has {self.sizes.batch} rows for its life; repeat the prompt instead")
@@ -214,8 +231,8 @@ class StaticCompressedLayer(CompressedLayer):
 
     def reset(self) -> None:
         """Empty; the arrays and their addresses stay."""
-        super().reset()
-        self.frozen = False
+        self._growing.reset()
+        self.is_initialized = self._announced = self.frozen = False
 
     def nbytes(self) -> int:
         """Bytes of the arrays; none before the first prompt."""
@@ -297,7 +314,7 @@ class StaticCompressedCache(CompressedCache):
         self.checks_steps = True  # False while the caller counts the steps itself
         self._step_classes = _StepClasses(plan)
         self.layers = [
-            StaticCompressedLayer(layer.settings, layer._spans, sizes, self._step_classes, kernels)
+            StaticCompressedLayer(layer.settings, layer.spans, sizes, self._step_classes, kernels)
             for layer in self.compressed_layers
         ]
 

@@ -50,8 +50,8 @@ class DecodeGraph:
         reason = _refuses(model, cache, capture)
         if reason is not None:
             raise KVCompressError(f"a decode step cannot be captured: {reason}")
-        fixed = cache.static_layers[0].fixed
-        assert fixed is not None
+        fixed = cache.static_layers[0].decoding
+        assert fixed is not None  # `_refuses` would have said so
         self.cache, self.capture = cache, capture
         self._step: Callable[..., Any] = model if step is None else step
         self._row_seen = fixed.row_seen
@@ -150,9 +150,10 @@ class DecodeGraph:
 def _refuses(model: Any, cache: Any, capture: bool) -> str | None:
     if not isinstance(cache, StaticCompressedCache):
         return f"{type(cache).__name__} moves its tensors; make a StaticCompressedCache"
-    if not cache.static_layers[0].frozen:
+    fixed = cache.static_layers[0].decoding
+    if fixed is None:
         return "the cache holds no prompt: run one through the model first"
-    device = cache.static_layers[0].fixed.start.device  # type: ignore[union-attr]
+    device = fixed.start.device
     if capture and device.type != "cuda":
         return f"CUDA graphs need a CUDA device, the cache lies on {device}; give capture=False"
     if len({layer.fixed.start.device for layer in cache.static_layers if layer.fixed}) > 1:

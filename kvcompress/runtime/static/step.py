@@ -1,64 +1,43 @@
 """One decoded token per row through a layer of the static cache: attend, evict, store.
 
-The rules are those of `step.store_token`; here they are tensor operations alone, in place and of
-fixed shape, so that a compiler takes them into one graph and CUDA graphs can replay them.
+`step.token_rule` on tensors alone, in place and of fixed shape, so that a compiler takes the step
+into one graph and CUDA graphs can replay it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from kvcompress.evict.keepset import class_score, priority
-from kvcompress.quant.codec import Codes, encode, rounded, value_groups
+from kvcompress.runtime.layer.call import AttentionCall
 from kvcompress.runtime.static.attend import Token, attend_token
 from kvcompress.runtime.static.state import Block, StaticGroup, StaticState
-from kvcompress.runtime.store.segments import EMPTY
-
-
-@dataclass(slots=True)
-class OutgoingToken:
-    """What lies in the exact slot that each row's token takes, and leaves it.
-
-    Attributes:
-        key, value: ``[B, Hkv, 1, D]``.
-        position: ``[B, 1, 1]`` int64, −1 if nothing leaves.
-        flags: ``[B, 1, 1]`` class flags; `in_class` ``[B, Hkv, 1]`` bool, of the head's classes.
-    """
-
-    key: Tensor
-    value: Tensor
-    position: Tensor
-    flags: Tensor
-    in_class: Tensor
+from kvcompress.runtime.step.token_rule import (
+    LeavingToken,
+    Segments,
+    encoded,
+    ranked,
+    take_exact_slot,
+    weakest,
+)
+from kvcompress.runtime.store.segments import EMPTY, put_codes
 
 
 def decode_step(
-    state: StaticState,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    valid: Tensor | None,
-    flags: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    state: StaticState, call: AttentionCall, valid: Tensor | None, flags: Tensor | None
 ) -> Tensor:
     """Attention of one token per row, then eviction and storage.
 
     Args:
-        query: ``[B, Hq, 1, D]``; key, value: ``[B, Hkv, 1, D]``.
         valid: ``[B]`` bool, None if no row gets padding.
         flags: ``[B]`` uint8 class flags, or None.
-        sinks: ``[Hq]`` learned logits that join every softmax, or None.
 
     Returns:
         ``[B, 1, Hq, Dv]`` contiguous, in the query's dtype.
     """
+    query, key, value, sinks = call.query, call.key, call.value, call.sinks
     batch, heads = key.shape[:2]
-    rows = (query.float() * scaling).reshape(batch, heads, -1, query.shape[-1])
+    rows = (query.float() * call.scaling).reshape(batch, heads, -1, query.shape[-1])
     extra = None if sinks is None else sinks.float().view(heads, -1)
     if not state.ordered:
         rows, key, value = (t.index_select(1, state.heads) for t in (rows, key, value))
@@ -66,20 +45,21 @@ def decode_step(
     now = state.counter - 1
     begins = state.start < 0 if valid is None else (state.start < 0) & valid
     start = torch.where(begins, now, state.start.long())
-    token = Token(rows, key, value, now, start, valid, flags, softcap, extra)
+    token = Token(rows, key, value, now, start, valid, flags, call.softcap, extra)
     out, own_scores = attend_token(state, token)
     slot = _exact_slot(state)
-    outgoing = _outgoing(state, token, slot)
+    leaving = _leaving(state, token, slot)
     granted = _granted(state, token).unsqueeze(-1)
     for group, own_score in zip(state.groups, own_scores, strict=True):
         recent = slot - state.settings.sink_tokens
         score = None if group.recent_score is None else _recent(group.recent_score, recent)
-        _store_token(state, group, outgoing, score, granted, token)
+        _store_in_group(state, group, leaving, score, granted, token)
         if group.recent_score is not None and own_score is not None and score is not None:
-            stays = recent < 0 if valid is None else (recent < 0) | ~valid[:, None, None]
-            place = recent.clamp(min=0).expand(score.shape)
-            group.recent_score.scatter_(2, place, torch.where(stays, score, own_score))
-    _store(state, token, outgoing, slot)
+            stays = recent < 0 if valid is None else (recent < 0) | ~valid
+            place = recent.clamp(min=0)[:, None, None].expand(score.shape)
+            kept = torch.where(stays[:, None, None], score, own_score)
+            group.recent_score.scatter_(2, place, kept)
+    _take_in(state, token, leaving)
     if not state.ordered:
         out = out.index_select(1, state.restore)
     return out.to(query.dtype).flatten(1, 2).unsqueeze(1)
@@ -87,57 +67,49 @@ def decode_step(
 
 # ---- the exact slots
 def _exact_slot(state: StaticState) -> Tensor:
-    """``[B, 1, 1]`` where the token goes: the next free sink, or the oldest recent token's slot."""
+    """``[B]`` where the token goes: the next free sink, or the oldest recent token's slot."""
     sinks = state.settings.sink_tokens
     oldest = state.exact_position[:, sinks:].argmin(1) + sinks
     if sinks:
         oldest = torch.where(state.row_seen < sinks, state.row_seen.long(), oldest)
-    return oldest[:, None, None]
+    return oldest
 
 
 def _recent(recent_score: Tensor, recent: Tensor) -> Tensor:
-    """``[B, Hs, 1]`` scores in the slots ``[B, 1, 1]``."""
-    return recent_score.gather(2, recent.clamp(min=0).expand(*recent_score.shape[:2], 1))
+    """``[B, Hs, 1]`` scores in the slots ``[B]``."""
+    place = recent.clamp(min=0)[:, None, None]
+    return recent_score.gather(2, place.expand(*recent_score.shape[:2], 1))
 
 
-def _outgoing(state: StaticState, token: Token, slot: Tensor) -> OutgoingToken:
-    """Read the slot that the token takes, and count the class of what leaves it."""
-    position = state.exact_position.gather(1, slot[:, 0]).long()
+def _leaving(state: StaticState, token: Token, slot: Tensor) -> LeavingToken:
+    """What lies in the slot that the token takes; where the token is padding, nothing leaves.
+
+    Its class is counted.
+    """
+    leaving = LeavingToken.at(state, slot)
     if token.valid is not None:
-        position = position.masked_fill(~token.valid[:, None], EMPTY)
-    flags = torch.zeros_like(position)
-    if state.exact_class is not None and state.class_counts is not None:
-        flags = state.exact_class.gather(1, slot[:, 0]).long()
-        state.class_counts.scatter_add_(1, flags, (position >= 0).to(torch.int32))
-    place = slot.unsqueeze(-1)
-    return OutgoingToken(
-        state.exact_k.gather(2, place.expand(token.key.shape)),
-        state.exact_v.gather(2, place.expand(token.value.shape)),
-        position.unsqueeze(1),
-        flags.unsqueeze(1),
-        (flags & state.rules.classes).unsqueeze(-1) != 0,
-    )
+        leaving.position = leaving.position.masked_fill(~token.valid, EMPTY)
+    if state.class_counts is not None:
+        leaves = (leaving.position >= 0).to(torch.int32)
+        state.class_counts.scatter_add_(1, leaving.flags[:, None], leaves[:, None])
+    return leaving
 
 
-def _store(state: StaticState, token: Token, outgoing: OutgoingToken, slot: Tensor) -> None:
-    """The token takes its exact slot."""
-    key, value, now = token.key, token.value, token.now.to(torch.int32).expand(state.batch, 1)
-    flags = torch.zeros_like(outgoing.flags[:, 0]) if token.flags is None else token.flags[:, None]
+def _take_in(state: StaticState, token: Token, leaving: LeavingToken) -> None:
+    """The token takes its exact slot, which stays as it is where the token is padding."""
+    key, value, now = token.key, token.value, token.now.expand(state.batch)
+    flags = torch.zeros_like(leaving.flags) if token.flags is None else token.flags
     if token.valid is None:
         state.row_seen.add_(1)
     else:
-        valid = token.valid[:, None]
-        key = torch.where(valid[..., None, None], key, outgoing.key)
-        value = torch.where(valid[..., None, None], value, outgoing.value)
-        now = torch.where(valid, now, state.exact_position.gather(1, slot[:, 0]))
-        flags = torch.where(valid, flags, outgoing.flags[:, 0])
-        state.row_seen.add_(token.valid)
-    place = slot.unsqueeze(-1)
-    state.exact_k.scatter_(2, place.expand(key.shape), key)
-    state.exact_v.scatter_(2, place.expand(value.shape), value)
-    state.exact_position.scatter_(1, slot[:, 0], now)
-    if state.exact_class is not None:
-        state.exact_class.scatter_(1, slot[:, 0], flags.to(torch.uint8))
+        valid, wide = token.valid, token.valid[:, None, None, None]
+        key = torch.where(wide, key, leaving.key.unsqueeze(2))
+        value = torch.where(wide, value, leaving.value.unsqueeze(2))
+        held = state.exact_position.gather(1, leaving.slot[:, None])[:, 0]
+        now = torch.where(valid, now, held.long())
+        flags = torch.where(valid, flags, leaving.flags)
+        state.row_seen.add_(valid)
+    take_exact_slot(state, leaving.slot, key, value, now, flags)
     state.start.copy_(token.start)
 
 
@@ -157,10 +129,10 @@ def _granted(state: StaticState, token: Token) -> Tensor:
     return torch.minimum(granted, state.capacity)
 
 
-def _store_token(
+def _store_in_group(
     state: StaticState,
     group: StaticGroup,
-    outgoing: OutgoingToken,
+    leaving: LeavingToken,
     score: Tensor | None,
     granted: Tensor,
     token: Token,
@@ -168,130 +140,62 @@ def _store_token(
     """In each head the leaving token takes the slot of the lowest ranked one, or is dropped.
 
     Args:
-        score: ``[B, Hs, 1]`` of the leaving token.
+        score: ``[B, Hs, 1]`` of the leaving token among the recent ones.
         granted: ``[B, Hkv, 1]``, see `_granted`.
     """
-    span = group.span
+    span, rules = group.span, state.rules
     if score is not None:
-        classes = state.rules.classes[group.scored].unsqueeze(-1)
-        score = class_score(classes, outgoing.flags, score)
+        score = leaving.score(rules.classes[group.scored], score)
+    in_class = leaving.in_class(rules.classes)
     victims, kept = [], []
     for block in group.blocks:
-        victim, keeps = _victim(state, group, block, outgoing, score, granted, token)
+        usable = granted[:, block.span]
+        victim, keeps = usable[..., 0].long(), usable[..., 0] > 0
+        if block.capacity:
+            own = _segments(state, group, block, (leaving.position, score, in_class), token)
+            found = ranked(state.settings, rules, own, token.now, state.first_vote)
+            victim, keeps = weakest(found.rank, usable)
         victims.append(victim)
         kept.append(keeps)
-    victim, keeps = torch.cat(victims, 1)[..., 0], torch.cat(kept, 1)[..., 0]
-    slots = victim + group.base
+    slots, keeps = torch.cat(victims, 1) + group.base, torch.cat(kept, 1)
     spare = group.position.shape[0] - 1
     index = torch.where(keeps, slots, spare).flatten()
-    keys, values = _encoded(state, group, outgoing)
-    for target, source in ((group.keys, keys), (group.values, values)):
-        _write(target.data, index, source.data)
-        _write(target.scale, index, source.scale)
-        _write(target.minimum, index, source.minimum)
-    position = outgoing.position.expand(-1, span.stop - span.start, -1).to(torch.int32)
+    pair = leaving.key[:, span], leaving.value[:, span]
+    constants = state.center[span], state.scale[span]
+    keys, values = encoded(*pair, constants, group.k_dtype, group.v_dtype)
+    put_codes(group.keys, keys, index)
+    put_codes(group.values, values, index)
+    position = leaving.position[:, None].expand(-1, span.stop - span.start).to(torch.int32)
     group.position.index_copy_(0, index, position.flatten())
     if group.score is not None and score is not None:
-        scored = score.shape[1]
-        spare = group.score.shape[0] - 1
+        scored, spare = score.shape[1], group.score.shape[0] - 1
         index = torch.where(keeps[:, :scored], slots[:, :scored], spare).flatten()
         group.score.index_copy_(0, index, score.flatten())
 
 
-def _write(target: Tensor | None, index: Tensor, source: Tensor | None) -> None:
-    """Rows ``[B, Hg, 1, …]`` to the flat slots `index`, in place."""
-    if target is None or source is None:
-        return
-    if target.dtype == torch.float8_e4m3fn:
-        target, source = target.view(torch.uint8), source.view(torch.uint8)
-    target.index_copy_(0, index, source.flatten(0, 2))
-
-
-def _encoded(
-    state: StaticState, group: StaticGroup, outgoing: OutgoingToken
-) -> tuple[Codes, Codes]:
-    """Codes ``[B, Hg, 1, …]`` of the leaving keys and values."""
-    span, k_dtype, v_dtype = group.span, group.k_dtype, group.v_dtype
-    key, value = outgoing.key[:, span].float(), outgoing.value[:, span]
-    key = (key - state.center[span].unsqueeze(1)) / state.scale[span].unsqueeze(1)
-    parts = value_groups(v_dtype, value.shape[-1])
-    if k_dtype == v_dtype != "model" and parts == 1 and key.shape == value.shape:
-        both = encode(torch.stack([key, value.float()]), k_dtype)
-        low = both.minimum
-        return (
-            Codes(both.data[0], _of(both.scale, 0), _of(low, 0)),
-            Codes(both.data[1], _of(both.scale, 1), _of(low, 1)),
-        )
-    keys = Codes(rounded(key, outgoing.key.dtype), None, None)
-    return keys if k_dtype == "model" else encode(key, k_dtype), encode(value, v_dtype, parts)
-
-
-def _of(t: Tensor | None, index: int) -> Tensor | None:
-    return None if t is None else t[index]
-
-
-def _victim(
+def _segments(
     state: StaticState,
     group: StaticGroup,
     block: Block,
-    outgoing: OutgoingToken,
-    score: Tensor | None,
-    granted: Tensor,
+    own: tuple[Tensor, Tensor | None, Tensor],
     token: Token,
-) -> tuple[Tensor, Tensor]:
-    """``[B, Hb, 1]`` slot that each segment gives up, and whether it does.
+) -> Segments:
+    """A block as the rule looks at it.
 
-    The leaving token is ranked as one slot more, the last: where it is the lowest, it is dropped.
+    Args:
+        own: the leaving token's position ``[B]``, score ``[B, Hs, 1]`` and whether it is of a class
+            of each head ``[B, Hkv, 1]``.
     """
-    usable = granted[:, block.span]
-    if not block.capacity:
-        return usable.long(), usable > 0
-    rank = _rank(state, group, block, outgoing, score, token)
-    slots = torch.arange(block.capacity + 1, device=rank.device)
-    rank = rank.masked_fill((slots >= usable) & (slots < block.capacity), torch.inf)
-    victim = rank.argmin(-1, keepdim=True)
-    return victim, (victim < usable) & (rank[..., -1:] > -torch.inf)
-
-
-def _rank(
-    state: StaticState,
-    group: StaticGroup,
-    block: Block,
-    outgoing: OutgoingToken,
-    score: Tensor | None,
-    token: Token,
-) -> Tensor:
-    """Priority ``[B, Hb, C + 1]`` of what the block holds and, last, of the leaving token."""
-    settings, rules, now, span = state.settings, state.rules, token.now, block.span
-    head = torch.arange(span.start, span.stop, device=now.device)[None, :, None]
-    start = token.start[:, None, None]
-    own = outgoing.position.expand(-1, len(block.heads), -1)
-    position = torch.cat([block.view(group.position).long(), own], -1)
-    seen = settings.sees(now + 1, position, start)
-    if seen is not None:
-        position = position.masked_fill(~seen, EMPTY)
-    scores = in_class = pinned = None
-    if block.scored and score is not None and group.score is not None:
-        first = group.span.start
-        own_score = score[:, span.start - first : span.stop - first]
-        scores = torch.cat([block.view(group.score), own_score], -1)
-    elif block.classes:  # a head that keeps classes without scores holds nothing else
-        only = (rules.classes[head] != 0) & ~rules.keeps_rest[head]
-        held = only.expand(state.batch, -1, block.capacity)
-        in_class = torch.cat([held, outgoing.in_class[:, span]], -1)
-    if state.spans is not None:
-        number = (position - start).unsqueeze(-1)
-        low, high = state.spans[:, None, None].unbind(-1)
-        pinned = ((number >= low) & (number < high)).any(-1)
-    return priority(
-        rules,
-        settings.scorer,
-        head,
-        state.windows[:, span].unsqueeze(-1),
-        position,
-        scores,
-        now + 1 - torch.maximum(position, state.first_vote),
-        now,
-        in_class,
-        pinned,
+    (position, score, in_class), span, first = own, block.span, group.span.start
+    held = group.score if block.scored and score is not None else None
+    return Segments(
+        head=torch.arange(span.start, span.stop, device=position.device)[None, :, None],
+        window=state.windows[:, span].unsqueeze(-1),
+        start=token.start[:, None, None],
+        bounds=None if state.spans is None else state.spans[:, None, None],
+        position=block.view(group.position),
+        own_position=position[:, None, None].expand(-1, len(block.heads), -1),
+        score=None if held is None else block.view(held),
+        own_score=None if score is None else score[:, span.start - first : span.stop - first],
+        own_in_class=in_class[:, span] if block.classes and held is None else None,
     )

@@ -19,9 +19,8 @@ from kvcompress.evict.scorers import Scorer
 from kvcompress.evict.scorers.attention import LiftScorer, MeanScorer
 from kvcompress.evict.scorers.base import PromptScorer
 from kvcompress.kernels.cpu import layout
-from kvcompress.kernels.cpu.library import Library, library
+from kvcompress.kernels.cpu.library import Library, library, why_not
 from kvcompress.kernels.view import CodesView, ExactView, GroupView, KeyConstants
-from kvcompress.runtime.step.store_token import grow
 from kvcompress.runtime.store.attend import Chunk
 from kvcompress.runtime.store.state import Group, LayerSettings, LayerState
 
@@ -54,42 +53,7 @@ class Voting:
         return Voting(vote, rank is MeanScorer, initial is PromptScorer)
 
 
-@dataclass(frozen=True, slots=True)
-class IncomingToken:
-    """The token of each row that arrives, none of them padding.
-
-    Attributes:
-        query: ``[B, Hq, 1, D]``; key, value: ``[B, Hkv, 1, …]``, in the model's dtype.
-        position: of the token, pads counted.
-        flags: ``[B, 1]`` uint8 class flags, or None.
-        sinks: ``[Hq]`` learned logits that join every softmax, or None.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    position: int
-    flags: Tensor | None
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None
-
-    @staticmethod
-    def of(chunk: Chunk) -> IncomingToken:
-        """The only token of a chunk."""
-        return IncomingToken(
-            chunk.query,
-            chunk.key,
-            chunk.value,
-            chunk.position,
-            chunk.flags,
-            chunk.scaling,
-            chunk.softcap,
-            chunk.sinks,
-        )
-
-
-# what of a cache or a step the kernels do not serve, where `refusal` has nothing against the plan
+# what of a cache or a step the kernels do not serve, whatever the plan
 EXCEPTIONS: Final[dict[str, Callable[[LayerState, Tensor], bool]]] = {
     "a cache with protected spans": lambda state, query: any(state.spans),
     "a layer on another device than the CPU": lambda state, query: query.device.type != "cpu",
@@ -102,21 +66,17 @@ EXCEPTIONS: Final[dict[str, Callable[[LayerState, Tensor], bool]]] = {
 }
 
 
-def exception(state: LayerState, query: Tensor) -> str | None:
-    """Why the kernels do not serve this state and query ``[B, Hq, 1, D]``; None where they do."""
-    for reason, applies in EXCEPTIONS.items():
-        if applies(state, query):
-            return reason
-    return None
+def refusal(
+    settings: LayerSettings, state: LayerState | None = None, query: Tensor | None = None
+) -> str | None:
+    """Why the compiled kernels do not decode a layer, None where they do: the gate of every step.
 
-
-def serves(state: LayerState, query: Tensor) -> bool:
-    """Whether the kernels serve this state now, where `refusal` has nothing against its plan."""
-    return exception(state, query) is None
-
-
-def refusal(settings: LayerSettings) -> str | None:
-    """Why the kernels do not serve a layer of this plan; None where they do."""
+    Args:
+        state, query: what the layer holds and the query ``[B, Hq, 1, D]`` of a step; None asks
+            whether the kernels are there and serve the plan, `EXCEPTIONS` aside.
+    """
+    if library() is None:
+        return why_not()
     shape = settings.plan.model
     reasons = {
         f"{settings.kind} layers": settings.kind not in ("full", "sliding", "chunked"),
@@ -130,25 +90,44 @@ def refusal(settings: LayerSettings) -> str | None:
         f"the scorer {settings.plan.scorer!r}": any(kind.scored for kind, _ in settings.groups)
         and Voting.of(settings.scorer) is None,
     }
+    if state is not None and query is not None:
+        reasons |= {reason: applies(state, query) for reason, applies in EXCEPTIONS.items()}
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def fused_step(settings: LayerSettings) -> FusedStep | None:
+    """The compiled step of a layer, None where the gate refuses its plan."""
+    return FusedStep(settings) if refusal(settings) is None else None
 
 
 class FusedStep:
     """The kernel's view of one layer's state; made anew when the state's tensors change."""
 
     def __init__(self, settings: LayerSettings) -> None:
+        self._settings = settings
         self._voting = Voting.of(settings.scorer) or Voting(layout.NO_VOTE, False, False)
+        self._asked: tuple[object, ...] = ()  # what the gate was asked last, and its answer
+        self._serves = False
         self._seen: list[Tensor | None] = []
         self._view: _View | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """A copy and a pickle go with other tensors, so they make a view of their own."""
-        return {"_voting": self._voting, "_seen": [], "_view": None}
+        return {**self.__dict__, "_asked": (), "_seen": [], "_view": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
 
-    def run(self, state: LayerState, token: IncomingToken) -> Tensor:
+    def serves(self, state: LayerState, query: Tensor) -> bool:
+        """Whether the gate lets a step pass. It is asked again only when what it looks at changes:
+        a state keeps its dtype and device."""
+        asked = (query.dtype, query.device, query.shape[1], state.spans)
+        if asked != self._asked:
+            self._asked = asked
+            self._serves = refusal(self._settings, state, query) is None
+        return self._serves
+
+    def run(self, state: LayerState, token: Chunk) -> Tensor:
         """Attend, raise scores, and take the token in; `store_token` in all that it leaves.
 
         Returns:
@@ -158,7 +137,7 @@ class FusedStep:
         assert kernels is not None
         state.row_seen = [seen + 1 for seen in state.row_seen]
         queries = token.query.shape[1] // token.key.shape[1]
-        grow(state, self._leaving_flags(kernels, state, queries))
+        state.grow(self._leaving_flags(kernels, state, queries))
         view = self._current(state, queries)
         out = token.query.new_empty(state.batch, 1, token.query.shape[1], token.value.shape[-1])
         step = self._step(state, view, token, out)
@@ -186,9 +165,7 @@ class FusedStep:
             self._seen, self._view = held, _View(state, queries)
         return self._view
 
-    def _step(
-        self, state: LayerState, view: _View, token: IncomingToken, out: Tensor
-    ) -> layout.StepStruct:
+    def _step(self, state: LayerState, view: _View, token: Chunk, out: Tensor) -> layout.StepStruct:
         query, key, value = (_rows(t) for t in (token.query, token.key, token.value))
         if not view.fits(query, key, value):
             shapes = [tuple(t.shape) for t in (query, key, value)]

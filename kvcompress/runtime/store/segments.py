@@ -260,19 +260,27 @@ class SegmentStore:
             score: ``[N]``, needed where the store keeps scores.
         """
         self.note(slots)
+        groups = value_groups(self.kind.v_dtype, self.value_dim)
         for low in range(0, slots.shape[0], _ENCODE_ROWS):
             part = slice(low, min(slots.shape[0], low + _ENCODE_ROWS))
             k, v = rows_of(part)
-            self._put(self.keys, encode(k, self.kind.k_dtype), slots[part])
-            groups = value_groups(self.kind.v_dtype, self.value_dim)
-            self._put(self.values, encode(v, self.kind.v_dtype, groups), slots[part])
+            put_codes(self.keys, encode(k, self.kind.k_dtype), slots[part])
+            put_codes(self.values, encode(v, self.kind.v_dtype, groups), slots[part])
+        self.describe(slots, position, score)
+
+    def put(
+        self, slots: Tensor, codes: tuple[Codes, Codes], position: Tensor, score: Tensor | None
+    ) -> None:
+        """Codes of keys and values over what lies in flat `slots`; the rest as for `write`."""
+        self.note(slots)
+        put_codes(self.keys, codes[0], slots)
+        put_codes(self.values, codes[1], slots)
         self.describe(slots, position, score)
 
     def describe(self, slots: Tensor, position: Tensor, score: Tensor | None) -> None:
         """Positions and scores ``[N]`` of what lies in `slots`, as for `write`."""
         self.position[slots] = position.to(torch.int32)
-        if self.score is not None:
-            assert score is not None
+        if self.score is not None and score is not None:
             self.score[slots] = score
 
     def note(self, slots: Tensor) -> None:
@@ -292,19 +300,23 @@ class SegmentStore:
 
     def restore(self, before: Overwritten) -> None:
         """Undo one `write`; scores aside."""
-        self._put(self.keys, before.keys, before.slots)
-        self._put(self.values, before.values, before.slots)
+        put_codes(self.keys, before.keys, before.slots)
+        put_codes(self.values, before.values, before.slots)
         self.position[before.slots] = before.position
 
-    @staticmethod
-    def _put(target: Codes, source: Codes, slots: Tensor) -> None:
-        target.data[slots] = _as_stored(source.data, target.data.dtype)
-        if target.scale is not None and source.scale is not None:
-            target.scale[slots] = source.scale
-        if target.minimum is not None and source.minimum is not None:
-            target.minimum[slots] = source.minimum
 
-
-def _as_stored(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Vectors that are stored uncoded come in float32."""
-    return data if data.dtype == dtype else rounded(data, dtype)
+def put_codes(target: Codes, source: Codes, slots: Tensor) -> None:
+    """Codes ``[*N, …]`` to the flat slots ``[N]``, in place. Vectors that are stored uncoded may
+    come in float32."""
+    parts = zip(
+        (target.data, target.scale, target.minimum),
+        (source.data, source.scale, source.minimum),
+        strict=True,
+    )
+    for held, new in parts:
+        if held is None or new is None:
+            continue
+        new = new if new.dtype == held.dtype else rounded(new, held.dtype)
+        if held.dtype == torch.float8_e4m3fn:  # as bytes, which every operation can move
+            held, new = held.view(torch.uint8), new.view(torch.uint8)
+        held.index_copy_(0, slots, new.reshape(-1, *held.shape[1:]))

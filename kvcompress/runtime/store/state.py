@@ -9,22 +9,22 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kvcompress.accounting import capacity_tokens, keeps_classes, keeps_scores, sinks_of
+from kvcompress.accounting import (
+    GROW_TOKENS,
+    capacity_tokens,
+    keeps_classes,
+    keeps_scores,
+    sinks_of,
+)
 from kvcompress.errors import PlanError
 from kvcompress.evict.keep_set_ladder import fastgen_ladder
 from kvcompress.evict.keepset import HeadRules, class_mask
 from kvcompress.evict.scorers import Scorer, scorer
-from kvcompress.plan import (
-    Budget,
-    FastGenChoice,
-    HeadPlan,
-    Plan,
-    PooledBudget,
-    Threshold,
-)
+from kvcompress.plan import Budget, FastGenChoice, HeadPlan, Plan, PooledBudget, Threshold
 from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.registry import SUMS
 from kvcompress.runtime.store.segments import EMPTY, SegmentStore, StorageKind
+from kvcompress.runtime.torch_modes import leaving_plain_tensors
 
 MOST_TOKENS: Final = 1 << 31  # positions are int32
 
@@ -91,7 +91,7 @@ class LayerSettings:
             found.setdefault(kind, []).append(index)
         return list(found.items())
 
-    def sees(self, query: Tensor, key: Tensor, start: Tensor) -> Tensor | None:
+    def sees(self, query: Tensor | int, key: Tensor, start: Tensor) -> Tensor | None:
         """Which keys the architecture lets a query see, among those not after it; None is all.
 
         Args:
@@ -102,14 +102,13 @@ class LayerSettings:
         if self.window is not None:
             return key > query - self.window
         if self.block is not None:
-            return (key - start).div(self.block, rounding_mode="floor") == (query - start).div(
-                self.block, rounding_mode="floor"
-            )
+            own, theirs = ((t - start).div(self.block, rounding_mode="floor") for t in (key, query))
+            return own == theirs
         return None
 
     def without_outdated(self, position: Tensor, now: int, start: Tensor) -> Tensor:
         """`position`, −1 for tokens that no query after `now` can see."""
-        seen = self.sees(torch.full_like(position, now + 1), position, start)
+        seen = self.sees(now + 1, position, start)
         return position if seen is None else position.masked_fill(~seen, EMPTY)
 
     def granted_head(self, head: int, granted: int) -> HeadPlan:
@@ -141,6 +140,17 @@ class LayerSettings:
                 pair = (self._params.k_center[self.layer], self._params.k_scale[self.layer])
             self._constants[device] = (pair[0].to(device).float(), pair[1].to(device).float())
         return self._constants[device]
+
+
+def in_spans(number: Tensor, bounds: Tensor) -> Tensor:
+    """Which tokens lie in a protected span.
+
+    Args:
+        number: of tokens, from their row's first real one.
+        bounds: ``[..., spans, 2]``, broadcastable to `number` and the spans.
+    """
+    number = number.unsqueeze(-1)
+    return ((number >= bounds[..., 0]) & (number < bounds[..., 1])).any(-1)
 
 
 @dataclass(slots=True)
@@ -254,10 +264,9 @@ class LayerState:
         """Batch rows ``[B]``, as an index."""
         return torch.arange(self.batch, device=self.start.device)
 
-    def oldest_recent(self) -> tuple[Tensor, Tensor]:
-        """(row, place among the exact slots), each ``[B]``: where the next decoded token goes."""
-        slot = self.exact_position[:, self.recent].argmin(1)
-        return self.rows(), slot + self.settings.sink_tokens
+    def oldest_recent(self) -> Tensor:
+        """``[B]`` place among the exact slots where the next decoded token goes."""
+        return self.exact_position[:, self.recent].argmin(1) + self.settings.sink_tokens
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that grows with the batch or the context."""
@@ -310,12 +319,33 @@ class LayerState:
             result.append(line)
         return result
 
-    def pinned(self, row: Tensor, position: Tensor) -> Tensor | None:
-        """Which tokens lie in a protected span of their row; None if no row has one.
+    def grow(self, leaving_flags: list[int]) -> None:
+        """Make room where a segment's capacity steps up: a block of tokens, a class token, a span.
 
         Args:
-            row, position: int64, broadcastable.
+            leaving_flags: per row, class flags of the token that leaves the recent ones; 0 for
+                none.
         """
+        exact = self.settings.exact_tokens
+        steps = any((seen - exact) % GROW_TOKENS == 1 for seen in self.row_seen) or any(self.spans)
+        for row, flags in enumerate(leaving_flags):
+            if flags:
+                self.class_counts[row][flags] += 1
+                steps = True
+        if steps:
+            self.relayout()
+
+    @leaving_plain_tensors
+    def relayout(self) -> None:
+        """Give every segment the slots that it should have now."""
+        for group in self.groups:
+            capacities = self.capacities(group)
+            if capacities != group.store.capacities:
+                group.store.relayout(capacities)
+
+    def span_bounds(self) -> Tensor | None:
+        """``[B, spans, 2]`` first and last + 1 of each row's protected spans; None if no row has
+        one."""
         longest = max(map(len, self.spans))
         if not longest:
             return None
@@ -323,9 +353,7 @@ class LayerState:
             [[s.start, s.stop] for s in spans] + [[0, 0]] * (longest - len(spans))
             for spans in self.spans
         ]
-        bounds = torch.tensor(table, device=position.device)[row]
-        number = (position - self.start[row]).unsqueeze(-1)
-        return ((number >= bounds[..., 0]) & (number < bounds[..., 1])).any(-1)
+        return torch.tensor(table, device=self.start.device)
 
     def turn_of(self, position: Tensor) -> Tensor:
         """Number of the turn, from 0, in which tokens came."""
