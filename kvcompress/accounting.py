@@ -23,6 +23,7 @@ from typing import Final
 from kvcompress.errors import PlanError
 from kvcompress.plan import Budget, HeadPlan, KVDtype, ModelShape, Plan, Recall
 from kvcompress.quant.codec import value_groups
+from kvcompress.storage import STORAGES
 
 GROW_TOKENS: Final = 32
 POSITION_BYTES: Final = 4
@@ -98,11 +99,7 @@ def capacity_tokens(
 
 def vector_bytes(dtype: KVDtype, head_dim: int, model_dtype_bytes: int, groups: int = 1) -> int:
     """One stored vector with its scale and minimum."""
-    if dtype == "model":
-        return head_dim * model_dtype_bytes
-    if dtype == "fp8":
-        return head_dim + 2
-    return (head_dim if dtype == "int8" else head_dim // 2) + 4 * groups
+    return STORAGES[dtype].vector_bytes(head_dim, model_dtype_bytes, groups)
 
 
 def slot_bytes(head: HeadPlan, shape: ModelShape) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvcompress.atomic import write_file
 from kvcompress.errors import CalibrationError
 from kvcompress.fingerprint import tokenizer_hash
-from kvcompress.plan import ModelShape, Plan
+from kvcompress.plan import ROUNDED, ModelShape, Plan
 from kvcompress.profile import surrogate
 from kvcompress.profile.calibration import data_hash, load_prompts
 from kvcompress.profile.candidates import (
@@ -56,7 +56,7 @@ from kvcompress.profile.store import (
     file_sha256,
 )
 from kvcompress.profile.tokens import opening_ids, punct_ids, repeat_ids, special_ids
-from kvcompress.profile.weights import ROUNDED, WEIGHT_PROMPTS, measure_weights
+from kvcompress.profile.weights import WEIGHT_PROMPTS, measure_weights
 from kvcompress.quant.keystats import KeyStats, KVParams, derive
 from kvcompress.recipe import Recipe
 from kvcompress.runtime.hf.attach import check

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from kvcompress.plan import WeightScheme
+from kvcompress.plan import ROUNDED, WHOLE, WeightScheme
 from kvcompress.profile.hf import decoder_layers
 from kvcompress.profile.rows import held_out_rows
 from kvcompress.profile.store import LayerWeights
@@ -23,7 +23,6 @@ from kvcompress.quant.weights import FORMATS
 from kvcompress.quant.weights.base import linear_layers, output_heads
 
 WEIGHT_PROMPTS: Final = 4  # each layer and format costs a forward of each
-ROUNDED: Final[tuple[WeightScheme, ...]] = ("int8", "nf4")
 
 
 def layer_modules(model: Any, layers: int) -> list[dict[str, nn.Module]]:
@@ -50,7 +49,7 @@ def weight_sizes(modules: dict[str, nn.Module]) -> dict[WeightScheme, int]:
         for module in modules.values():
             out_features, in_features = _size(module)
             fits = weight_format.fits(out_features, in_features)
-            used = weight_format if fits else FORMATS["bf16"]
+            used = weight_format if fits else FORMATS[WHOLE]
             total += used.linear_bytes(out_features, in_features)
             bias = getattr(module, "bias", None)
             total += 0 if bias is None else 2 * bias.numel()
@@ -77,7 +76,7 @@ def measure_weights(
     step(len(chosen))
     result = []
     for modules in found:
-        nats: dict[WeightScheme, float] = {"bf16": 0.0}
+        nats: dict[WeightScheme, float] = {WHOLE: 0.0}
         for scheme in ROUNDED:
             with rounded(modules, scheme):
                 lost = [
@@ -87,7 +86,8 @@ def measure_weights(
             nats[scheme] = float(f"{max(0.0, sum(lost) / len(lost)):.6g}")
             step(len(chosen))
         # a format with more bits may always stand in for one with fewer
-        nats["int8"] = min(nats["int8"], nats["nf4"])
+        bits = {scheme: FORMATS[scheme].linear_bits for scheme in ROUNDED}
+        nats |= {s: min(nats[o] for o in ROUNDED if bits[o] <= bits[s]) for s in ROUNDED}
         result.append(
             LayerWeights(modules=tuple(modules), size_bytes=weight_sizes(modules), nats=nats)
         )
