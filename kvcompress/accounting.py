@@ -22,7 +22,6 @@ from typing import Final
 
 from kvcompress.errors import PlanError
 from kvcompress.plan import Budget, HeadPlan, KVDtype, ModelShape, Plan, Recall
-from kvcompress.quant.codec import value_groups
 from kvcompress.storage import STORAGES
 
 GROW_TOKENS: Final = 32
@@ -106,7 +105,9 @@ def slot_bytes(head: HeadPlan, shape: ModelShape) -> int:
     """One coded token of one head: K, V, position and, where the head ranks, its score."""
     dim, size = shape.head_dim, shape.model_dtype_bytes
     k = vector_bytes(head.k_dtype, dim, size)
-    v = vector_bytes(head.v_dtype, shape.v_dim, size, value_groups(head.v_dtype, shape.v_dim))
+    v = vector_bytes(
+        head.v_dtype, shape.v_dim, size, STORAGES[head.v_dtype].value_groups(shape.v_dim)
+    )
     score = SCORE_BYTES if keeps_scores(head) else 0
     return k + v + POSITION_BYTES + score
 

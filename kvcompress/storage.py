@@ -47,6 +47,13 @@ class Storage:
             return head_dim * model_dtype_bytes
         return head_dim // self.per_byte + (1 + self.integer) * _HALF_BYTES * groups
 
+    def value_groups(self, head_dim: int) -> int:
+        """Equal parts of a value vector that have a scale each."""
+        groups = 1 if self.value_group is None else -(-head_dim // self.value_group)
+        while head_dim % groups:
+            groups += 1
+        return groups
+
     def holds(self, other: Storage) -> bool:
         """Whether it has at least the bits of `other`; of two kinds, more."""
         if self.bits is None or self == other:

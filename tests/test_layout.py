@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "kernels": {"errors", "plan", "quant.codec", "evict.keepset", "evict.scorers"},
     "quant": VALUES,
     "evict": VALUES | {"quant.keystats"},  # the rotary embedding, to undo it
-    "accounting": VALUES | {"quant.codec"},
+    "accounting": VALUES,
     "profile": VALUES
     | {
         "accounting",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.bundle import files, manifest
 from kvcompress.bundle.checks import problem_of
-from kvcompress.bundle.manifest import Manifest
+from kvcompress.bundle.manifest import Manifest, is_bundle
 from kvcompress.checkpoint.load import Checkpoint, load_config, load_model, load_tokenizer
 from kvcompress.checkpoint.settings import vetted
 from kvcompress.errors import BundleError, UnsupportedModelError
@@ -52,11 +52,6 @@ class Bundle:
     @property
     def weights_bytes(self) -> int:
         return self.manifest.weights.size_bytes
-
-
-def is_bundle(path: Path | str) -> bool:
-    """Whether `path` looks like a bundle, sound or not."""
-    return (Path(path) / manifest.MANIFEST).exists()
 
 
 def plan_at(path: Path) -> tuple[Plan, KVParams | None]:

@@ -48,13 +48,7 @@ class Codes:
 
 def value_groups(dtype: KVDtype, head_dim: int) -> int:
     """Groups of a value vector: int4 values are scaled in parts of at most 64 channels."""
-    most = STORAGES[dtype].value_group
-    if most is None:
-        return 1
-    groups = -(-head_dim // most)
-    while head_dim % groups:
-        groups += 1
-    return groups
+    return STORAGES[dtype].value_groups(head_dim)
 
 
 def row_elements(dtype: KVDtype, head_dim: int) -> int:
