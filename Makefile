@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_PIP ?=
 TRITON := $(shell uname -s | grep -q Linux && echo triton)
 
-.PHONY: demo test test-slow setup setup-run lint format types peak-memory under-eviction league peers \
+.PHONY: demo test quick test-slow setup setup-run lint format types peak-memory under-eviction league peers \
 	heavy-hitters fastgen test-parity test-compat test-newest test-offline check-install lock \
 	train-demo-model clean bench-decode bench-kernel bench-prefill bench-fixed-memory bench-scaling \
 	bench-host-overhead bench-vllm performance-page
@@ -24,6 +24,13 @@ test: lint types
 # The same without any network but this machine's own, which processes of one test meet on.
 test-offline: setup
 	unshare --net --map-root-user sh -c 'ip link set lo up && $(TESTS)'
+
+# What a contributor runs while editing: a few tests of every part of the package, under a minute.
+quick: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		-m "not slow and not gpu" $$($(BIN)/python -m tests.quick)
 
 # The README's walk-through and the demo's figures on the shipped model: minutes.
 test-slow: setup

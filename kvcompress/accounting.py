@@ -24,7 +24,7 @@ from typing import Final
 
 from kvcompress.errors import PlanError
 from kvcompress.plan import Budget, HeadPlan, KVDtype, ModelShape, Plan, Recall
-from kvcompress.quant.codec import value_groups
+from kvcompress.storage import STORAGES
 
 GROW_TOKENS: Final = 32
 POSITION_BYTES: Final = 4
@@ -101,18 +101,16 @@ def capacity_tokens(
 
 def vector_bytes(dtype: KVDtype, head_dim: int, model_dtype_bytes: int, groups: int = 1) -> int:
     """One stored vector with its scale and minimum."""
-    if dtype == "model":
-        return head_dim * model_dtype_bytes
-    if dtype == "fp8":
-        return head_dim + 2
-    return (head_dim if dtype == "int8" else head_dim // 2) + 4 * groups
+    return STORAGES[dtype].vector_bytes(head_dim, model_dtype_bytes, groups)
 
 
 def slot_bytes(head: HeadPlan, shape: ModelShape) -> int:
     """One coded token of one head: K, V, position and, where the head ranks, its score."""
     dim, size = shape.head_dim, shape.model_dtype_bytes
     k = vector_bytes(head.k_dtype, dim, size)
-    v = vector_bytes(head.v_dtype, shape.v_dim, size, value_groups(head.v_dtype, shape.v_dim))
+    v = vector_bytes(
+        head.v_dtype, shape.v_dim, size, STORAGES[head.v_dtype].value_groups(shape.v_dim)
+    )
     score = SCORE_BYTES if keeps_scores(head) else 0
     return k + v + POSITION_BYTES + score
 

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-KVDtype = Literal["model", "fp8", "int8", "int4"]
+from kvcompress.storage import STORAGES, KVDtype
+
 # Positions and token counts are 32-bit numbers in the kernels, with room for sums of two.
 TOKENS_LIMIT: Final = 2**30
 PositiveInt = Annotated[int, Field(gt=0, le=TOKENS_LIMIT)]
@@ -97,5 +98,4 @@ class HeadPlan(StrictModel):
         """``int8``, or ``k8v4``-like where keys and values differ."""
         if self.k_dtype == self.v_dtype:
             return self.k_dtype
-        short = {"model": "16", "fp8": "f8", "int8": "8", "int4": "4"}
-        return f"k{short[self.k_dtype]}v{short[self.v_dtype]}"
+        return f"k{STORAGES[self.k_dtype].short}v{STORAGES[self.v_dtype].short}"

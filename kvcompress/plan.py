@@ -12,7 +12,7 @@ or everything (`full`). Growing a budget or adding a part only ever adds tokens.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self, TypeVar
+from typing import Annotated, Final, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -88,6 +88,8 @@ TokenId = Annotated[int, Field(ge=0, lt=2**24)]
 TokenIds = Annotated[tuple[TokenId, ...], Field(max_length=2**20)]
 Text = Annotated[str, Field(max_length=2**12)]
 WeightScheme = Literal["bf16", "int8", "nf4"]
+WHOLE: Final[WeightScheme] = "bf16"
+ROUNDED: Final[tuple[WeightScheme, ...]] = tuple(s for s in get_args(WeightScheme) if s != WHOLE)
 
 
 class ModelShape(StrictModel):

@@ -18,6 +18,8 @@ from pydantic import (
 from kvcompress.errors import RecipeError
 from kvcompress.head_plan import TOKENS_LIMIT
 from kvcompress.plan import (
+    ROUNDED,
+    WHOLE,
     Budget,
     HeadPlan,
     KVDtype,
@@ -239,7 +241,7 @@ class BytesPolicy(StrictModel):
     keep_sets: Literal["all", "full", "local"] = "all"
     fewer_exact: bool = True
     budgets: Literal["ratio", "tokens"] = "ratio"
-    weight_schemes: tuple[WeightScheme, ...] = ("bf16", "int8", "nf4")
+    weight_schemes: tuple[WeightScheme, ...] = (WHOLE, *ROUNDED)
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

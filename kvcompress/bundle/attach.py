@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from kvcompress.bundle.read import Bundle, is_bundle, open_bundle
+from kvcompress.bundle.manifest import is_bundle
+from kvcompress.bundle.read import Bundle, open_bundle
 from kvcompress.errors import PlanError
 from kvcompress.evict.scorers import scorer
 from kvcompress.head_plan import HeadPlan, KVDtype

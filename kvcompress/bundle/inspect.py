@@ -62,9 +62,11 @@ def inspect(path: Path | str, context_tokens: int | None = None, batch: int = 1)
         BundleError: for a bundle that fails its checks.
         PlanError: for anything that holds no plan.
     """
-    from kvcompress.bundle.read import is_bundle, open_bundle
+    from kvcompress.bundle.manifest import is_bundle
 
     if is_bundle(path):
+        from kvcompress.bundle.read import open_bundle  # imports torch, which a plan can do without
+
         bundle = open_bundle(path)
         return describe(path, bundle.plan, context_tokens, batch, bundle.manifest)
     return describe(path, Plan.load(path), context_tokens, batch, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
@@ -132,6 +132,11 @@ class Manifest(StrictModel):
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=1) + "\n"
+
+
+def is_bundle(path: Path | str) -> bool:
+    """Whether `path` looks like a bundle, sound or not."""
+    return (Path(path) / MANIFEST).exists()
 
 
 def parse(text: bytes, where: str) -> Manifest:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvcompress.bundle import files, manifest
 from kvcompress.bundle.checks import check_parts
-from kvcompress.bundle.manifest import Manifest
+from kvcompress.bundle.manifest import Manifest, is_bundle
 from kvcompress.bundle.source import as_bundle_error
 from kvcompress.checkpoint.load import (
     Checkpoint,
@@ -58,11 +58,6 @@ class Bundle:
     @property
     def weights_bytes(self) -> int:
         return self.manifest.weights.size_bytes
-
-
-def is_bundle(path: Path | str) -> bool:
-    """Whether `path` looks like a bundle, sound or not."""
-    return (Path(path) / manifest.MANIFEST).exists()
 
 
 def plan_at(path: Path) -> tuple[Plan, KVParams | None]:

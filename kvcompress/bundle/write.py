@@ -21,8 +21,7 @@ import kvcompress
 from kvcompress import atomic
 from kvcompress.bundle import files, manifest, mixed, source
 from kvcompress.bundle.card import model_card, size
-from kvcompress.bundle.manifest import BaseModelEntry, Manifest, WeightsEntry
-from kvcompress.bundle.read import is_bundle
+from kvcompress.bundle.manifest import BaseModelEntry, Manifest, WeightsEntry, is_bundle
 from kvcompress.bundle.source import Source
 from kvcompress.bundle.verify import VerifyReport, check_logits
 from kvcompress.errors import BundleError, ProfileError

@@ -104,7 +104,8 @@ def _malloc(choice: str) -> str:
 def _load(source: str, plan: Path | None, device: str) -> tuple[Any, list[Row]]:
     """The model, and the plans to time on it: a bundle brings its own."""
     from kvcompress.bench.plans import Setup, plan_of
-    from kvcompress.bundle.read import is_bundle, load_weights, open_bundle
+    from kvcompress.bundle.manifest import is_bundle
+    from kvcompress.bundle.read import load_weights, open_bundle
     from kvcompress.evaluate.compare import Row, plan_row
     from kvcompress.evaluate.serving import model_shape
     from kvcompress.profile.source import load_model

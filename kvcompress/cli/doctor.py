@@ -88,7 +88,7 @@ def probe(
 
 
 def _has_a_plan(path: Path) -> bool:
-    from kvcompress.bundle.read import is_bundle
+    from kvcompress.bundle.manifest import is_bundle
 
     return (
         path.suffix == ".json"

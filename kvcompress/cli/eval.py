@@ -176,7 +176,7 @@ def _words(listed: str) -> list[str]:
 def _load(model: str, plan: Path | None, device: str) -> tuple[Any, Any, list[Row]]:
     """The model, its tokenizer, and the plans to measure: a bundle brings its own."""
     from kvcompress.bundle.load import load
-    from kvcompress.bundle.read import is_bundle
+    from kvcompress.bundle.manifest import is_bundle
     from kvcompress.evaluate.compare import Row, plan_row
     from kvcompress.profile.source import load_source
     from kvcompress.runtime.model.attached import attached

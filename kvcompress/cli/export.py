@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,14 +10,7 @@ import typer
 from kvcompress.cli.common import JsonOption, MapOption, emit
 from kvcompress.cli.progress import progress
 from kvcompress.cli.words import exported
-
-
-class Weights(StrEnum):
-    """Weight formats that a bundle can have."""
-
-    bf16 = "bf16"
-    int8 = "int8"
-    nf4 = "nf4"
+from kvcompress.plan import Plan, WeightScheme
 
 
 def command(
@@ -32,7 +24,7 @@ def command(
         typer.Option("-r", "--recipe", help="Recipe to solve in place of the profile's."),
     ] = None,
     weights: Annotated[
-        Weights | None, typer.Option(help="Weight format in place of the recipe's.")
+        WeightScheme | None, typer.Option(help="Weight format in place of the recipe's.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Where the profiled model is now, if it was moved.")
@@ -49,7 +41,6 @@ def command(
     Example: `kvcompress export profile -o bundle --weights nf4`
     """
     from kvcompress.bundle.write import export
-    from kvcompress.plan import Plan
     from kvcompress.recipe import Recipe
 
     if plan is not None and recipe is not None:
@@ -61,7 +52,7 @@ def command(
             out,
             plan=None if plan is None else Plan.load(plan),
             recipe=None if recipe is None else Recipe.load(recipe),
-            weights=None if weights is None else weights.value,
+            weights=weights,
             overwrite=overwrite,
             device_map=device,
             note=step.note,

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcompress.evict import keep_set_ladder
 from kvcompress.plan import Budget, HeadPlan, KVDtype
 from kvcompress.recipe import FastGenPolicy, Keep, Recipe, UniformPolicy
+from kvcompress.storage import STORAGES
 
 STORAGE: Final[tuple[tuple[KVDtype, KVDtype], ...]] = (
     ("model", "model"),
@@ -26,7 +27,6 @@ LOCAL_SHARE: Final = 0.25  # of a frequent budget, beside it
 # fewer sinks and recent tokens than a recipe asks for: in small budgets, uncoded tokens cost most
 FEWER_EXACT: Final = ((4, 4), (1, 2))
 _SMALL_STORAGE: Final = STORAGE[1:4]
-_BELOW: Final = {"int4": {"int4"}, "int8": {"int4", "int8"}, "fp8": {"int4", "fp8"}}
 
 
 def fastgen_ladder(policy: FastGenPolicy) -> tuple[HeadPlan, ...]:
@@ -92,8 +92,8 @@ def _frequent(ratio: float, classes: bool) -> HeadPlan:
 
 def _that_fit(heads: list[HeadPlan], head_dim: int) -> tuple[HeadPlan, ...]:
     """Without repeats; int4 packs two channels into a byte."""
-    even = head_dim % 2 == 0
-    return tuple(dict.fromkeys(h for h in heads if even or "int4" not in (h.k_dtype, h.v_dtype)))
+    kinds = {kind for kind, storage in STORAGES.items() if head_dim % storage.per_byte == 0}
+    return tuple(dict.fromkeys(h for h in heads if {h.k_dtype, h.v_dtype} <= kinds))
 
 
 def with_storage(head: HeadPlan, k_dtype: KVDtype, v_dtype: KVDtype) -> HeadPlan:
@@ -127,7 +127,7 @@ def within(small: HeadPlan, large: HeadPlan) -> bool:
 
 
 def _holds(small: KVDtype, large: KVDtype) -> bool:
-    return large == "model" or small in _BELOW[large]
+    return STORAGES[large].holds(STORAGES[small])
 
 
 def _budget_within(small: Budget | None, large: Budget | None) -> bool:

@@ -9,22 +9,21 @@ from typing import TYPE_CHECKING, Any, Final
 from kvcompress.accounting import kv_bytes
 from kvcompress.plan import HeadPlan, Plan
 from kvcompress.recipe import BytesPolicy, Policy, Recipe
+from kvcompress.storage import STORAGES
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
 
-MEANINGS: Final = {
+MEANINGS: Final[dict[str, str]] = {
     "full": "every token",
     "special": "the tokenizer's special tokens",
     "punct": "punctuation",
     "frequent": "the tokens that the scorer ranks highest",
     "local": "the newest tokens",
-    "int8": "8 bits for each number",
-    "int4": "4 bits for each number",
-    "fp8": "8-bit floating point",
+    **{name: storage.meaning for name, storage in STORAGES.items() if name != "model"},
     "k8v4": "keys in 8 bits, values in 4",
-    "model": "the model's own dtype",
+    "model": STORAGES["model"].meaning,
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvcompress.atomic import write_file
 from kvcompress.errors import CalibrationError
-from kvcompress.plan import ModelShape, Plan
+from kvcompress.plan import ROUNDED, ModelShape, Plan
 from kvcompress.profile import surrogate
 from kvcompress.profile.calibration import data_hash, load_prompts
 from kvcompress.profile.candidates import (
@@ -51,7 +51,7 @@ from kvcompress.profile.store import (
     Table,
     file_sha256,
 )
-from kvcompress.profile.weights import ROUNDED, WEIGHT_PROMPTS, measure_weights
+from kvcompress.profile.weights import WEIGHT_PROMPTS, measure_weights
 from kvcompress.profile.workplace import Workplace
 from kvcompress.quant.keystats import KeyStats, KVParams, derive
 from kvcompress.recipe import Recipe

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from kvcompress.accounting import FLAG_BYTES, head_plan_bytes, kv_bytes, prefill_bytes
 from kvcompress.errors import PlanError
-from kvcompress.plan import Budget, HeadPlan, Plan, WeightScheme, uniform
+from kvcompress.plan import ROUNDED, WHOLE, Budget, HeadPlan, Plan, WeightScheme, uniform
 from kvcompress.profile.assemble import assemble, expected, settings, summed_nats
 from kvcompress.profile.budget import Choice, minimum_bytes, spend
 from kvcompress.profile.candidates import codes_nothing
@@ -163,8 +163,8 @@ def _mixed_formats(
     if policy.memory is None or fixed is not None or not profile.weight_layers:
         return []
     allowed = policy.weight_schemes
-    mixed: list[tuple[WeightScheme, ...]] = [("bf16", "int8"), ("bf16", "nf4")]
-    alone: list[tuple[WeightScheme, ...]] = [("bf16",), ("int8",), ("nf4",)]
+    mixed: list[tuple[WeightScheme, ...]] = [(WHOLE, scheme) for scheme in ROUNDED]
+    alone: list[tuple[WeightScheme, ...]] = [(scheme,) for scheme in (WHOLE, *ROUNDED)]
     return [schemes for schemes in (*mixed, *alone) if {*schemes} <= {*allowed}]
 
 

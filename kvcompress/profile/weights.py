@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 
-from kvcompress.plan import WeightScheme
+from kvcompress.plan import ROUNDED, WHOLE, WeightScheme
 from kvcompress.profile.collect import held_out_rows
 from kvcompress.profile.hf import decoder_layers
 from kvcompress.profile.store import LayerWeights
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHT_PROMPTS: Final = 4  # each layer and format takes a forward of each of these prompts
-ROUNDED: Final[tuple[WeightScheme, ...]] = ("int8", "nf4")
 
 
 def layer_modules(model: PreTrainedModel, layers: int) -> list[dict[str, nn.Module]]:
@@ -71,7 +70,7 @@ def measure_weights(
     step(len(chosen))
     result = []
     for modules in found:
-        nats: dict[WeightScheme, float] = {"bf16": 0.0}
+        nats: dict[WeightScheme, float] = {WHOLE: 0.0}
         for scheme in ROUNDED:
             with rounded(modules, scheme):
                 lost = [
@@ -81,7 +80,8 @@ def measure_weights(
             nats[scheme] = float(f"{max(0.0, sum(lost) / len(lost)):.6g}")
             step(len(chosen))
         # a format with more bits may always stand in for one with fewer
-        nats["int8"] = min(nats["int8"], nats["nf4"])
+        bits = {scheme: FORMATS[scheme].linear_bits for scheme in ROUNDED}
+        nats |= {s: min(nats[o] for o in ROUNDED if bits[o] <= bits[s]) for s in ROUNDED}
         result.append(
             LayerWeights(modules=tuple(modules), size_bytes=weight_sizes(modules), nats=nats)
         )

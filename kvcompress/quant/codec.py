@@ -25,12 +25,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kvcompress.plan import KVDtype
+from kvcompress.storage import STORAGES, KVDtype
 
 FP8_MAX: Final = 448.0  # e4m3; torch before 2.12 casts anything above it to NaN
 HALF_MAX: Final = torch.finfo(torch.float16).max
-_LEVELS: Final = {"int8": 255, "int4": 15}
-VALUE_GROUP: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +48,23 @@ class Codes:
 
 def value_groups(dtype: KVDtype, head_dim: int) -> int:
     """Groups of a value vector: int4 values are scaled in parts of at most 64 channels."""
-    if dtype != "int4":
-        return 1
-    groups = -(-head_dim // VALUE_GROUP)
-    while head_dim % groups:
-        groups += 1
-    return groups
+    return STORAGES[dtype].value_groups(head_dim)
 
 
 def row_elements(dtype: KVDtype, head_dim: int) -> int:
     """Elements of `Codes.data` for one vector."""
-    return head_dim // 2 if dtype == "int4" else head_dim
+    return head_dim // STORAGES[dtype].per_byte
 
 
 def row_torch_dtype(dtype: KVDtype, model_dtype: torch.dtype) -> torch.dtype:
     """Element type of `Codes.data`."""
     if dtype == "model":
         return model_dtype
-    return torch.float8_e4m3fn if dtype == "fp8" else torch.uint8
+    return torch.uint8 if STORAGES[dtype].integer else torch.float8_e4m3fn
 
 
 def has_minimum(dtype: KVDtype) -> bool:
-    return dtype in _LEVELS
+    return STORAGES[dtype].integer
 
 
 def encode(x: Tensor, dtype: KVDtype, groups: int = 1) -> Codes:
@@ -86,16 +79,16 @@ def encode(x: Tensor, dtype: KVDtype, groups: int = 1) -> Codes:
     if dtype == "model":
         return Codes(x, None, None)
     head_dim = x.shape[-1]
-    if head_dim % groups or (dtype == "int4" and head_dim % 2):
+    if head_dim % groups or head_dim % STORAGES[dtype].per_byte:
         raise ValueError(f"{dtype} in {groups} groups cannot hold vectors of {head_dim} channels")
     parts = x.float().unflatten(-1, (groups, head_dim // groups))
-    if dtype == "fp8":
+    if not STORAGES[dtype].integer:
         most = parts.abs().amax(-1)
         scale = _half(most / FP8_MAX).masked_fill_(~most.isfinite(), torch.nan)
         scaled = (parts / scale.float().unsqueeze(-1)).nan_to_num_(0.0)
         data = scaled.clamp(-FP8_MAX, FP8_MAX).flatten(-2).to(torch.float8_e4m3fn)
         return Codes(data, scale, None)
-    levels = _LEVELS[dtype]
+    levels = STORAGES[dtype].levels
     least, most = parts.amin(-1), parts.amax(-1)
     broken = ~(least.isfinite() & most.isfinite())
     # the minimum is rounded first, so that the codes absorb its rounding
@@ -103,7 +96,7 @@ def encode(x: Tensor, dtype: KVDtype, groups: int = 1) -> Codes:
     scale = _half((most - low.float()) / levels)
     steps = (parts - low.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
     codes = steps.nan_to_num_(0.0).round_().clamp_(0, levels).to(torch.uint8).flatten(-2)
-    return Codes(pack_nibbles(codes) if dtype == "int4" else codes, scale, low)
+    return Codes(packed(codes, dtype), scale, low)
 
 
 def decode(codes: Codes, dtype: KVDtype, head_dim: int) -> Tensor:
@@ -112,7 +105,7 @@ def decode(codes: Codes, dtype: KVDtype, head_dim: int) -> Tensor:
     if dtype == "model":
         return codes.data.float()
     assert codes.scale is not None
-    data = unpack_nibbles(codes.data) if dtype == "int4" else codes.data
+    data = torch.cat(channel_parts(codes.data, dtype), -1)
     groups = codes.scale.shape[-1]
     parts = data.float().unflatten(-1, (groups, head_dim // groups))
     x = parts * codes.scale.float().unsqueeze(-1)
@@ -134,15 +127,22 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(x.isfinite(), x.clamp(-most, most), x).to(dtype)
 
 
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """``[..., D]`` codes 0..15 to ``[..., D/2]`` bytes; RoPE partners share a byte."""
-    half = codes.shape[-1] // 2
-    return codes[..., :half] | (codes[..., half:] << 4)
+def channel_parts(data: Tensor, dtype: KVDtype) -> list[Tensor]:
+    """The codes in stored rows: all channels, or one part of them for each code of a byte, from its
+    low bits up."""
+    storage = STORAGES[dtype]
+    if storage.per_byte == 1:
+        return [data]
+    shifts = range(0, 8, 8 // storage.per_byte)
+    return [(data >> shift) & storage.levels for shift in shifts]
 
 
-def unpack_nibbles(data: Tensor) -> Tensor:
-    """Inverse of `pack_nibbles`."""
-    return torch.cat([data & 15, data >> 4], dim=-1)
+def packed(codes: Tensor, dtype: KVDtype) -> Tensor:
+    """Inverse of `channel_parts`: RoPE partners share a byte."""
+    first, *others = codes.chunk(STORAGES[dtype].per_byte, -1)
+    for number, part in enumerate(others, 1):
+        first = first | (part << (8 // (1 + len(others)) * number))
+    return first
 
 
 def _half(scale: Tensor) -> Tensor:

@@ -6,16 +6,15 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kvcompress.bundle import files, manifest, write
-from kvcompress.bundle.verify import verify
+from kvcompress.bundle.verify import VerifyReport, verify
 from kvcompress.bundle.write import ExportReport
 from kvcompress.recipe import WeightScheme
 
@@ -32,11 +31,11 @@ def checked_here() -> Iterator[None]:
     a bundle of every format; whatever else wants a bundle uses this.
     """
 
-    def check(staged: Path, target: Path, expected: Tensor) -> dict[str, Any]:
+    def check(staged: Path, target: Path, expected: Tensor) -> VerifyReport:
         with tempfile.TemporaryDirectory() as folder:
             logits = Path(folder) / "logits.safetensors"
             save_file({"logits": expected}, logits)
-            return asdict(verify(staged, logits))
+            return verify(staged, logits)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "_check_in_fresh_process", check)

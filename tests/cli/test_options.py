@@ -145,7 +145,7 @@ def observed(monkeypatch, tmp_path, capfd):
     watch("bundle.write.export", last=True)
     watch("bundle.inspect.inspect", last=True)
     watch("bundle.verify.verify", VerifyReport("b", "0" * 64, 13, None, 0.0, 0.0, 0.0))
-    watch("bundle.read.is_bundle", False)
+    watch("bundle.manifest.is_bundle", False)
     watch("evaluate.compare.plan_row", SimpleNamespace(plan="plan", params="params"))
     watch("evaluate.serving.model_shape", shape)
     watch("evaluate.suite.make_suite", "suite")

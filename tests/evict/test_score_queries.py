@@ -48,14 +48,11 @@ def test_weights_of_pairs():
 def shifted_estimates(attention, stride, near, shifts):
     """Estimated column sums, with the strides' numbers moved on by each of `shifts`."""
     number = torch.arange(attention.shape[-1])
-    first = len(number) - near
-    found = []
-    for shift in range(shifts):
-        sampled = votes_for_its_stride(number + shift * stride, stride) * stride
-        far = torch.where(number >= first, 1, sampled)
-        close = number[:, None] - number < near
-        found.append((attention * torch.where(close, 1, far[:, None])).sum(0))
-    return torch.stack(found)
+    moved = number + torch.arange(shifts)[:, None] * stride
+    sampled = votes_for_its_stride(moved, stride) * float(stride)
+    far = torch.where(number >= len(number) - near, 1.0, sampled).double()
+    close = number[:, None] - number < near
+    return (attention * close).sum(0) + far @ (attention * ~close)
 
 
 @pytest.mark.parametrize("name", ["raw", "mean", "lift"])

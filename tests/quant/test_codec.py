@@ -7,12 +7,12 @@ import torch
 
 from kvcompress.quant.codec import (
     Codes,
+    channel_parts,
     decode,
     encode,
-    pack_nibbles,
+    packed,
     roundtrip,
     row_elements,
-    unpack_nibbles,
     value_groups,
 )
 
@@ -47,10 +47,10 @@ def test_a_constant_vector_is_exact(dtype):
 
 def test_int4_packs_rope_partners_into_one_byte():
     codes = torch.arange(16, dtype=torch.uint8).repeat(2)
-    packed = pack_nibbles(codes)
-    assert packed.shape == (16,)
-    assert packed[3] == 3 | (3 << 4)
-    assert torch.equal(unpack_nibbles(packed), codes)
+    stored = packed(codes, "int4")
+    assert stored.shape == (16,)
+    assert stored[3] == 3 | (3 << 4)
+    assert torch.equal(torch.cat(channel_parts(stored, "int4"), -1), codes)
 
 
 @pytest.mark.parametrize(
