@@ -19,6 +19,7 @@ overwritten one by one, and the range of the old tokens would have to hold the n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,6 +45,12 @@ class Codes:
     data: Tensor
     scale: Tensor | None
     minimum: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Codes:
+        """The same codes with each of their tensors changed: data, then scale, then minimum."""
+        data = change(self.data)
+        scale = None if self.scale is None else change(self.scale)
+        return Codes(data, scale, None if self.minimum is None else change(self.minimum))
 
 
 def value_groups(dtype: KVDtype, head_dim: int) -> int:

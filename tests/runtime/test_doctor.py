@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from kvcompress.bundle.read import plan_at
 from kvcompress.cli.app import main
-from kvcompress.kernels.available import triton_status
+from kvcompress.kernels.available import TritonStatus, triton_status
 from kvcompress.kernels.cpu import library as binding
 from kvcompress.plan import Budget, HeadPlan
 from kvcompress.runtime.check import doctor
@@ -77,6 +78,18 @@ def test_layers_of_a_plan(tmp_path, capsys, change, why):
     if why is None:  # and what is left to tensor operations all the same
         assert rows["these layers, too"]["why"].startswith("a cache with protected spans; a layer")
     assert ("these layers, too" in rows) == (why is None)
+
+
+def test_a_gpu_is_asked_the_gate_of_its_kernels(monkeypatch):
+    plan, part = plan_of([HeadPlan(frequent=Budget(tokens=8))], 16, scorer="vote"), "layer 0, full"
+    there = TritonStatus("3.9", None)
+    monkeypatch.setattr(doctor.triton_step, "triton_status", lambda device: there)
+    for has_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=has_gpu: found)
+        rows = by_part(doctor._layers(plan, None))
+        assert (f"{part}, static on a GPU" in rows) is has_gpu
+    why = "the scorer 'vote' ranks otherwise"
+    assert rows[f"{part}, static on a GPU"] == ("tensor operations", why)
 
 
 def test_trained_scorers_need_the_bundle(tmp_path):

@@ -16,6 +16,7 @@ from kvcompress.kernels.available import triton_status
 from kvcompress.kernels.cpu.library import library, why_not
 from kvcompress.plan import HOLDS_KV, Plan
 from kvcompress.quant.keystats import KVParams
+from kvcompress.runtime.static import triton_step
 from kvcompress.runtime.step.cpu import EXCEPTIONS, refusal
 from kvcompress.runtime.store.state import LayerSettings
 
@@ -93,18 +94,24 @@ def _package(name: str, extra: str | None) -> Finding:
 
 
 def _layers(plan: Plan, params: KVParams | None) -> list[Finding]:
-    """How each layer that holds keys and values decodes on the CPU."""
+    """How each layer that holds keys and values decodes on the CPU, and on a GPU that is there in
+    a static cache: what the gates of the two kinds of kernels answer."""
     if scorer(plan.scorer).trained and params is None:
         why = f"the scorer {plan.scorer!r} needs what was trained for it: give the bundle"
         return [Finding("layers", "unknown", why)]
     layers = (i for i in range(plan.model.layers) if plan.model.kind(i) in HOLDS_KV)
-    found = [_layer(LayerSettings(plan, params, layer)) for layer in layers]
+    settings = [LayerSettings(plan, params, layer) for layer in layers]
+    found = [_layer(own, "compiled kernels", refusal(own)) for own in settings]
     if any(finding.why is None for finding in found):
         found.append(Finding("these layers, too", "tensor operations for", "; ".join(EXCEPTIONS)))
+    if torch.cuda.is_available():
+        dims, device = (plan.model.head_dim, plan.model.v_dim), torch.device("cuda")
+        reasons = [triton_step.refusal(own, *dims, device) for own in settings]
+        pairs = zip(settings, reasons, strict=True)
+        found += [_layer(own, "Triton kernels", why, ", static on a GPU") for own, why in pairs]
     return found
 
 
-def _layer(settings: LayerSettings) -> Finding:
-    reason = refusal(settings)
-    path = "compiled kernels" if reason is None else "tensor operations"
-    return Finding(f"layer {settings.layer}, {settings.kind}", path, reason)
+def _layer(settings: LayerSettings, kernels: str, reason: str | None, where: str = "") -> Finding:
+    path = kernels if reason is None else "tensor operations"
+    return Finding(f"layer {settings.layer}, {settings.kind}{where}", path, reason)

@@ -61,7 +61,7 @@ def _begin(
     progress: Progress,
 ) -> Ready:
     state = LayerState.empty(settings, *first, spans)
-    return Ready(state, hold_prompt, progress, None, LatentAttention())
+    return Ready(state, hold_prompt, progress, LatentAttention())
 
 
 @final

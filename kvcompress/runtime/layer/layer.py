@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
-from kvcompress.runtime.layer.attention import Pair
+from kvcompress.runtime.layer.attention import Pair, SegmentAttention
 from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo, Progress, refuse_change
 from kvcompress.runtime.layer.ready import AbstractReady, Ready, refuse_crop
 from kvcompress.runtime.names import CACHE, cropped_tokens, release
 from kvcompress.runtime.prompt.store_prompt import PromptToStore
-from kvcompress.runtime.step.cpu import fused_step
 from kvcompress.runtime.store.state import LayerSettings, LayerState
 from kvcompress.runtime.torch_modes import between_graphs, leaving_plain_tensors
 
@@ -140,7 +139,7 @@ def in_segments(
 ) -> Ready:
     """A layer whose keys are stored in segments as the model makes them."""
     state = LayerState.empty(settings, *first, spans)
-    return Ready(state, hold_prompt, progress, fused_step(settings))
+    return Ready(state, hold_prompt, progress, SegmentAttention())
 
 
 @final
@@ -238,7 +237,7 @@ class CompressedLayer(AbstractLayer):
     def resume(self, state: LayerState, seen: int) -> None:
         """Go on with a state that was filled elsewhere."""
         self.progress.seen = seen
-        self.ready = Ready(state, self.hold_prompt, self.progress, fused_step(self.settings))
+        self.ready = Ready(state, self.hold_prompt, self.progress, SegmentAttention())
 
     def _check_fits(self, key: Tensor, batch: int) -> None:
         """Refuse another batch, dtype or device than that of the tokens held."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import KVCompressError, UnsupportedModelError
-from kvcompress.runtime.layer.attention import AbstractAttention, Pair, SegmentAttention
+from kvcompress.runtime.layer.attention import AbstractAttention, Pair
 from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo, Progress
 from kvcompress.runtime.layer.intake import Intake
 from kvcompress.runtime.layer.pending_chunk import PendingChunk
@@ -18,7 +18,7 @@ from kvcompress.runtime.layer.relative import parts
 from kvcompress.runtime.layer.undo_log import UndoLog
 from kvcompress.runtime.prompt.attention_inputs import NOTHING, new_scores
 from kvcompress.runtime.prompt.store_prompt import PromptToStore
-from kvcompress.runtime.step.cpu import FusedStep
+from kvcompress.runtime.step.cpu import fused_step
 from kvcompress.runtime.step.store_token import decodes
 from kvcompress.runtime.store.attend import Chunk
 from kvcompress.runtime.store.state import LayerState
@@ -136,6 +136,8 @@ class Ready(AbstractReady):
     Args:
         hold_prompt: keep a prompt uncompressed until it ends.
         progress: of the layer, which both change.
+
+    Attributes:
         fused: the compiled decode step, where its gate lets this plan through.
     """
 
@@ -144,11 +146,10 @@ class Ready(AbstractReady):
         state: LayerState,
         hold_prompt: bool,
         progress: Progress,
-        fused: FusedStep | None,
-        attention: AbstractAttention | None = None,
+        attention: AbstractAttention,
     ) -> None:
-        self.state, self.progress, self.fused = state, progress, fused
-        self.attention = SegmentAttention() if attention is None else attention
+        self.state, self.progress, self.attention = state, progress, attention
+        self.fused = fused_step(state.settings)
         self.intake = Intake(state, hold_prompt, late_votes=not self.attention.expands)
         self.undo_log = UndoLog()
         self._shared: PendingChunk | None = None

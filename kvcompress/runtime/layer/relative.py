@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, Final
 
 import torch
@@ -317,21 +318,13 @@ class _Numbering:
 
 def _tiles(bucket: Bucket, dim: int) -> Iterator[tuple[Bucket, slice]]:
     """Views of a few slots of every segment, no more than fit in `TILE_ELEMENTS`."""
-
-    def codes(held: Codes, slots: slice) -> Codes:
-        return Codes(
-            held.data[:, slots],
-            None if held.scale is None else held.scale[:, slots],
-            None if held.minimum is None else held.minimum[:, slots],
-        )
-
     step = max(LEAST_TILE_TOKENS, TILE_ELEMENTS // max(1, len(bucket.batch) * dim))
     for low in range(0, bucket.capacity, step):
         slots = slice(low, min(bucket.capacity, low + step))
         tile = replace(
             bucket,
-            keys=codes(bucket.keys, slots),
-            values=codes(bucket.values, slots),
+            keys=bucket.keys.each(itemgetter((slice(None), slots))),
+            values=bucket.values.each(itemgetter((slice(None), slots))),
             position=bucket.position[:, slots],
             score=None if bucket.score is None else bucket.score[:, slots],
         )

@@ -41,16 +41,7 @@ class Coded(NamedTuple):
     def of(self, tensors: list[Tensor]) -> Coded:
         """The same kind of codes with other tensors, in the order of `tensors()`."""
         rest = iter(tensors)
-        return Coded(
-            *(
-                Codes(
-                    next(rest),
-                    None if c.scale is None else next(rest),
-                    None if c.minimum is None else next(rest),
-                )
-                for c in self
-            )
-        )
+        return Coded(*(c.each(lambda held: next(rest)) for c in self))
 
     def at(self, *index: Tensor | slice | int) -> Coded:
         return self.of([t[index] for t in self.tensors()])

@@ -53,8 +53,8 @@ def save_cache(cache: CompressedCache, path: Path | str) -> None:
             loaded again; whose model is gone; or where the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    metadata = _identity(cache)
     host = contents.take_cache(cache, tensors)
+    metadata = _identity(cache)
     for layer in cache.compressed_layers:
         reason = None if layer.state is None else broken(layer.state, layer.seen)
         if reason is not None:

@@ -6,7 +6,6 @@ Tensor operations alone, of fixed shape, so that a compiler takes them into one 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -160,20 +159,11 @@ def _attend_block(
     return _part(
         query,
         offset[:, block.span],
-        _view(group.keys, block),
-        _view(group.values, block),
+        group.keys.each(block.view),
+        group.values.each(block.view),
         (group.k_dtype, group.v_dtype),
         _visible(state, token, block.view(group.position)),
         token.softcap,
-    )
-
-
-def _view(codes: Codes, block: Block) -> Codes:
-    """The block's part of flat codes, ``[B, Hb, C, …]``."""
-    return Codes(
-        block.view(codes.data),
-        None if codes.scale is None else block.view(codes.scale),
-        None if codes.minimum is None else block.view(codes.minimum),
     )
 
 
@@ -199,8 +189,8 @@ def _part(
         part = decode_split(
             query.flatten(0, 1),
             None if offset is None else offset.flatten(0, 1),
-            _flat(keys),
-            _flat(values),
+            keys.each(lambda t: t.flatten(0, 1)),
+            values.each(lambda t: t.flatten(0, 1)),
             *dtypes,
             visible.flatten(0, 1).unsqueeze(1),
             softcap,
@@ -219,12 +209,6 @@ def _part(
     maximum = logits.amax(-1)
     weights = torch.exp(logits - _finite(maximum).unsqueeze(-1))
     return Partial(_fused_values(weights, values, dtypes[1]), maximum, weights.sum(-1), logits)
-
-
-def _flat(codes: Codes) -> Codes:
-    parts = (codes.data, codes.scale, codes.minimum)
-    data, scale, minimum = (None if t is None else t.flatten(0, 1) for t in parts)
-    return Codes(cast(Tensor, data), scale, minimum)
 
 
 def _finite(maximum: Tensor) -> Tensor:

@@ -132,21 +132,22 @@ class StaticCompressedLayer(AbstractLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        info, fixed = self._answer(key_states.shape[2]), self.decoding
-        key_states._kvc_layer = self  # type: ignore[attr-defined]
-        if fixed is not None and key_states.shape[2] == 1:
+        length, fixed = key_states.shape[2], self.decoding
+        if fixed is not None and length == 1:
+            self._answer(length)
             fixed.counter.add_(1)
+            key_states._kvc_layer = self  # type: ignore[attr-defined]
             return key_states, value_states
         if torch.compiler.is_compiling():
             raise KVCompressError(
                 "only one-token forwards of a static cache that holds a prompt can be compiled; "
                 "run the prompt through the model itself first"
             )
-        self.check_prompt(key_states.shape[0], key_states.shape[2])
+        self.check_prompt(key_states.shape[0], length)
         self.thaw()
         if self._growing.ready is None:
             self.lazy_initialization(key_states, value_states)
-        self._growing.announce(info)
+        self._growing.announce(self._answer(length))
         self._growing.update(key_states, value_states)
         key_states._kvc_layer = self  # type: ignore[attr-defined]  # not the growing one
         return key_states, value_states

@@ -14,7 +14,7 @@ every further prompt on the same cache.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from kvcompress.errors import KVCompressError
 from kvcompress.runtime.names import as_argument
 from kvcompress.runtime.static.cache import StaticCompressedCache
+from kvcompress.runtime.static.state import StaticState
 
 _WARM_UP: Final = 2  # steps that compile kernels and settle the allocator before the capture
 
@@ -47,11 +48,7 @@ class DecodeGraph:
         step: Callable[..., Any] | None = None,
         capture: bool = True,
     ) -> None:
-        reason = _refuses(model, cache, capture)
-        if reason is not None:
-            raise KVCompressError(f"a decode step cannot be captured: {reason}")
-        fixed = cache.static_layers[0].decoding
-        assert fixed is not None  # `_refuses` would have said so
+        fixed = _arrays_of(model, cache, capture)
         self.cache, self.capture = cache, capture
         self._step: Callable[..., Any] = model if step is None else step
         self._row_seen = fixed.row_seen
@@ -147,17 +144,22 @@ class DecodeGraph:
         return graph
 
 
-def _refuses(model: Any, cache: Any, capture: bool) -> str | None:
+def _refuse(reason: str) -> NoReturn:
+    raise KVCompressError(f"a decode step cannot be captured: {reason}")
+
+
+def _arrays_of(model: Any, cache: Any, capture: bool) -> StaticState:
+    """The first layer's arrays, of a cache whose step can be captured."""
     if not isinstance(cache, StaticCompressedCache):
-        return f"{type(cache).__name__} moves its tensors; make a StaticCompressedCache"
+        _refuse(f"{type(cache).__name__} moves its tensors; make a StaticCompressedCache")
     fixed = cache.static_layers[0].decoding
     if fixed is None:
-        return "the cache holds no prompt: run one through the model first"
+        _refuse("the cache holds no prompt: run one through the model first")
     device = fixed.start.device
     if capture and device.type != "cuda":
-        return f"CUDA graphs need a CUDA device, the cache lies on {device}; give capture=False"
+        _refuse(f"CUDA graphs need a CUDA device, the cache lies on {device}; give capture=False")
     if len({layer.fixed.start.device for layer in cache.static_layers if layer.fixed}) > 1:
-        return "the layers lie on several devices"
+        _refuse("the layers lie on several devices")
     if getattr(model, "training", False):
-        return "the model is in training mode; call model.eval()"
-    return None
+        _refuse("the model is in training mode; call model.eval()")
+    return fixed

@@ -80,13 +80,19 @@ def choose_kernels(
     """
     if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
         return False
-    reason = triton_status(device).reason or _refuses(settings, head_dim, value_dim)
+    reason = refusal(settings, head_dim, value_dim, device)
     if reason is not None and kernels == "triton":
         raise KVCompressError(f"layer {settings.layer}: no Triton kernels: {reason}")
     return reason is None
 
 
-def _refuses(settings: LayerSettings, head_dim: int, value_dim: int) -> str | None:
+def refusal(
+    settings: LayerSettings, head_dim: int, value_dim: int, device: torch.device
+) -> str | None:
+    """Why the Triton kernels do not decode a layer on `device`, None where they do."""
+    status = triton_status(device)
+    if status.reason is not None:
+        return status.reason
     for head in settings.heads:
         reason = tuning.refuses(head.k_dtype, head.v_dtype, head_dim, value_dim)
         if reason is not None:

@@ -205,11 +205,7 @@ def encoded(
     wide, parts = (key.float() - center) / scale, value_groups(v_dtype, value.shape[-1])
     if k_dtype == v_dtype != "model" and parts == 1 and key.shape == value.shape:
         both = encode(torch.stack([wide, value.float()]), k_dtype)
-        halves = [
-            Codes(both.data[i], *(None if t is None else t[i] for t in (both.scale, both.minimum)))
-            for i in (0, 1)
-        ]
-        return halves[0], halves[1]
+        return both.each(lambda t: t[0]), both.each(lambda t: t[1])
     if k_dtype == "model":
         return Codes(rounded(wide, key.dtype), None, None), encode(value, v_dtype, parts)
     return encode(wide, k_dtype), encode(value, v_dtype, parts)

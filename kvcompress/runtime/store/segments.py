@@ -168,20 +168,13 @@ class SegmentStore:
         def view(t: Tensor) -> Tensor:
             return t[slots].unflatten(0, (-1, capacity))
 
-        def codes(c: Codes) -> Codes:
-            return Codes(
-                view(c.data),
-                None if c.scale is None else view(c.scale),
-                None if c.minimum is None else view(c.minimum),
-            )
-
         return Bucket(
             slots.start,
             capacity,
             self.batch_index[segments],
             self.head_index[segments],
-            codes(self.keys),
-            codes(self.values),
+            self.keys.each(view),
+            self.values.each(view),
             view(self.position),
             None if self.score is None else view(self.score),
         )
@@ -287,16 +280,8 @@ class SegmentStore:
         """Leave a note of what lies in flat `slots` ``[N]``, where notes are wanted."""
         if self.notes is None:
             return
-
-        def codes(c: Codes) -> Codes:
-            return Codes(
-                c.data[slots],
-                None if c.scale is None else c.scale[slots],
-                None if c.minimum is None else c.minimum[slots],
-            )
-
-        before = Overwritten(slots, codes(self.keys), codes(self.values), self.position[slots])
-        self.notes.append(before)
+        keys, values = (codes.each(lambda t: t[slots]) for codes in (self.keys, self.values))
+        self.notes.append(Overwritten(slots, keys, values, self.position[slots]))
 
     def restore(self, before: Overwritten) -> None:
         """Undo one `write`; scores aside."""
