@@ -133,7 +133,7 @@ LEAGUE_BIN := .venv-league/bin
 league: .venv-league/.built
 	OMP_NUM_THREADS=1 $(LEAGUE_BIN)/kvcompress league kvcompress/demo/model -o runs/league --jobs $(JOBS)
 	cp runs/league/league.json $(LEAGUE)
-	$(LEAGUE_BIN)/kvcompress league --render $(LEAGUE) --page docs/league.md
+	$(LEAGUE_BIN)/python benchmarks/league_page.py
 
 # The same situations on kvpress, in an environment of its own, and on kvcompress: results and docs/peers.md.
 PEERS := benchmarks/peers
