@@ -143,8 +143,8 @@ PEERS := benchmarks/peers
 	@touch $@
 
 peers: setup .venv-kvpress/.setup
-	.venv-kvpress/bin/python $(PEERS)/run_kvpress.py
-	$(BIN)/python $(PEERS)/run_kvcompress.py
+	.venv-kvpress/bin/python $(PEERS)/run.py kvpress
+	$(BIN)/python $(PEERS)/run.py kvcompress
 	$(BIN)/python $(PEERS)/report.py
 
 # Side by side on the shipped model, half an hour each on one core: docs/heavy-hitters.md, docs/fastgen.md.
