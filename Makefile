@@ -140,7 +140,7 @@ LEAGUE_BIN := .venv-league/bin
 league: .venv-league/.built
 	OMP_NUM_THREADS=1 $(LEAGUE_BIN)/kvcompress league kvcompress/demo/model -o runs/league --jobs $(JOBS)
 	cp runs/league/league.json $(LEAGUE)
-	$(LEAGUE_BIN)/kvcompress league --render $(LEAGUE) --page docs/league.md
+	$(LEAGUE_BIN)/python benchmarks/league_page.py
 
 # The same situations on kvpress, in an environment of its own, and on kvcompress: results and docs/peers.md.
 PEERS := benchmarks/peers
@@ -150,8 +150,8 @@ PEERS := benchmarks/peers
 	@touch $@
 
 peers: setup .venv-kvpress/.setup
-	.venv-kvpress/bin/python $(PEERS)/run_kvpress.py
-	$(BIN)/python $(PEERS)/run_kvcompress.py
+	.venv-kvpress/bin/python $(PEERS)/run.py kvpress
+	$(BIN)/python $(PEERS)/run.py kvcompress
 	$(BIN)/python $(PEERS)/report.py
 
 # Side by side on the shipped model, half an hour each on one core: docs/heavy-hitters.md, docs/fastgen.md.

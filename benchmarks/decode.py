@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
+from speed import text
 from speed.cases import Place, Rivals, decode_entries, own_name, places
 from speed.claims import Claim, answers
+from speed.harness import RUNS, Asked, Benchmark, Cases, pythons_of, rival_options
 from speed.model import COMPILED, INT8, Models
-from speed.output import RUNS, Book, note, parser_of, pythons_of, rival_options, start
-from speed.planned import PLANNED
-from speed.text import against, best, load, markdown, mib, ms, of_floor, times
+from speed.plans import PLANNED, Setup
+from speed.text import against, best, mark, mib, ms, of_floor, sections, times
 
-from kvcompress.bench.cell import Rounds, run_cell
+from kvcompress.bench.cell import Rounds
 from kvcompress.bench.entries import Size
-from kvcompress.bench.plans import Setup
-from kvcompress.bench.result import Cell, Result, Row, speedup
+from kvcompress.bench.result import Cell, Result, speedup
 
 CELLS = "1024x1,2048x1,4096x1,16384x1,1024x8"
 PROMPT_CELLS = "4096x1,16384x1,1024x8"
@@ -34,57 +35,37 @@ WHOLE, FIFTH = Setup("int8", "int8", 1.0), Setup("int8", "int8", 0.2)
 MODEL_WEIGHTS = ("float32", "bfloat16")
 
 
-def main() -> None:
-    args = start(options())
-    print(report(measure(args)))
-
-
-def options() -> argparse.ArgumentParser:
-    parser = parser_of(__doc__, rounds=9, steps=3)
+def more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cells", type=places, default=places(CELLS), help="CONTEXTxBATCH, ...")
     parser.add_argument(
         "--prompt-cells", type=places, default=places(PROMPT_CELLS),
         help="of these, with rivals that have to read a real prompt (minutes at 16384)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--only", action="append", default=[], metavar="TEXT",
         help="cases whose names contain this; repeatable",
     )  # fmt: skip
     rival_options(parser)
-    return parser
 
 
-def measure(args: argparse.Namespace) -> Result:
-    """Every cell that was not measured before."""
-    models = Models(args.scale)
-    rounds = Rounds(args.rounds, args.steps, buffer_bytes=args.buffer * 2**20)
-    book = Book("decode", args, [place.name for place in places(CELLS)])
+def cells(args: argparse.Namespace, models: Models, rounds: Rounds) -> Asked:
     rivals = None
     if not args.no_rivals:
         folder = RUNS / f"model-{args.scale}"
         rivals = Rivals(pythons_of(args), folder, tuple(args.prompt_cells))
 
-    def measured(place: Place) -> Cell:
-        size = Size(place.context_tokens, place.batch, rounds.room_tokens, args.threads)
-        entries, missing = decode_entries(models, place, size, rivals)
-        if args.only:
-            entries = [e for e in entries if any(text in e.name for text in args.only)]
-            missing = []
-        return run_cell(
-            place.name, entries, rounds, threads=(args.threads,), note=note, missing=missing
-        )
+    def cases(place: Place) -> Cases:
+        size = Size(place.context_tokens, place.batch, rounds.room_tokens, max(args.threads))
+        made, missing = decode_entries(models, place, size, rivals)
+        if not args.only:
+            return made, missing
+        return [e for e in made if any(word in e.name for word in args.only)], []
 
-    for place in args.cells:
-        book.get(place.name, lambda place=place: measured(place))
-    return book.result
+    return {place.name: partial(cases, place) for place in args.cells}
 
 
 def report(result: Result) -> str:
-    """Every table, and what was asked, as text."""
-    parts = [f"## {cell.name}\n\n{table(cell)}\n\n{remarks(cell)}" for cell in result.cells]
-    parts.append("## Asked\n\n" + asked(result))
-    return "\n\n".join(parts)
+    return "\n\n".join([*sections(result.cells, table), "## Asked\n\n" + asked(result)])
 
 
 def table(cell: Cell, quality: Callable[[str | None], str] | None = None) -> str:
@@ -109,36 +90,7 @@ def table(cell: Cell, quality: Callable[[str | None], str] | None = None) -> str
         ]
         for row in cell.rows
     ]  # fmt: skip
-    return markdown(headings, rows)
-
-
-def mark(row: Row) -> str:
-    """What keeps a row from being an ordinary rival."""
-    marks = {"artefact": " (artefact)", "limit": " (limit)"}
-    own = " (own process" + (", real prompt)" if row.fill == "prompt" else ")")
-    return marks.get(row.kind, "") + (own if row.process == "own" else "")
-
-
-def remarks(cell: Cell) -> str:
-    """Bandwidth, load, what was left out."""
-    lines = [
-        f"{threads_words(found.threads)} reads {found.read_gb_s:.1f} GB/s, copies "
-        f"{found.copy_gb_s:.1f}; "
-        for found in cell.bandwidths
-    ]
-    lines.append(
-        f"load {load(cell.load_before)} before and {load(cell.load_after)} after; "
-        f"{cell.rounds} rounds, {cell.warm_rounds} unrecorded before them."
-    )
-    text = "".join(lines)
-    details = dict.fromkeys(f"{row.name}: {row.detail}" for row in cell.rows if row.detail)
-    notes = [f"- {each}" for each in details]
-    notes += [f"- not timed: {each.name}: {each.reason}" for each in cell.missing]
-    return "\n".join([text, "", *notes]) if notes else text
-
-
-def threads_words(count: int) -> str:
-    return "one thread" if count == 1 else f"{count} threads together"
+    return text.table(headings, rows)
 
 
 def claims() -> list[Claim]:
@@ -184,7 +136,7 @@ def asked(result: Result) -> str:
     lines = [[cell, title, answer] for cell, title, answer in answers(result, claims())]
     for cell in result.cells:
         lines.append([cell.name, "every recipe against DynamicCache float32", worst(cell)])
-    return markdown(["where", "asked", "answer"], lines, numbers=False)
+    return text.answers(lines)
 
 
 def worst(cell: Cell) -> str:
@@ -199,5 +151,8 @@ def worst(cell: Cell) -> str:
     return f"{ahead} of {len(own)} are faster; the least, {least}: {times(gains[least])}"
 
 
+RUN = Benchmark(
+    "decode", __doc__, 9, 3, [place.name for place in places(CELLS)], cells, report, more
+)
 if __name__ == "__main__":
-    main()
+    RUN.main()

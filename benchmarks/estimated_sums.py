@@ -13,14 +13,25 @@ finished measurement is kept, so a run that was stopped goes on.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from side_by_side import ROOT, Cells, difference, summary
+from studies import (
+    RESULTS,
+    Record,
+    answer_log_probabilities,
+    fitting,
+    gap,
+    parser_of,
+    shipped,
+    shown,
+    summary,
+)
 from torch import Tensor
 
 from kvcompress.accounting import kv_bytes
@@ -30,19 +41,19 @@ from kvcompress.evaluate.text import text_losses, window_logits
 from kvcompress.evaluate.workloads import WorkloadSuite, make_workloads
 from kvcompress.evict.score_queries import pair_weight
 from kvcompress.league.profiles import Profiles
+from kvcompress.measure.cells import Book
+from kvcompress.measure.tables import markdown
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
 from kvcompress.profile.calibration import load_prompts
 from kvcompress.profile.collect import forward
 from kvcompress.profile.hf import LayerInput, attention_through
 from kvcompress.profile.solve import solve
-from kvcompress.profile.source import load_source
 from kvcompress.profile.store import PARAMS_FILE
 from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import BytesPolicy, Calibration, Keep, Recipe
 from kvcompress.runtime.model.families import shape_of
 
-RESULTS: Final = ROOT / "benchmarks" / "results" / "estimated_sums.json"
-MODEL: Final = ROOT / "kvcompress" / "demo" / "model"
+RESULT: Final = RESULTS / "estimated_sums.json"
 Voters = tuple[int | None, int | None]  # score_rows, score_stride
 EXACT: Final[Voters] = (None, None)
 ESTIMATES: Final[tuple[Voters, ...]] = tuple((n, s) for s in (8, 32) for n in (32, 64, 128))
@@ -51,6 +62,7 @@ RANKED: Final[tuple[Voters, ...]] = (*ESTIMATES, (32, None), (64, None), (128, N
 NEAR_TOO: Final = "64, 1 in 32, near tokens too"
 SCORERS: Final = ("raw", "mean", "lift")
 SHARES: Final = (4, 8, 16)
+KINDS: Final = ("planned", "h2o-lift")
 WORKLOADS: Final = ("hidden", "second_turn", "long_span")
 CONTEXT: Final = 960
 SINKS, RECENT = 4, 16
@@ -146,17 +158,13 @@ def plan_of(profiles: Profiles, kind: str, share: int, score_queries: Voters) ->
     if kind == "planned":
         policy = BytesPolicy(kind="bytes", keep_ratio=1 / share, context=CONTEXT)
         return solve(profile, policy, keep_of(score_queries))
-    shape = profile.shape
-    target = shape.bf16_kv_bytes(CONTEXT, 1) // share
 
     def made(tokens: int) -> Plan:
         head = HeadPlan(frequent=Budget(tokens=tokens), local=Budget(tokens=RECENT + tokens))
-        return uniform(shape, head, score_rows=score_queries[0], score_stride=score_queries[1])
+        rows, stride = score_queries
+        return uniform(profile.shape, head, score_rows=rows, score_stride=stride)
 
-    return max(
-        (made(n) for n in range(1, CONTEXT) if kv_bytes(made(n), CONTEXT, 1) <= target),
-        key=lambda plan: kv_bytes(plan, CONTEXT, 1),
-    )
+    return fitting(made, profile.shape.bf16_kv_bytes(CONTEXT, 1) // share, CONTEXT)
 
 
 def predictions(
@@ -168,20 +176,15 @@ def predictions(
     answers: list[Tensor] = []
     with serving(model, plan, params) as new_cache:
         for number, document in enumerate(suite.documents):
-            asked = [q for s in suite.samples if s.document == number for q in s.questions]
-            session = Session(model, new_cache(), pad)
-            session.prefill([document.prompt])
-            session.select([0] * len(asked))
-            encoded = [
-                [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (q.text, q.answer)]
-                for q in asked
+            asked = [
+                (q.text, q.answer)
+                for sample in suite.samples
+                if sample.document == number
+                for q in sample.questions
             ]
-            longest = max(len(q) + len(a) for q, a in encoded)
-            fed = [q + a + [pad] * (longest - len(q) - len(a)) for q, a in encoded]
-            found = session.feed(torch.tensor(fed)).float().log_softmax(-1)
-            for row, (question, answer) in enumerate(encoded):
-                first = len(question) - 1
-                answers.append(found[row, first : first + len(answer)].clone())
+            session = Session(model, new_cache(), pad)
+            said = answer_log_probabilities(session, tokenizer, document.prompt, asked)
+            answers += [rows for rows, _ in said]
         logits = None
         if suite.windows is not None:
             logits = window_logits(
@@ -206,69 +209,58 @@ def distances(
     return found
 
 
-def measure(cells: Cells, samples: int, folder: Path) -> None:
-    model, tokenizer = load_source(str(MODEL), "cpu")
+def measure(cells: Book, samples: int, folder: Path) -> None:
+    model, tokenizer = shipped()
     cells.get("agreement", lambda: agreement(model, tokenizer))
     profiles = Profiles(model, tokenizer, folder)
     limit = shape_of(model.config, model.dtype).max_position
     suites = make_workloads(
         tokenizer, names=WORKLOADS, samples=samples, context_tokens=CONTEXT, max_position=limit
     )
-    full: dict[str, Any] = {}
+    full = {
+        s.workload: cache(partial(predictions, model, tokenizer, s, None, None)) for s in suites
+    }
+
+    def cell(suite: WorkloadSuite, kind: str, share: int, score_queries: Voters) -> Record:
+        plan = plan_of(profiles, kind, share, score_queries)
+        where = profiles.of(Recipe(keep=keep_of(score_queries)))[1]
+        params = KVParams.load(where / PARAMS_FILE, plan.model)
+        said = predictions(model, tokenizer, suite, plan, params)
+        scored = [h for row in plan.heads for h in row if h.frequent is not None]
+        return {
+            "kv_bytes": kv_bytes(plan, CONTEXT, 1),
+            "heads_that_score": len(scored),
+            **distances(suite, full[suite.workload](), said),
+        }
+
     for score_queries in (EXACT, *ESTIMATES, *WINDOWS):
-        for kind in ("planned", "h2o-lift"):
-            for share in SHARES:
-                for suite in suites:
-                    name = f"{kind} 1/{share} {suite.workload}: {named(score_queries)}"
-
-                    def cell(
-                        suite: WorkloadSuite = suite,
-                        kind: str = kind,
-                        share: int = share,
-                        score_queries: Voters = score_queries,
-                    ) -> dict[str, Any]:
-                        if suite.workload not in full:
-                            full[suite.workload] = predictions(model, tokenizer, suite, None, None)
-                        plan = plan_of(profiles, kind, share, score_queries)
-                        where = profiles.of(Recipe(keep=keep_of(score_queries)))[1]
-                        params = KVParams.load(where / PARAMS_FILE, plan.model)
-                        said = predictions(model, tokenizer, suite, plan, params)
-                        scored = [h for row in plan.heads for h in row if h.frequent is not None]
-                        return {
-                            "kv_bytes": kv_bytes(plan, CONTEXT, 1),
-                            "heads_that_score": len(scored),
-                            **distances(suite, full[suite.workload], said),
-                        }
-
-                    cells.get(name, cell)
+        for kind, share, suite in product(KINDS, SHARES, suites):
+            name = f"{kind} 1/{share} {suite.workload}: {named(score_queries)}"
+            cells.get(name, partial(cell, suite, kind, share, score_queries))
 
 
 # ---- tables
 def agreement_table(cells: dict[str, Any]) -> str:
     """Rank correlation, and share of the exactly best eighth that is found, by scorer."""
-    lines = ["| voters | " + " | ".join(f"{s} ρ | {s} 1/8" for s in SCORERS) + " |"]
-    lines.append("|---|" + "---:|" * 6)
+    rows = []
     for name in (*map(named, RANKED[: len(ESTIMATES)]), NEAR_TOO, *map(named, RANKED[-3:])):
-        row = [name]
-        for scorer in SCORERS:
-            own = cells["agreement"][f"{scorer}: {name}"]
-            row += [f"{own['rank_correlation']:.2f}", f"{own['best_1_in_8']:.2f}"]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        found = [cells["agreement"][f"{scorer}: {name}"] for scorer in SCORERS]
+        figures = ((own["rank_correlation"], own["best_1_in_8"]) for own in found)
+        rows.append([name, *(f"{x:.2f}" for pair in figures for x in pair)])
+    headings = ["voters", *(f"{s} {word}" for s in SCORERS for word in ("ρ", "1/8"))]
+    return markdown(headings, rows, numbers_from=1, tight=True)
 
 
 def quality_table(cells: dict[str, Any]) -> str:
     """KL to the full cache by plan and voters, beside exact sums."""
-    lines = ["| plan | voters | heads that score | answers | − exact | text | − exact |"]
-    lines.append("|---|---|---:|---:|---:|---:|---:|")
-    for kind in ("planned", "h2o-lift"):
-        for share in SHARES:
-            for score_queries in (EXACT, *ESTIMATES, *WINDOWS):
-                lines += _quality_line(cells, f"{kind} 1/{share}", score_queries)
-    return "\n".join(lines)
+    rows = []
+    for kind, share, score_queries in product(KINDS, SHARES, (EXACT, *ESTIMATES, *WINDOWS)):
+        rows += _quality_row(cells, f"{kind} 1/{share}", score_queries)
+    headings = ["plan", "voters", "heads that score", "answers", "− exact", "text", "− exact"]
+    return markdown(headings, rows, numbers_from=2, tight=True)
 
 
-def _quality_line(cells: dict[str, Any], plan: str, score_queries: Voters) -> list[str]:
+def _quality_row(cells: dict[str, Any], plan: str, score_queries: Voters) -> list[list[str]]:
     own, exact = (
         [cells.get(f"{plan} {w}: {named(v)}") for w in WORKLOADS] for v in (score_queries, EXACT)
     )
@@ -277,11 +269,9 @@ def _quality_line(cells: dict[str, Any], plan: str, score_queries: Voters) -> li
     row = [plan, named(score_queries), str(own[0]["heads_that_score"])]
     for name in ("answer_kl", "text_kl"):
         mine, theirs = _joined(own, name), _joined(exact, name)
-        mean, (low, high) = summary(mine, name)
-        row.append(f"{mean:.4f} [{low:.4f}, {high:.4f}]")
-        change, (low, high) = difference(mine, theirs, name)
-        row.append("" if score_queries == EXACT else f"{change:+.4f} [{low:+.4f}, {high:+.4f}]")
-    return [f"| {' | '.join(row)} |"]
+        change = "" if score_queries == EXACT else gap(mine, theirs, name, digits=4)
+        row += [shown(summary(mine, name), 1, 4), change]
+    return [row]
 
 
 def _joined(cells: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -289,23 +279,17 @@ def _joined(cells: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=96, help="questions of each workload")
+    parser = parser_of(__doc__, RESULT, 96)
     parser.add_argument("--table", action="store_true", help="measure nothing, print the tables")
     parser.add_argument("--profiles", type=Path, help="folder that keeps the profiles")
     args = parser.parse_args()
-    stated = {
-        "model": "kvcompress/demo/model",
-        "context_tokens": CONTEXT,
-        "questions": args.samples,
-    }
-    cells = Cells(RESULTS, stated)
+    model = "kvcompress/demo/model"
+    told = {"model": model, "context_tokens": CONTEXT, "questions": args.samples}
+    cells = Book(args.json, told)
     if not args.table:
         with tempfile.TemporaryDirectory() as own:
             measure(cells, args.samples, args.profiles or Path(own))
-    print(
-        agreement_table(cells.content["cells"]), quality_table(cells.content["cells"]), sep="\n\n"
-    )
+    print(agreement_table(cells.cells), quality_table(cells.cells), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -10,30 +10,33 @@ rows of the prompt itself decide. See docs/fastgen.md.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import (
+from pages.plots import pyplot
+from studies import (
     CONTEXT,
     FIGURES,
-    ROOT,
-    Cells,
+    RESULTS,
+    attached,
     conditions,
-    full_cache,
     gap,
+    parser_of,
     percent,
     quality,
     setting,
     summary,
+    taking_turns,
 )
 
 import kvcompress
+from kvcompress.evaluate.quality import measure
+from kvcompress.evaluate.serving import serving
 from kvcompress.evaluate.suite import Suite
+from kvcompress.measure.cells import Book
 from kvcompress.plan import FastGenChoice, Plan, uniform
 from kvcompress.profile.run import run
 from kvcompress.profile.solve import solve
@@ -41,7 +44,6 @@ from kvcompress.profile.store import Profile
 from kvcompress.recipe import Calibration, FastGenPolicy, Keep, Recipe
 from kvcompress.runtime.names import as_argument
 
-RESULTS = ROOT / "benchmarks" / "results" / "fastgen.json"
 TARGETS = (0.8, 0.9, 0.95)  # kept mass; ‖A − Â‖₁ ≤ 1 − T is the mass (1 + T) / 2
 KINDS = ("static", "per request")
 CHAIN = ("special", "+punct", "+frequent", "+local", "full")
@@ -87,16 +89,13 @@ def requests(
 ) -> dict[str, Any]:
     """Per prompt its bytes, and each head's place in the chain, ``places[prompt][layer][head]``."""
     names = [head.label for head in profile.chain]
-    kvcompress.attach(model, plan, params)
     sizes, places = [], []
-    for ids in prompts:
-        cache = kvcompress.new_cache(model)
-        model(torch.tensor([ids]), **as_argument(cache), use_cache=True, logits_to_keep=1)
-        cache.finish_prompt(model)
-        sizes.append(cache.nbytes() / profile.shape.bf16_kv_bytes(len(ids), 1))
-        chosen = [layer[0] for layer in cache.chosen_heads()]
-        places.append([[names.index(head.label) for head in layer] for layer in chosen])
-    kvcompress.detach(model)
+    with serving(model, plan, params) as new_cache:
+        for ids in prompts:
+            cache: Any = _read(model, new_cache(), torch.tensor([ids]))
+            sizes.append(cache.nbytes() / profile.shape.bf16_kv_bytes(len(ids), 1))
+            chosen = [layer[0] for layer in cache.chosen_heads()]
+            places.append([[names.index(head.label) for head in layer] for layer in chosen])
     return {"share_of_bf16": [round(size, 5) for size in sizes], "places": places}
 
 
@@ -114,19 +113,19 @@ def cost(model: Any, profile: Profile, params: Any, ids: list[int]) -> dict[str,
         "decided per request": request,
     }
     tokens = torch.tensor([ids])
-    times: dict[str, list[float]] = {name: [] for name in plans}
-    for _ in range(REPEATS):
-        for name, plan in plans.items():
-            kvcompress.attach(model, plan, params)
-            cache = kvcompress.new_cache(model)
-            started = time.process_time()
-            model(tokens, **as_argument(cache), use_cache=True, logits_to_keep=1)
-            cache.finish_prompt(model)
-            times[name].append(1000 * (time.process_time() - started))
-            kvcompress.detach(model)
-    medians = {name: round(statistics.median(found), 1) for name, found in times.items()}
-    extra = [b - a for a, b in zip(*times.values(), strict=True)]
+    runs = dict.fromkeys(plans, lambda: _read(model, kvcompress.new_cache(model), tokens))
+    found = taking_turns(runs, REPEATS, 0, lambda name: attached(model, plans[name], params))
+    attached(model, None)
+    times = [samples.cpu_ms() for samples in found.values()]
+    medians = {name: round(statistics.median(t), 1) for name, t in zip(found, times, strict=True)}
+    extra = [b - a for a, b in zip(*times, strict=True)]
     return {"prompt_tokens": len(ids), **medians, "on top": round(statistics.median(extra), 1)}
+
+
+def _read(model: Any, cache: Any, tokens: torch.Tensor) -> Any:
+    model(tokens, **as_argument(cache), use_cache=True, logits_to_keep=1)
+    cache.finish_prompt(model)
+    return cache
 
 
 def readings_agree(
@@ -147,11 +146,7 @@ def readings_agree(
 
 def draw(cells: dict[str, Any]) -> None:
     """Which keep-set each head gets: one panel per target and kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot(plain=True)
     figure, axes = plt.subplots(2, len(TARGETS), figsize=(8.5, 4.8), layout="constrained")
     for row, kind in enumerate(KINDS):
         for column, target in enumerate(TARGETS):
@@ -207,10 +202,7 @@ def table(cells: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=96)
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, RESULTS / "fastgen.json", 96).parse_args()
     model, tokenizer, suite = setting(arguments.samples)
     recipe = Recipe(
         calibration=Calibration(prompts=12, tokens=CONTEXT),
@@ -221,7 +213,7 @@ def main() -> None:
         profile = run(model, tokenizer, recipe, Path(folder) / "profile")
         params = profile.load_params(Path(folder) / "profile")
     stated = conditions(arguments.samples) | {"recipe": recipe.model_dump(mode="json")}
-    done = Cells(arguments.json, stated)
+    done = Book(arguments.json, stated)
     prompts = prompts_of(tokenizer, suite)
     for kind in KINDS:
         for target in TARGETS:
@@ -234,8 +226,8 @@ def main() -> None:
     done.get(
         "readings agree", lambda: readings_agree(model, profile, params, prompts[:2] + prompts[-2:])
     )
-    draw(done.content["cells"])
-    full = full_cache(model, tokenizer, suite)
+    draw(done.cells)
+    full = measure(model, tokenizer, suite)
     done.get("full cache", lambda: quality(model, tokenizer, suite, None, None, full))
     for target in TARGETS:
         for kind in KINDS:
@@ -244,8 +236,8 @@ def main() -> None:
                 f"{kind} {target:g}",
                 lambda plan=plan: quality(model, tokenizer, suite, plan, params, full),
             )
-    print(table(done.content["cells"]))
-    print(done.content["cells"]["cost in CPU ms"], done.content["cells"]["readings agree"])
+    print(table(done.cells))
+    print(done.cells["cost in CPU ms"], done.cells["readings agree"])
 
 
 if __name__ == "__main__":

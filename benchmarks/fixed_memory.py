@@ -14,36 +14,37 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from decode import mark, remarks
+from speed import text
 from speed.cases import own_name
+from speed.harness import Asked, Benchmark, Cases, pythons_of, rival_options
 from speed.model import COMPILED, INT8, Models, kernels_missing
-from speed.output import Book, note, parser_of, pythons_of, rival_options, start
-from speed.planned import PLANNED, Chosen, plan_for
-from speed.text import best, markdown, mib, ms, times
+from speed.plans import PLANNED, Chosen, Setup, plan_for, setups
+from speed.text import best, mark, mib, ms, sections, times
 from speed.workers import Pythons, quantized_entry
 
 from kvcompress.accounting import kv_bytes
-from kvcompress.bench.caches import kv_sizes
-from kvcompress.bench.cell import Rounds, run_cell
+from kvcompress.bench.cell import Rounds
 from kvcompress.bench.entries import (
     Entry,
     Holder,
     Ready,
     Size,
     compressed_holder,
-    decode_entry,
     dynamic_holder,
+    entry_of,
     prompt_timing,
     quantized_holder,
     static_holder,
 )
-from kvcompress.bench.plans import Setup, setups
-from kvcompress.bench.result import Cell, Kind, Missing, Result, Row, Spread, spread
+from kvcompress.bench.result import Cell, Kind, Missing, Result, Row
 from kvcompress.bench.run import GQA_DETAIL
 from kvcompress.evaluate.serving import model_shape
+from kvcompress.measure.caches import kv_sizes
+from kvcompress.measure.stats import Spread, spread
 
 LARGEST, EQUAL = "the largest batch that fits", "the same batch for all"
 STATIC = "StaticCache bfloat16"
@@ -71,42 +72,26 @@ class Method:
     detail: str = ""
 
 
-def main() -> None:
-    args = start(options())
-    print(report(measure(args)))
-
-
-def options() -> argparse.ArgumentParser:
-    parser = parser_of(__doc__, rounds=5, steps=3)
+def more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=int, default=256, help="MiB of keys and values")
     parser.add_argument("--context", type=int, default=2048, help="tokens of each row in the end")
     parser.add_argument("--prompts", type=int, default=3, help="timed prompts of each method")
     parser.add_argument("--most-rows", type=int, default=128, help="largest batch")
-    parser.add_argument("--threads", type=int, default=1)
     rival_options(parser)
-    return parser
 
 
-def measure(args: argparse.Namespace) -> Result:
-    """Both cells, if they were not measured before."""
-    models = Models(args.scale)
-    rounds = Rounds(args.rounds, args.steps, buffer_bytes=args.buffer * 2**20)
-    book = Book("fixed_memory", args, [LARGEST, EQUAL])
+def cells(args: argparse.Namespace, models: Models, rounds: Rounds) -> Asked:
     methods, missing = all_methods(models, args.context)
     budget = args.memory * 2**20
     alike = batch_of(next(m for m in methods if m.name == STATIC), budget, args.most_rows)
-    pythons = None if args.no_rivals else pythons_of(args)
 
-    def measured(name: str, fixed: int | None) -> Cell:
-        made = entries(models, methods, args, rounds, budget, fixed)
-        left = list(missing)
-        if pythons is not None and fixed is None:
-            made += _quanto(models, pythons, args, rounds, budget, left)
-        return run_cell(name, made, rounds, threads=(args.threads,), note=note, missing=left)
+    def cases(fixed: int | None) -> Cases:
+        made, left = entries(models, methods, args, rounds, budget, fixed), list(missing)
+        if not args.no_rivals and fixed is None:
+            made += _quanto(models, pythons_of(args), args, rounds, budget, left)
+        return made, left
 
-    book.get(LARGEST, lambda: measured(LARGEST, None))
-    book.get(EQUAL, lambda: measured(EQUAL, alike))
-    return book.result
+    return {LARGEST: partial(cases, None), EQUAL: partial(cases, alike)}
 
 
 def all_methods(models: Models, context: int) -> tuple[list[Method], list[Missing]]:
@@ -163,7 +148,7 @@ def entries(
         if not batch:
             continue
         size = size_of(args, rounds, batch)
-        entry = decode_entry(
+        entry = entry_of(
             method.name, method.kind, models(method.weights), method.holder, size,
             weights=method.weights, quality=method.quality, detail=method.detail,
             needs_bytes=2 * method.row_bytes(batch),
@@ -179,7 +164,7 @@ def size_of(args: argparse.Namespace, rounds: Rounds, batch: int) -> Size:
     start_at = args.context - rounds.room_tokens
     if start_at < 1:
         raise ValueError(f"--context {args.context}: {rounds.room_tokens} steps do not fit")
-    return Size(start_at, batch, rounds.room_tokens, args.threads)
+    return Size(start_at, batch, rounds.room_tokens, max(args.threads))
 
 
 def _with_prompt(entry: Entry, model: Any, holder: Holder, args: argparse.Namespace) -> Entry:
@@ -187,10 +172,11 @@ def _with_prompt(entry: Entry, model: Any, holder: Holder, args: argparse.Namesp
     prompt = max(1, args.context - NEW_TOKENS)
 
     def make() -> Ready:
-        one = Size(prompt, 1, NEW_TOKENS, args.threads, "prompt")
+        one = Size(prompt, 1, NEW_TOKENS, max(args.threads), "prompt")
         timing = prompt_timing(model, holder, one, args.prompts)
         ready = entry.make()
-        return replace(ready, facts=replace(ready.facts, prompt=timing))
+        facts = ready.facts.model_copy(update={"prompt": timing})
+        return replace(ready, facts=facts)
 
     return replace(entry, make=make)
 
@@ -218,8 +204,7 @@ def _quanto(
 
 
 def report(result: Result) -> str:
-    parts = [f"## {cell.name}\n\n{table(cell)}\n\n{remarks(cell)}" for cell in result.cells]
-    return "\n\n".join([*parts, "## Asked\n\n" + asked(result)])
+    return "\n\n".join([*sections(result.cells, table), "## Asked\n\n" + asked(result)])
 
 
 def table(cell: Cell, quality: Callable[[str | None], str] | None = None) -> str:
@@ -249,7 +234,7 @@ def table(cell: Cell, quality: Callable[[str | None], str] | None = None) -> str
                 *([] if quality is None else [quality(row.quality)]),
             ]
         )  # fmt: skip
-    return markdown(headings, rows)
+    return text.table(headings, rows)
 
 
 def rates(row: Row) -> list[float]:
@@ -299,7 +284,7 @@ def asked(result: Result) -> str:
         pairs = zip(rates(mine), rates(other), strict=True)
         found = times(spread([a / b for a, b in pairs]))
         lines.append([EQUAL, f"{mine.name} against {STATIC}, decoding", f"{found} at {mine.batch}"])
-    return markdown(["where", "asked", "answer"], lines, numbers=False)
+    return text.answers(lines)
 
 
 def _against_static(cell: Cell, name: str, rival: str) -> list[list[str]]:
@@ -321,5 +306,6 @@ def _against_static(cell: Cell, name: str, rival: str) -> list[list[str]]:
     return lines
 
 
+RUN = Benchmark("fixed_memory", __doc__, 5, 3, [LARGEST, EQUAL], cells, report, more)
 if __name__ == "__main__":
-    main()
+    RUN.main()

@@ -30,12 +30,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from kvcompress.atomic import write_file
+from kvcompress.bench.entries import held_bytes, step_weight_bytes
+from kvcompress.measure import caches
 from kvcompress.runtime.names import as_argument
 
 SIZES = {
@@ -63,9 +67,7 @@ class Run:
 
     def save(self) -> None:
         self.results["seconds"] = round(time.monotonic() - self.started, 1)
-        part = self.out.with_suffix(".part")
-        part.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.out)
+        write_file(self.out, json.dumps(self.results, indent=1) + "\n")
 
     def row(self, section: str, need: float, measure: Callable[[], dict[str, Any]], **what: Any):
         """Measure one row, unless less than `need` seconds are left; errors become the row."""
@@ -88,6 +90,13 @@ class Run:
         self.save()
         print(json.dumps(found), file=sys.stderr, flush=True)
         return found
+
+    def rows(
+        self, section: str, need: float, cases: dict[str, Callable[[], dict[str, Any]]], **what: Any
+    ) -> None:
+        """A row for each way to hold a cache."""
+        for cache, measure in cases.items():
+            self.row(section, need, measure, cache=cache, **what)
 
     def time_ms(self, call: Callable[[], Any], budget_ms: float = 60.0) -> float:
         """Median of one call; on a GPU with its second-level cache emptied before each."""
@@ -249,24 +258,14 @@ def kernels(run: Run) -> None:
         sys.exit("the copy could not be measured, so nothing could be compared with it")
     cases = [(32768, 16), (4096, 1), (4096, 16), (4096, 64), (32768, 1), (32768, 64)]
     cases += [(131072, 1), (131072, 4), (131072, 16)]
+    need = 20 if run.dry else 300
     for context, batch in [(40, 2)] if run.dry else cases:
+        what = {"context": context, "batch": batch}
         for storage in ("int8", "int4", "fp8", "model"):
-            run.row(
-                "split",
-                20 if run.dry else 300,
-                lambda s=storage, c=context, b=batch: measure_split(run, s, c, b),
-                storage=storage,
-                context=context,
-                batch=batch,
-            )
-        run.row(
-            "split",
-            20 if run.dry else 300,
-            lambda c=context, b=batch: measure_sdpa(run, c, b),
-            storage="sdpa bfloat16",
-            context=context,
-            batch=batch,
-        )
+            measure = partial(measure_split, run, storage, context, batch)
+            run.row("split", need, measure, storage=storage, **what)
+        measure = partial(measure_sdpa, run, context, batch)
+        run.row("split", need, measure, storage="sdpa bfloat16", **what)
 
 
 # ---- models
@@ -293,14 +292,6 @@ def make_model(run: Run, name: str) -> Any:
             return transformers.LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
-
-
-def weight_bytes(model: Any) -> int:
-    """Read by a decode step: all but the embedding table, of which a row is read."""
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    table = model.get_input_embeddings().weight
-    tied = table is model.get_output_embeddings().weight
-    return total - (0 if tied else table.numel() * table.element_size())
 
 
 def our_plan(model: Any, share: float) -> Any:
@@ -377,23 +368,10 @@ def their_cache(run: Run, model: Any, kind: str, context: int, batch: int, **set
     else:
         cache = transformers.DynamicCache(config=config, offloading=kind == "OffloadedCache")
     shape = (batch, config.num_key_value_heads, context, config.head_dim)
-    for layer in range(config.num_hidden_layers):
-        key, value = (
-            torch.empty(shape, dtype=model.dtype, device=run.device).normal_() for _ in range(2)
-        )
-        cache.update(key, value, layer)
-    return cache
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors that a cache holds, on the device or elsewhere."""
-    if hasattr(cache, "nbytes"):
-        return int(cache.nbytes())
-    total = 0
-    for layer in cache.layers:
-        held = [v for v in vars(layer).values() if isinstance(v, torch.Tensor)]
-        total += sum(t.numel() * t.element_size() for t in held)
-    return total
+    key, value = (
+        torch.empty(shape, dtype=model.dtype, device=run.device).normal_() for _ in range(2)
+    )
+    return caches.fill(cache, (key, value), config.num_hidden_layers)
 
 
 def captured(run: Run, step: Callable[[], Any]) -> Callable[[], Any]:
@@ -432,14 +410,14 @@ def steps_ms(run: Run, step: Callable[[], Any], count: int = 12) -> list[float]:
 def measured(run: Run, model: Any, step: Callable[[], Any], cache: Any, batch: int) -> dict:
     rounds = steps_ms(run, step)
     ms = statistics.median(rounds)
-    held = cache_bytes(cache)
-    floor = (weight_bytes(model) + held) / run.bandwidth / 1e6
+    held, weights = held_bytes(cache), step_weight_bytes(model)
+    floor = (weights + held) / run.bandwidth / 1e6
     return {
         "ms": ms,
         "rounds_ms": rounds,
         "tokens_per_s": batch / ms * 1e3,
         "cache_bytes": held,
-        "weight_bytes": weight_bytes(model),
+        "weight_bytes": weights,
         "floor_ms": floor,
         "over_floor": ms / floor,
         "peak_bytes": 0 if run.dry else torch.cuda.max_memory_allocated(),
@@ -503,43 +481,23 @@ def measure_theirs(
 def model_rows(run: Run, name: str, model: Any, context: int, batch: int, compile_s: float) -> None:
     """Every cache at one context and batch; `compile_s` is what compiling may take, 0 for never."""
     what = {"model": name, "context": context, "batch": batch}
-    for share in (0.2, 1.0):
-        run.row(
-            "model",
-            15,
-            lambda s=share: measure_ours(run, model, s, context, batch, False),
-            cache=f"ours int8 {share:.0%}, CUDA graph",
-            **what,
-        )
-    run.row(
-        "model",
-        15,
-        lambda: measure_theirs(run, model, "StaticCache", context, batch, graph=True),
-        cache="StaticCache, CUDA graph",
-        **what,
-    )
-    run.row(
-        "model",
-        15,
-        lambda: measure_theirs(run, model, "DynamicCache", context, batch),
-        cache="DynamicCache",
-        **what,
-    )
+    ours = partial(measure_ours, run, model, context=context, batch=batch)
+    theirs = partial(measure_theirs, run, model, context=context, batch=batch)
+    eager = {
+        "ours int8 20%, CUDA graph": partial(ours, share=0.2, compiled=False),
+        "ours int8 100%, CUDA graph": partial(ours, share=1.0, compiled=False),
+        "StaticCache, CUDA graph": partial(theirs, kind="StaticCache", graph=True),
+        "DynamicCache": partial(theirs, kind="DynamicCache"),
+    }
+    compiled = {
+        "ours int8 20%, compiled, CUDA graph": partial(ours, share=0.2, compiled=True),
+        "StaticCache, compiled (reduce-overhead)": partial(
+            theirs, kind="StaticCache", compiled=True
+        ),
+    }
+    run.rows("model", 15, eager, **what)
     if compile_s:
-        run.row(
-            "model",
-            compile_s,
-            lambda: measure_ours(run, model, 0.2, context, batch, True),
-            cache="ours int8 20%, compiled, CUDA graph",
-            **what,
-        )
-        run.row(
-            "model",
-            compile_s,
-            lambda: measure_theirs(run, model, "StaticCache", context, batch, compiled=True),
-            cache="StaticCache, compiled (reduce-overhead)",
-            **what,
-        )
+        run.rows("model", compile_s, compiled, **what)
 
 
 def step_rows(run: Run, model: Any, name: str, context: int, batch: int) -> None:
@@ -566,16 +524,8 @@ def step_rows(run: Run, model: Any, name: str, context: int, batch: int) -> None
             ms = run.time_ms(lambda: triton_step(state, layer.tables, *token, *rest))
         return {"ms": ms, "bytes": state.nbytes(), "GB_per_s": state.nbytes() / ms / 1e6}
 
-    for share in (0.2, 1.0):
-        run.row(
-            "step",
-            15,
-            lambda s=share: measure(s),
-            cache=f"int8 {share:.0%}",
-            model=name,
-            context=context,
-            batch=batch,
-        )
+    cases = {f"int8 {share:.0%}": partial(measure, share) for share in (0.2, 1.0)}
+    run.rows("step", 15, cases, model=name, context=context, batch=batch)
 
 
 def fixed_memory(run: Run, model: Any, name: str, context: int, budget: int) -> None:
@@ -589,7 +539,7 @@ def fixed_memory(run: Run, model: Any, name: str, context: int, budget: int) -> 
     run.row(
         "memory",
         20,
-        lambda: measure_theirs(run, model, "StaticCache", context, static, graph=True),
+        partial(measure_theirs, run, model, "StaticCache", context, static, graph=True),
         cache="StaticCache, CUDA graph",
         batch=static,
         **what,
@@ -600,7 +550,7 @@ def fixed_memory(run: Run, model: Any, name: str, context: int, budget: int) -> 
         run.row(
             "memory",
             20,
-            lambda s=share, b=batch: measure_ours(run, model, s, context, b, False),
+            partial(measure_ours, run, model, share, context, batch, False),
             cache=f"ours int8 {share:.0%}, CUDA graph",
             batch=batch,
             **what,
@@ -608,24 +558,11 @@ def fixed_memory(run: Run, model: Any, name: str, context: int, budget: int) -> 
 
 
 def peers(run: Run, model: Any, name: str, context: int, batch: int) -> None:
-    what = {"model": name, "context": context, "batch": batch, "may_fail": True}
-    run.row(
-        "peers",
-        15,
-        lambda: measure_theirs(run, model, "OffloadedCache", context, batch),
-        cache="OffloadedCache",
-        **what,
-    )
+    theirs = partial(measure_theirs, run, model, context=context, batch=batch)
+    cases = {"OffloadedCache": partial(theirs, kind="OffloadedCache")}
     for backend in ("quanto", "hqq", "fp8"):
-        run.row(
-            "peers",
-            15,
-            lambda b=backend: measure_theirs(
-                run, model, "QuantizedCache", context, batch, backend=b
-            ),
-            cache=f"QuantizedCache {backend}",
-            **what,
-        )
+        cases[f"QuantizedCache {backend}"] = partial(theirs, kind="QuantizedCache", backend=backend)
+    run.rows("peers", 15, cases, model=name, context=context, batch=batch, may_fail=True)
 
 
 def main() -> None:

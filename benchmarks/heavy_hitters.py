@@ -10,27 +10,28 @@ docs/heavy-hitters.md.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import (
+from pages.plots import pyplot
+from studies import (
     CONTEXT,
     FIGURES,
-    ROOT,
-    Cells,
+    RESULTS,
     conditions,
-    full_cache,
+    fitting,
     gap,
     held_positions,
+    parser_of,
     percent,
     quality,
     setting,
     summary,
 )
 
-from kvcompress.accounting import kv_bytes
+from kvcompress.evaluate.quality import measure
+from kvcompress.measure.cells import Book
+from kvcompress.measure.tables import markdown
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
 from kvcompress.profile.calibration import load_prompts
 from kvcompress.profile.measure import Setup, measure_prompt
@@ -38,7 +39,6 @@ from kvcompress.quant.keystats import KVParams
 from kvcompress.recipe import Calibration, Keep
 from kvcompress.runtime.model.families import shape_of
 
-RESULTS = ROOT / "benchmarks" / "results" / "heavy_hitters.json"
 RATIOS = (4, 8, 16)
 WAYS: tuple[tuple[str, int | None], ...] = (
     ("raw", None), ("mean", None), ("lift", None), ("lift", 64), ("lift", 32),
@@ -74,8 +74,7 @@ def plan_for(shape: Any, share: int, scorer: str, rows: int | None) -> Plan:
     def made(tokens: int) -> Plan:
         return uniform(shape, head_of(tokens, scorer), scorer=ranked, score_rows=rows)
 
-    fitting = [n for n in range(1, CONTEXT) if kv_bytes(made(n), CONTEXT, 1) <= target]
-    return made(max(fitting))
+    return fitting(made, target, CONTEXT)
 
 
 def recovery(model: Any, tokenizer: Any, shape: Any) -> dict[str, Any]:
@@ -136,11 +135,7 @@ def uniform_attention(length: int) -> dict[str, list[float]]:
 
 def draw(content: dict[str, Any]) -> None:
     """Where the kept tokens lie, on uniform and on real attention."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot(plain=True)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for name, line in content["cells"]["uniform attention"].items():
         places = [i / len(line) for i in range(len(line))]
@@ -199,34 +194,27 @@ def table(cells: dict[str, Any]) -> str:
 
 def depth_table(cells: dict[str, Any]) -> str:
     """Markdown: recall by the fifth of the document in which the note stood, first to last."""
-    lines = [
-        "| bytes | ranked by | hidden, first fifth to last | visible, first fifth to last |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for share in RATIOS[:2]:
-        for scorer, rows in WAYS:
-            cell = cells[f"1/{share} {label(scorer, rows)}"]
-            fifths = (
-                " / ".join(f"{100 * value:.0f}" for value in cell[f"{name}_by_depth"])
-                for name in ("hidden", "visible")
-            )
-            shown = " | ".join(f"{text} %" for text in fifths)
-            lines.append(f"| {cell['kv_ratio']:.3f} | {label(scorer, rows)} | {shown} |")
-    return "\n".join(lines)
+        for scorer, voters in WAYS:
+            cell = cells[f"1/{share} {label(scorer, voters)}"]
+            row = [f"{cell['kv_ratio']:.3f}", label(scorer, voters)]
+            for name in ("hidden", "visible"):
+                row.append(" / ".join(f"{100 * x:.0f}" for x in cell[f"{name}_by_depth"]) + " %")
+            rows.append(row)
+    shown = [f"{name}, first fifth to last" for name in ("hidden", "visible")]
+    return markdown(["bytes", "ranked by", *shown], rows, tight=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=96)
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, RESULTS / "heavy_hitters.json", 96).parse_args()
     model, tokenizer, suite = setting(arguments.samples)
     shape = shape_of(model.config, model.dtype)
-    done = Cells(arguments.json, conditions(arguments.samples))
+    done = Book(arguments.json, conditions(arguments.samples))
     done.get("uniform attention", lambda: uniform_attention(CONTEXT))
     done.get("kept positions at 1/8", lambda: histogram(model, tokenizer, shape))
     done.get("recovery", lambda: recovery(model, tokenizer, shape))
-    full = full_cache(model, tokenizer, suite)
+    full = measure(model, tokenizer, suite)
     done.get("full cache", lambda: quality(model, tokenizer, suite, None, None, full))
     for share in RATIOS:
         for scorer, rows in ways(share):
@@ -236,7 +224,7 @@ def main() -> None:
                 lambda plan=plan: quality(model, tokenizer, suite, plan, None, full),
             )
     draw(done.content)
-    print(table(done.content["cells"]), depth_table(done.content["cells"]), sep="\n\n")
+    print(table(done.cells), depth_table(done.cells), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -21,20 +21,20 @@ from typing import Any, Final
 from unittest.mock import patch
 
 import torch
+from speed.harness import note, numbers, parser_of, start
 from speed.model import COMPILED, INT8, Models, words
-from speed.output import note, parser_of, start
-from speed.text import markdown
+from speed.plans import Setup, plan_of
+from speed.text import table
 from torch import nn
 
 from kvcompress.atomic import write_file
-from kvcompress.bench import process
 from kvcompress.bench.compressed import fill_compressed
-from kvcompress.bench.plans import Setup, plan_of
-from kvcompress.bench.run import conditions, today
+from kvcompress.bench.run import conditions
 from kvcompress.evaluate.serving import model_shape
 from kvcompress.kernels.cpu.library import Library, library
 from kvcompress.kernels.linear.bits16 import Linear16
 from kvcompress.kernels.linear.int8 import Int8Linear
+from kvcompress.measure import machine
 from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.hf.attach import attach, detach
 from kvcompress.runtime.layer.layer import CompressedLayer
@@ -131,7 +131,7 @@ def report(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     head = ["weights", *(f"{part}, ms" for part in PARTS), "step, ms", "kvcompress per layer"]
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -140,9 +140,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result = {
         "benchmark": "host_overhead",
         "command": "python benchmarks/host_overhead.py",
-        "date": today(),
-        "conditions": conditions(words(args.scale), "cpu", process.malloc_words()).model_dump(),
-        "threads": args.threads,
+        "date": machine.today(),
+        "conditions": conditions(words(args.scale), "cpu", machine.malloc_words()).model_dump(),
+        "threads": max(args.threads),
         "context_tokens": CONTEXT,
         "rows": [],
     }
@@ -161,7 +161,7 @@ def main() -> None:
 
 def options() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, rounds=20, steps=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=numbers, default=(1,))
     return parser
 
 

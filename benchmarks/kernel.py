@@ -12,8 +12,12 @@ benchmarks/results/speed/kernel.json.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 
+from speed import text
 from speed.cases import Place, places
+from speed.harness import Asked, Benchmark, Cases
 from speed.layers import (
     GROUPED,
     PACKED,
@@ -25,12 +29,11 @@ from speed.layers import (
     with_threads,
 )
 from speed.model import COMPILED, INT8, Models, kernels_missing
-from speed.output import Book, note, parser_of, start
-from speed.text import best, markdown, mib, ms, percent, times
+from speed.plans import Setup, setups
+from speed.text import best, mib, ms, percent, times
 
-from kvcompress.bench.cell import Rounds, run_cell
-from kvcompress.bench.entries import Entry, Size
-from kvcompress.bench.plans import Setup, setups
+from kvcompress.bench.cell import Rounds
+from kvcompress.bench.entries import Size
 from kvcompress.bench.result import Cell, Missing, Result, Row, speedup
 
 CELLS = "4096x1,16384x1"
@@ -40,49 +43,19 @@ SETUPS = setups((("int8", "int8"), ("int4", "int4"), ("fp8", "fp8"), ("model", "
 SDPA = (("float32", PACKED), ("float32", GROUPED), ("bfloat16", PACKED), ("bfloat16", GROUPED))
 
 
-def counts(text: str) -> tuple[int, ...]:
-    """``1,2`` as numbers of threads."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdigit() and int(word) for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r}: write numbers of threads, like 1,2")
-    return tuple(int(word) for word in words)
-
-
-def main() -> None:
-    args = start(options())
-    print(report(measure(args)))
-
-
-def options() -> argparse.ArgumentParser:
-    parser = parser_of(__doc__, rounds=9, steps=3)
+def more(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(threads=(1, 2))
     parser.add_argument("--cells", type=places, default=places(CELLS), help="CONTEXTxBATCH, ...")
-    parser.add_argument("--threads", type=counts, default=(1, 2), help="numbers of them")
-    return parser
 
 
-def measure(args: argparse.Namespace) -> Result:
-    """Every cell that was not measured before."""
-    models = Models(args.scale)
-    rounds = Rounds(args.rounds, args.steps, buffer_bytes=args.buffer * 2**20)
-    book = Book("kernel", args, [place.name for place in places(CELLS)] + [LINEARS])
-
-    def measured(name: str, entries: list[Entry], missing: list[Missing]) -> Cell:
-        return run_cell(name, entries, rounds, threads=args.threads, note=note, missing=missing)
-
-    for place in args.cells:
-        book.get(
-            place.name,
-            lambda place=place: measured(
-                place.name, attention(models, place, rounds, args.threads), []
-            ),
-        )
-    book.get(LINEARS, lambda: measured(LINEARS, *linears(models, rounds, args.threads)))
-    return book.result
+def cells(args: argparse.Namespace, models: Models, rounds: Rounds) -> Asked:
+    asked: dict[str, Callable[[], Cases]] = {
+        place.name: partial(attention, models, place, rounds, args.threads) for place in args.cells
+    }
+    return asked | {LINEARS: partial(linears, models, args.threads)}
 
 
-def attention(
-    models: Models, place: Place, rounds: Rounds, threads: tuple[int, ...]
-) -> list[Entry]:
+def attention(models: Models, place: Place, rounds: Rounds, threads: tuple[int, ...]) -> Cases:
     """Torch's kernels and ours, each with every number of threads."""
 
     def size(count: int) -> Size:
@@ -97,12 +70,10 @@ def attention(
     for setup in SETUPS:
         cache, _ = own_layers(models, setup, size(1))
         made += [own_entry(models, cache, setup, size(count)) for count in threads]
-    return made
+    return made, []
 
 
-def linears(
-    models: Models, rounds: Rounds, threads: tuple[int, ...]
-) -> tuple[list[Entry], list[Missing]]:
+def linears(models: Models, threads: tuple[int, ...]) -> Cases:
     """The model's linear layers in each format of weights."""
     reason = kernels_missing(INT8)
     formats = ["float32", "bfloat16", *([] if reason else [COMPILED, INT8])]
@@ -126,7 +97,7 @@ def table(cell: Cell) -> str:
         "kernel", "MiB read", "ms, all layers [quartiles]", "GB/s", "of read", "of copy",
         "sdpa float32 =", "cpu/wall",
     ]  # fmt: skip
-    return markdown(headings, [_cells(cell, row) for row in cell.rows])
+    return text.table(headings, [_cells(cell, row) for row in cell.rows])
 
 
 def _cells(cell: Cell, row: Row) -> list[str]:
@@ -157,7 +128,7 @@ def asked(result: Result) -> str:
         for found in cell.bandwidths:
             lines += _against_torch(cell, found.threads)
         lines += _second_core(cell)
-    return markdown(["where", "asked", "answer"], lines, numbers=False)
+    return text.answers(lines)
 
 
 def _against_torch(cell: Cell, threads: int) -> list[list[str]]:
@@ -195,5 +166,7 @@ def _second_core(cell: Cell) -> list[list[str]]:
     return lines
 
 
+ORDER = [*(place.name for place in places(CELLS)), LINEARS]
+RUN = Benchmark("kernel", __doc__, 9, 3, ORDER, cells, report, more)
 if __name__ == "__main__":
-    main()
+    RUN.main()

@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvcompress.measure.tables import markdown
 from kvcompress.runtime.names import cache_of
 
 if TYPE_CHECKING:
@@ -214,17 +215,13 @@ def table(results: list[dict[str, Any]], args: argparse.Namespace) -> str:
 def page_table(results: list[dict[str, Any]]) -> str:
     """The same in Markdown, MiB; docs/cache.md shows the committed results."""
     no_cache = next(row for row in results if row["variant"] == NO_CACHE)
-    lines = ["| | KV held | + one layer | peak growth | other |", "|---|---:|---:|---:|---:|"]
+    rows = []
     for row in results:
-        sizes = (
-            row["kv_bytes"],
-            row["kv_bytes"] + row["layer_bytes"],
-            row["growth_bytes"],
-            other_bytes(row, no_cache),
-        )
-        cells = " | ".join(f"{size / MIB:.1f}" for size in sizes)
-        lines.append(f"| {row['variant']} | {cells} |")
-    return "\n".join(lines)
+        held, other = row["kv_bytes"], other_bytes(row, no_cache)
+        sizes = (held, held + row["layer_bytes"], row["growth_bytes"], other)
+        rows.append([row["variant"], *(f"{size / MIB:.1f}" for size in sizes)])
+    headings = ["", "KV held", "+ one layer", "peak growth", "other"]
+    return markdown(headings, rows, numbers_from=1, tight=True)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,16 @@ import kernel
 import prefill
 import scaling
 import speed_quality
-from speed.output import RESULTS
-from speed.plots import draw_decode, draw_fixed_memory, draw_kernel, draw_scaling
+from pages.speed_plots import draw_decode, draw_fixed_memory, draw_kernel, draw_scaling
+from speed.harness import RESULTS
+from speed.text import sections
 from speed.workers import ROOT
 
 from kvcompress.bench.result import Cell, Result
 
 PAGE = ROOT / "docs" / "performance.md"
 FIGURES = ROOT / "docs" / "figures"
-TEMPLATE = Path(__file__).parent / "speed" / "page.md"
+TEMPLATE = Path(__file__).parent / "pages" / "performance.md"
 NAMES = ("decode", "kernel", "fixed_memory", "prefill", "scaling")
 GIB = 2**30
 Quality = Callable[[str | None], str]
@@ -63,16 +64,18 @@ def render(found: dict[str, Result], quality: dict[str, Any], host: dict[str, An
     def words(name: str | None) -> str:
         return speed_quality.words(cells, name)
 
-    sections: dict[str, Callable[[Result, Quality], str]] = {
-        "decode": decode_section,
-        "kernel": kernel_section,
-        "fixed_memory": fixed_memory_section,
-        "prefill": prefill_section,
-        "scaling": scaling_section,
+    parts: dict[str, Callable[[Result, Quality], list[str]]] = {
+        "decode": decode_parts,
+        "kernel": kernel_parts,
+        "fixed_memory": fixed_memory_parts,
+        "prefill": lambda result, words: sections(result.cells, prefill.table, "###"),
+        "scaling": scaling_parts,
     }
     made = {
-        name: section(found[name], words) if name in found else _absent(name)
-        for name, section in sections.items()
+        name: "\n\n".join([*part(found[name], words), _made_by(found[name])])
+        if name in found
+        else _absent(name)
+        for name, part in parts.items()
     }
     return TEMPLATE.read_text(encoding="utf-8").format(
         conditions=conditions(found),
@@ -82,54 +85,33 @@ def render(found: dict[str, Result], quality: dict[str, Any], host: dict[str, An
     )
 
 
-def decode_section(result: Result, words: Quality) -> str:
-    parts = [_picture("decode", "Milliseconds per token of every cache")]
-    parts += [decode.asked(result)]
-    parts += [
-        f"### {cell.name}\n\n{decode.table(cell, words)}\n\n{decode.remarks(cell)}"
-        for cell in result.cells
-    ]
-    return "\n\n".join([*parts, _made_by(result)])
+def decode_parts(result: Result, words: Quality) -> list[str]:
+    picture = _picture("decode", "Milliseconds per token of every cache")
+    shown = sections(result.cells, lambda cell: decode.table(cell, words), "###")
+    return [picture, decode.asked(result), *shown]
 
 
-def kernel_section(result: Result, words: Quality) -> str:
+def kernel_parts(result: Result, words: Quality) -> list[str]:
     text = (
         "One step is the attention of one token in each of the model's layers over what the cache "
         "holds; ours also stores the token. Bytes are those of the cache, or of the weights."
     )
-    parts = [text, _picture("kernel", "Bytes per second of attention kernels")]
-    parts += [kernel.asked(result)]
-    parts += [
-        f"### {cell.name}\n\n{kernel.table(cell)}\n\n{decode.remarks(cell)}"
-        for cell in result.cells
-    ]
-    return "\n\n".join([*parts, _made_by(result)])
+    picture = _picture("kernel", "Bytes per second of attention kernels")
+    return [text, picture, kernel.asked(result), *sections(result.cells, kernel.table, "###")]
 
 
-def fixed_memory_section(result: Result, words: Quality) -> str:
+def fixed_memory_parts(result: Result, words: Quality) -> list[str]:
     text = (
         "H2O's question (arXiv 2306.14048): every method takes the largest batch that fits the "
         "same KV bytes. *With prompts* counts a prompt for each row, timed for one row alone, and "
         f"{fixed_memory.NEW_TOKENS} new tokens after it."
     )
-    parts = [text, _picture("fixed-memory", "Tokens per second within the same bytes")]
-    parts += [fixed_memory.asked(result)]
-    parts += [
-        f"### {cell.name}\n\n{fixed_memory.table(cell, words)}\n\n{decode.remarks(cell)}"
-        for cell in result.cells
-    ]
-    return "\n\n".join([*parts, _made_by(result)])
+    picture = _picture("fixed-memory", "Tokens per second within the same bytes")
+    shown = sections(result.cells, lambda cell: fixed_memory.table(cell, words), "###")
+    return [text, picture, fixed_memory.asked(result), *shown]
 
 
-def prefill_section(result: Result, words: Quality) -> str:
-    parts = [
-        f"### {cell.name}\n\n{prefill.table(cell)}\n\n{decode.remarks(cell)}"
-        for cell in result.cells
-    ]
-    return "\n\n".join([*parts, _made_by(result)])
-
-
-def scaling_section(result: Result, words: Quality) -> str:
+def scaling_parts(result: Result, words: Quality) -> list[str]:
     text = (
         "The last column is a straight line through the measured contexts, drawn on to a million "
         "tokens. It was not measured."
@@ -139,14 +121,13 @@ def scaling_section(result: Result, words: Quality) -> str:
         for cell in result.cells
         for each in cell.missing
     )
-    parts = [
+    return [
         _picture("scaling", "Milliseconds per token against context"),
         text,
         scaling.context_table(result),
         scaling.batch_table(result),
         *(["\n".join(missing)] if missing else []),
     ]
-    return "\n\n".join([*parts, _made_by(result)])
 
 
 def quality_section(quality: dict[str, Any]) -> str:

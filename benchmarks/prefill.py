@@ -4,62 +4,53 @@
     python benchmarks/prefill.py --cells 1024x1 --no-rivals
 
 Prompts are random tokens. What a compressed cache adds to the forward itself is ranking, dropping
-and encoding what it stores; plans whose every query votes attend in float32 tiles of their own.
+and encoding what it stores. A scored prompt needs sums of attention too: the usual plan takes the
+last 64 rows, others every row, or an estimate of that.
 Writes benchmarks/results/speed/prefill.json.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
-from decode import mark, remarks
+from speed import text
 from speed.cases import Place, own_name, places
+from speed.harness import RUNS, Asked, Benchmark, Cases, pythons_of, rival_options
 from speed.model import Models
-from speed.output import RUNS, Book, note, parser_of, pythons_of, rival_options, start
-from speed.planned import PLANNED, Chosen, plan_for
-from speed.text import against, markdown, mib, ms
+from speed.plans import PLANNED, Chosen, Setup, plan_for
+from speed.text import against, mark, mib, ms, sections
 from speed.workers import kvpress_entry, vllm_entry
 
-from kvcompress.bench.cell import Rounds, run_cell
+from kvcompress.bench.cell import Rounds
 from kvcompress.bench.entries import (
     Entry,
     Size,
     compressed_holder,
     dynamic_holder,
-    prompt_entry,
+    entry_of,
     static_holder,
 )
-from kvcompress.bench.plans import Setup
 from kvcompress.bench.result import Cell, Result
 from kvcompress.evaluate.serving import model_shape
 
 CELLS = "1024x1,4096x1"
 SETUPS: tuple[Chosen, ...] = (Setup("int8", "int8", 1.0), Setup("int8", "int8", 0.2), PLANNED)
-ALL_VOTE = "int8 20 %, every query votes, float32"
+# score_rows and score_stride: who votes on what stays
+VOTERS = {
+    "int8 20 %, every query votes, float32": (None, None),
+    "int8 20 %, sums estimated, float32": (64, 32),
+}
 
 
-def main() -> None:
-    args = start(options())
-    print(report(measure(args)))
-
-
-def options() -> argparse.ArgumentParser:
-    parser = parser_of(__doc__, rounds=3, steps=1)
+def more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cells", type=places, default=places(CELLS), help="CONTEXTxBATCH, ...")
-    parser.add_argument("--threads", type=int, default=1)
     rival_options(parser)
-    return parser
 
 
-def measure(args: argparse.Namespace) -> Result:
-    """Every cell that was not measured before."""
-    models = Models(args.scale)
-    # a prompt takes seconds: setting a case up reads one already
-    rounds = Rounds(args.rounds, args.steps, warm_rounds=0, buffer_bytes=args.buffer * 2**20)
-    book = Book("prefill", args, [place.name for place in places(CELLS)])
-
-    def measured(place: Place) -> Cell:
-        size = Size(place.context_tokens, place.batch, 1, args.threads, "prompt")
+def cells(args: argparse.Namespace, models: Models, rounds: Rounds) -> Asked:
+    def cases(place: Place) -> Cases:
+        size = Size(place.context_tokens, place.batch, 1, max(args.threads), "prompt")
         made = entries(models, size)
         if not args.no_rivals:
             pythons, folder = pythons_of(args), RUNS / f"model-{args.scale}"
@@ -68,11 +59,9 @@ def measure(args: argparse.Namespace) -> Result:
                 kvpress_entry(models, pythons, "AdaKV", size, reads=True),
                 vllm_entry(models, pythons, folder, size, reads=True),
             ]
-        return run_cell(place.name, made, rounds, threads=(args.threads,), note=note)
+        return made, []
 
-    for place in args.cells:
-        book.get(place.name, lambda place=place: measured(place))
-    return book.result
+    return {place.name: partial(cases, place) for place in args.cells}
 
 
 def entries(models: Models, size: Size) -> list[Entry]:
@@ -82,28 +71,32 @@ def entries(models: Models, size: Size) -> list[Entry]:
         model = models(weights)
         config = model.config
         made += [
-            prompt_entry(f"DynamicCache {weights}", "peer", model, dynamic_holder(config), size),
-            prompt_entry(f"StaticCache {weights}", "peer", model, static_holder(config), size),
+            entry_of(
+                f"DynamicCache {weights}", "peer", model, dynamic_holder(config), size, reads=True
+            ),
+            entry_of(
+                f"StaticCache {weights}", "peer", model, static_holder(config), size, reads=True
+            ),
         ]
         for setup in SETUPS:
             plan = plan_for(model_shape(model), setup)
             made.append(
-                prompt_entry(
+                entry_of(
                     own_name(setup, weights), "ours", model, compressed_holder(model, plan), size,
-                    quality=setup.name,
+                    reads=True, quality=setup.name,
                 )
             )  # fmt: skip
     model = models("float32")
-    plan = plan_for(model_shape(model), SETUPS[1]).model_copy(update={"score_rows": None})
-    holder = compressed_holder(model, plan)
-    made.append(prompt_entry(ALL_VOTE, "ours", model, holder, size))
+    for name, (rows, stride) in VOTERS.items():
+        voters = {"score_rows": rows, "score_stride": stride}
+        plan = plan_for(model_shape(model), SETUPS[1]).model_copy(update=voters)
+        holder = compressed_holder(model, plan)
+        made.append(entry_of(name, "ours", model, holder, size, reads=True))
     return made
 
 
 def report(result: Result) -> str:
-    return "\n\n".join(
-        f"## {cell.name}\n\n{table(cell)}\n\n{remarks(cell)}" for cell in result.cells
-    )
+    return "\n\n".join(sections(result.cells, table))
 
 
 def table(cell: Cell) -> str:
@@ -121,8 +114,11 @@ def table(cell: Cell) -> str:
         ]
         for row in cell.rows
     ]  # fmt: skip
-    return markdown(headings, rows)
+    return text.table(headings, rows)
 
 
+ORDER = [place.name for place in places(CELLS)]
+# a prompt takes seconds: setting a case up reads one already
+RUN = Benchmark("prefill", __doc__, 3, 1, ORDER, cells, report, more, warm_rounds=0)
 if __name__ == "__main__":
-    main()
+    RUN.main()

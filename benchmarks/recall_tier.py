@@ -13,39 +13,32 @@ On the shipped model, all in one process:
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import time
 import warnings
-from importlib.metadata import version
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from studies import RESULTS, attached, fitting, parser_of, shipped, stated, taking_turns
 
 import kvcompress
 from kvcompress.accounting import (
     host_bytes,
-    kv_bytes,
     recall_blocks,
     recall_within,
     recalled_bytes,
     vector_bytes,
 )
 from kvcompress.evaluate.workloads import make_workloads
-from kvcompress.evaluate.workloads_report import interval, paired
 from kvcompress.evaluate.workloads_run import run_workload
+from kvcompress.measure.cells import write_json
+from kvcompress.measure.stats import interval, paired
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan, Recall, uniform
-from kvcompress.profile.source import load_source
 from kvcompress.runtime.model.families import shape_of
 from kvcompress.runtime.names import as_argument
 
-ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "kvcompress" / "demo" / "model"
-RESULT = ROOT / "benchmarks" / "results" / "recall_tier.json"
 CONTEXT, SHARE = 960, 8
+WARM = 4  # steps that are not recorded
 CURVE = (2, 4, 8, 12, 16, 24)
 INT8 = HeadPlan(full=True, k_dtype="int8", v_dtype="int8")
 
@@ -60,8 +53,7 @@ def largest(shape: ModelShape, target: int, context: int, part: str) -> Plan:
         half = Budget(tokens=tokens // 2)
         return uniform(shape, HeadPlan(local=half, frequent=half), scorer="raw")
 
-    fitting = (n for n in range(context, 16, -2) if kv_bytes(plan(n), context, 1) <= target)
-    return plan(next(fitting))
+    return fitting(plan, target, context, step=2)
 
 
 def tier(shape: ModelShape, **settings: Any) -> Plan:
@@ -149,31 +141,26 @@ def measure_steps(model, context: int, steps: int) -> list[dict]:
     }
     ids = torch.arange(context)[None] % (model.config.vocab_size // 2) + 100
     caches: dict[str, Any] = {}
-    times: dict[str, list[float]] = {name: [] for name in plans}
     for name, plan in plans.items():
-        kvcompress.detach(model)
-        if plan is None:
-            caches[name] = DynamicCache(config=model.config)
-        else:
-            kvcompress.attach(model, plan)
-            caches[name] = kvcompress.new_cache(model)
+        attached(model, plan)
+        caches[name] = (
+            DynamicCache(config=model.config) if plan is None else kvcompress.new_cache(model)
+        )
         model(input_ids=ids, **as_argument(caches[name]), logits_to_keep=1)
-    for step in range(steps):
-        for name, plan in plans.items():
-            kvcompress.detach(model)
-            if plan is not None:
-                kvcompress.attach(model, plan)
-            token = torch.tensor([[100 + step]])
-            start = time.perf_counter()
-            model(input_ids=token, **as_argument(caches[name]))
-            times[name].append(1e3 * (time.perf_counter() - start))
-    kvcompress.detach(model)
+
+    def decode(cache: Any) -> None:
+        token = torch.tensor([[100 + cache.get_seq_length() - context]])
+        model(input_ids=token, **as_argument(cache))
+
+    runs = {name: partial(decode, cache) for name, cache in caches.items()}
+    found = taking_turns(runs, steps - WARM, WARM, lambda name: attached(model, plans[name]))
+    attached(model, None)
     rows = []
     for name, plan in plans.items():
         row = {
             "name": name,
             "context_tokens": context,
-            "step_ms": statistics.median(times[name][4:]),
+            "step_ms": statistics.median(found[name].wall_ms()),
             "digest_bytes_read": 0,
             "bytes_copied": 0,
         }
@@ -194,34 +181,24 @@ def measure_steps(model, context: int, steps: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=192)
+    parser = parser_of(__doc__, RESULTS / "recall_tier.json", 192)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--contexts", type=int, nargs="*", default=[CONTEXT, 8192])
-    parser.add_argument("--json", type=Path, default=RESULT)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    model, tokenizer = load_source(str(MODEL), "cpu")
+    model, tokenizer = shipped()
     result = {
-        "model": "kvcompress/demo/model",
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **stated(dtype=str(model.dtype).removeprefix("torch.")),
         "workload": "second_turn",
         "samples": arguments.samples,
         "context_tokens": CONTEXT,
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": version("transformers")},
-        "machine": platform.machine(),
         "recall": measure_recall(model, tokenizer, arguments.samples),
         "steps": [],
     }
     for context in arguments.contexts:
-        _write(arguments.json, result)  # what is measured is not lost
+        write_json(arguments.json, result)  # what is measured is not lost
         result["steps"] += measure_steps(model, context, arguments.steps)
-    _write(arguments.json, result)
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

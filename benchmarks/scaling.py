@@ -12,23 +12,18 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 
-from decode import mark, remarks
-from speed.cases import (
-    Place,
-    limit_entry,
-    own_entries,
-    transformers_entry,
-)
+from speed import text
+from speed.cases import Place, limit_entry, own_entries, sorted_out, transformers_entry
+from speed.harness import Asked, Benchmark, Cases, numbers
 from speed.model import INT8, Models
-from speed.output import Book, note, parser_of, start
-from speed.planned import PLANNED, Chosen
-from speed.text import markdown, mib, ms
+from speed.plans import PLANNED, Chosen, Setup
+from speed.text import mark, mib, ms, remarks
 
-from kvcompress.bench.cell import Rounds, run_cell
-from kvcompress.bench.entries import Entry, Size
-from kvcompress.bench.plans import Setup
-from kvcompress.bench.result import Cell, Missing, Result, Row
+from kvcompress.bench.cell import Rounds
+from kvcompress.bench.entries import Size
+from kvcompress.bench.result import Result, Row
 
 CONTEXTS = "1024,4096,16384,32768,65536,131072"
 BATCHES = "1,2,4,8,16"
@@ -71,60 +66,37 @@ class Line:
         return max(abs(self.at(x) / y - 1) for x, y in self.points)
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdigit() and int(word) for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers, with commas between")
-    return tuple(int(word) for word in words)
-
-
-def main() -> None:
-    args = start(options())
-    print(report(measure(args)))
-
-
-def options() -> argparse.ArgumentParser:
-    parser = parser_of(__doc__, rounds=7, steps=2)
+def more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", type=numbers, default=numbers(CONTEXTS))
     parser.add_argument("--batches", type=numbers, default=numbers(BATCHES))
     parser.add_argument("--batch-context", type=int, default=BATCH_CONTEXT)
-    parser.add_argument("--threads", type=int, default=1)
-    return parser
 
 
-def measure(args: argparse.Namespace) -> Result:
-    """Every cell that was not measured before."""
-    models = Models(args.scale)
-    rounds = Rounds(args.rounds, args.steps, buffer_bytes=args.buffer * 2**20)
-    asked = [Place(context, 1) for context in args.contexts]
-    asked += [Place(args.batch_context, batch) for batch in args.batches]
-    usual = [Place(context, 1) for context in numbers(CONTEXTS)]
-    usual += [Place(BATCH_CONTEXT, batch) for batch in numbers(BATCHES)]
-    book = Book("scaling", args, [place.name for place in usual])
-
-    def measured(place: Place) -> Cell:
-        size = Size(place.context_tokens, place.batch, rounds.room_tokens, args.threads)
-        made, missing = entries(models, size)
-        return run_cell(
-            place.name, made, rounds, threads=(args.threads,), note=note, missing=missing
-        )
-
-    for place in asked:
-        book.get(place.name, lambda place=place: measured(place))
-    return book.result
+def places_of(
+    contexts: tuple[int, ...], batches: tuple[int, ...], batch_context: int
+) -> dict[str, Place]:
+    found = [Place(context, 1) for context in contexts]
+    found += [Place(batch_context, batch) for batch in batches]
+    return {place.name: place for place in found}
 
 
-def entries(models: Models, size: Size) -> tuple[list[Entry], list[Missing]]:
+def cells(args: argparse.Namespace, models: Models, rounds: Rounds) -> Asked:
+    def cases(place: Place) -> Cases:
+        size = Size(place.context_tokens, place.batch, rounds.room_tokens, max(args.threads))
+        return entries(models, size)
+
+    asked = places_of(args.contexts, args.batches, args.batch_context)
+    return {name: partial(cases, place) for name, place in asked.items()}
+
+
+def entries(models: Models, size: Size) -> Cases:
     asked = [
         transformers_entry(models, "dynamic", "float32", size),
         transformers_entry(models, "static", "float32", size),
         transformers_entry(models, "static", "bfloat16", size),
         limit_entry(models, "float32", size),
     ]
-    made, missing = own_entries(models, size, OWN)
-    found = [each for each in asked if isinstance(each, Entry)]
-    missing += [each for each in asked if isinstance(each, Missing)]
-    return found + made, missing
+    return sorted_out([*asked, *own_entries(models, size, OWN)])
 
 
 def series(result: Result, batch: int | None = 1) -> dict[str, list[Row]]:
@@ -196,7 +168,7 @@ def context_table(result: Result) -> str:
                 *shown,
             ]
         )
-    return markdown(headings, rows)
+    return text.table(headings, rows)
 
 
 def batch_table(result: Result) -> str:
@@ -213,8 +185,10 @@ def batch_table(result: Result) -> str:
         rows.append(
             [name + mark(own[0]), *(f"{rate[b]:.1f}" if b in rate else "" for b in batches)]
         )
-    return markdown(headings, rows)
+    return text.table(headings, rows)
 
 
+ORDER = [*places_of(numbers(CONTEXTS), numbers(BATCHES), BATCH_CONTEXT)]
+RUN = Benchmark("scaling", __doc__, 7, 2, ORDER, cells, report, more)
 if __name__ == "__main__":
-    main()
+    RUN.main()

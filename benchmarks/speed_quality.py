@@ -12,19 +12,19 @@ per token of text behind a compressed prefix.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
-from side_by_side import CONTEXT, Cells, conditions, full_cache, quality, setting, summary
 from speed.cases import MAIN, OTHERS
-from speed.output import RESULTS, RUNS
-from speed.planned import KEEP_RATIO, PLAN, PLANNED, Planned
+from speed.harness import RESULTS, RUNS
+from speed.plans import KEEP_RATIO, PLAN, PLANNED, Planned, plan_of
+from studies import CONTEXT, conditions, parser_of, quality, setting, shown, summary
 
-from kvcompress.bench.plans import plan_of
-from kvcompress.bench.run import today
 from kvcompress.bundle.read import load_params
 from kvcompress.demo.plans import demo_recipe
+from kvcompress.evaluate.quality import measure
+from kvcompress.measure import machine
+from kvcompress.measure.cells import Book
+from kvcompress.measure.tables import markdown
 from kvcompress.plan import Plan
 from kvcompress.profile.run import run as take_profile
 from kvcompress.profile.solve import solve
@@ -37,15 +37,11 @@ PROMPTS = 8  # of calibration
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=96, help="questions")
-    parser.add_argument("--json", type=Path, default=RESULTS / "quality.json")
-    args = parser.parse_args()
-    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args = parser_of(__doc__, RESULTS / "quality.json", 96).parse_args()
     model, tokenizer, suite = setting(args.samples)
-    done = Cells(args.json, conditions(args.samples))
-    done.content.setdefault("date", today())
-    full = full_cache(model, tokenizer, suite)
+    done = Book(args.json, conditions(args.samples))
+    done.content.setdefault("date", machine.today())
+    full = measure(model, tokenizer, suite)
     done.get(FULL, lambda: quality(model, tokenizer, suite, None, None, full))
     shape = shape_of(model.config, model.dtype)
     for setup in (*MAIN, *OTHERS):
@@ -56,11 +52,11 @@ def main() -> None:
             setup.name,
             lambda plan=plan: quality(model, tokenizer, suite, plan, None, full),
         )
-    if PLANNED.name not in done.content["cells"]:
+    if PLANNED.name not in done.cells:
         plan, params = planned(model, tokenizer)
         PLAN.write_text(plan.to_json(), encoding="utf-8")
         done.get(PLANNED.name, lambda: quality(model, tokenizer, suite, plan, params, full))
-    print(table(done.content["cells"]))
+    print(table(done.cells))
 
 
 def planned(model: Any, tokenizer: Any) -> tuple[Plan, KVParams]:
@@ -84,23 +80,18 @@ def words(cells: dict[str, Any], name: str | None) -> str:
 
 def table(cells: dict[str, Any]) -> str:
     """Markdown: one row per plan."""
-    lines = [
-        "| plan | KV bytes, of 16 bits | KL to the full cache, nats [95 %] | recall, question "
-        "hidden [95 %] | visible [95 %] |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for name, cell in cells.items():
-        shown = [f"{cell['kv_ratio']:.3f}", _interval(cell, "kl_nats", 1, 4)]
-        shown += [_interval(cell, key, 100, 0) for key in ("hidden", "visible")]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
-
-
-def _interval(cell: dict[str, Any], key: str, unit: float, digits: int) -> str:
-    mean, (low, high) = summary(cell, key)
-    mark = " %" if unit == 100 else ""
-    shown = f"{unit * mean:.{digits}f}{mark}"
-    return f"{shown} [{unit * low:.{digits}f}, {unit * high:.{digits}f}]"
+        hidden, visible = (
+            shown(summary(cell, key), 100, 0, mark=" %") for key in ("hidden", "visible")
+        )
+        kl = shown(summary(cell, "kl_nats"), 1, 4)
+        rows.append([name, f"{cell['kv_ratio']:.3f}", kl, hidden, visible])
+    headings = [
+        "plan", "KV bytes, of 16 bits", "KL to the full cache, nats [95 %]",
+        "recall, question hidden [95 %]", "visible [95 %]",
+    ]  # fmt: skip
+    return markdown(headings, rows, numbers_from=1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """KVzip, its linear surrogate and simpler scorers at equal bytes, and what each costs to prefill.
 
-    python benchmarks/surrogate.py --json benchmarks/results/surrogate.json
+    python benchmarks/surrogate.py            # writes benchmarks/results/surrogate.json
 
 On the shipped model: recall with the question hidden, 960 tokens of context, int8 codes, at 1/4,
 1/8 and 1/16 of the bf16 bytes. `equal`: every head has the same budget; `pooled`: the best tokens
@@ -10,36 +10,31 @@ tokens.
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import statistics
 import tempfile
 import time
-from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from studies import RESULTS, attached, parser_of, shipped, taking_turns
 from transformers import DynamicCache
 
-import kvcompress
 from kvcompress.demo.plans import at_bytes
-from kvcompress.evaluate.report import bootstrap
 from kvcompress.evaluate.workloads import make_workloads
 from kvcompress.evaluate.workloads_run import run_workload
+from kvcompress.measure import machine
+from kvcompress.measure.cells import write_json
+from kvcompress.measure.stats import interval
 from kvcompress.plan import Budget, HeadPlan, ModelShape, Plan, PooledBudget, uniform
 from kvcompress.profile.run import run
-from kvcompress.profile.source import load_source
 from kvcompress.profile.store import Profile
 from kvcompress.recipe import Calibration, Keep, Recipe, UniformPolicy
 from kvcompress.runtime.cache.new import new_cache
-from kvcompress.runtime.hf.attach import attach, detach
 from kvcompress.runtime.names import as_argument
 
-MODEL = Path(__file__).parents[1] / "kvcompress" / "demo" / "model"
-CONTEXT, RATIOS, QUESTIONS = 960, (0.25, 0.125, 0.0625), 48
+CONTEXT, RATIOS = 960, (0.25, 0.125, 0.0625)
 POOLED = PooledBudget(kind="pooled", scope="model", floor=0.05)
 SNAPKV: dict[str, Any] = {"scorer": "mean", "score_rows": 32, "pool_tokens": 7}
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -65,24 +60,23 @@ def plan_of(shape: ModelShape, settings: dict[str, Any], pooled: bool, ratio: fl
     return at_bytes(make, target, CONTEXT)
 
 
-def recall(model, tokenizer, profile: Profile, params, documents: int) -> list[dict[str, Any]]:
+def recall(model, tokenizer, profile: Profile, params, questions: int) -> list[dict[str, Any]]:
     """One row for each system, way to share out budgets and ratio; first the full cache."""
     (suite,) = make_workloads(
         tokenizer,
         names=("hidden",),
-        samples=QUESTIONS,
+        samples=questions,
         context_tokens=CONTEXT,
         max_position=profile.shape.max_position,
         windows=0,
     )
-    suite = replace(suite, windows=None)
     cells: list[tuple[str, bool, float | None]] = [("full", False, None)]
     cells += [(n, p, r) for r in RATIOS for p in (False, True) for n in SYSTEMS]
     rows = []
     for name, pooled, ratio in cells:
         plan = None if ratio is None else plan_of(profile.shape, SYSTEMS[name], pooled, ratio)
-        found = run_workload(model, tokenizer, suite, plan, params, batch_rows=documents)
-        mean, interval = bootstrap(found.hits)
+        found = run_workload(model, tokenizer, suite, plan, params, batch_rows=8)
+        mean, bounds = interval(found.hits)
         rows.append(
             {
                 "system": name,
@@ -91,7 +85,7 @@ def recall(model, tokenizer, profile: Profile, params, documents: int) -> list[d
                 "kv_bytes": found.kv_bytes,
                 "kv_bytes_bf16": found.kv_bytes_bf16,
                 "recall": round(mean, 4),
-                "interval": [round(x, 4) for x in interval],
+                "interval": [round(x, 4) for x in bounds],
             }
         )
         print(*rows[-1].values(), flush=True)
@@ -102,22 +96,22 @@ def recall(model, tokenizer, profile: Profile, params, documents: int) -> list[d
 def prefill_cost(model, profile: Profile, params, repeats: int) -> dict[str, Any]:
     """Median prefill in units of the plain model's, prompts of all systems taken in turn."""
     ids = torch.randint(3, 1500, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
-    seconds: dict[str, list[float]] = {name: [] for name in ("plain", *SYSTEMS)}
-    for number in range(repeats + 1):
-        for name, taken in seconds.items():
-            if name != "plain":
-                attach(model, plan_of(profile.shape, SYSTEMS[name], True, 0.25), params)
-            cache = DynamicCache() if name == "plain" else new_cache(model)
-            began = time.perf_counter()
-            model(input_ids=ids, **as_argument(cache), logits_to_keep=1)
-            if name != "plain":
-                cache.finish_prompt(model)
-            if number:  # the first round warms up
-                taken.append(time.perf_counter() - began)
-            detach(model)
-    plain = statistics.median(seconds["plain"])
-    costs = {name: round(statistics.median(s) / plain, 2) for name, s in seconds.items()}
-    return {"plain_seconds": round(plain, 4), "times_plain": costs}
+    plans = {n: plan_of(profile.shape, SYSTEMS[n], True, 0.25) for n in SYSTEMS} | {"plain": None}
+
+    def read() -> None:
+        model(input_ids=ids, **as_argument(DynamicCache()), logits_to_keep=1)
+
+    def compressed() -> None:
+        cache = new_cache(model)
+        model(input_ids=ids, **as_argument(cache), logits_to_keep=1)
+        cache.finish_prompt(model)
+
+    runs = {"plain": read} | dict.fromkeys(SYSTEMS, compressed)
+    found = taking_turns(runs, repeats, 1, lambda name: attached(model, plans[name], params))
+    attached(model, None)
+    seconds = {name: statistics.median(s.wall_ms()) / 1000 for name, s in found.items()}
+    costs = {name: round(taken / seconds["plain"], 2) for name, taken in seconds.items()}
+    return {"plain_seconds": round(seconds["plain"], 4), "times_plain": costs}
 
 
 def trained(model, tokenizer, out: Path) -> Profile:
@@ -131,12 +125,11 @@ def trained(model, tokenizer, out: Path) -> Profile:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path)
+    parser = parser_of(__doc__, RESULTS / "surrogate.json", 48)
     parser.add_argument("--profile", type=Path, help="a directory to train in, or trained before")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    model, tokenizer = load_source(str(MODEL), "cpu")
+    model, tokenizer = shipped()
     with tempfile.TemporaryDirectory() as folder:
         out = options.profile or Path(folder) / "profile"
         began = time.perf_counter()
@@ -149,20 +142,18 @@ def main() -> None:
         "conditions": {
             "model": "kvcompress/demo/model, bf16",
             "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-            "versions": {n: version(n) for n in ("torch", "transformers")}
-            | {"kvcompress": kvcompress.__version__},
+            "versions": machine.versions("torch", "transformers", "kvcompress"),
             "context_tokens": CONTEXT,
-            "questions": QUESTIONS,
+            "questions": options.samples,
             "storage": "int8, 4 sinks and 16 recent tokens in bf16",
             "seed": 0,
         },
         "profile_seconds": round(taken, 1) if options.profile is None else None,
         "surrogate_r2": profile.surrogate_r2,
         "prefill": {**cost, "batch": 1, "repeats": options.repeats},
-        "recall": recall(model, tokenizer, profile, params, 8),
+        "recall": recall(model, tokenizer, profile, params, options.samples),
     }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -13,23 +13,22 @@ what eviction itself costs.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from studies import shipped
 
 import kvcompress
+from kvcompress.evaluate.text import text_losses
+from kvcompress.measure import machine
+from kvcompress.measure.cells import write_json
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
 from kvcompress.profile.calibration import load_prompts
-from kvcompress.profile.source import load_source
 from kvcompress.recipe import Calibration
 from kvcompress.runtime.model.families import shape_of
 from kvcompress.runtime.names import as_argument
 
-MODEL = Path(__file__).parents[1] / "kvcompress" / "demo" / "model"
 PROMPT, NEXT, SIZES = 896, 64, (32, 128, 448)
 
 
@@ -61,8 +60,8 @@ def next_logits(model, cache, ids: torch.Tensor, size: int) -> torch.Tensor:
 
 def kl(wanted: torch.Tensor, found: torch.Tensor) -> float:
     """Mean KL(wanted ‖ found) in nats."""
-    p, q = wanted.log_softmax(-1), found.log_softmax(-1)
-    return float(F.kl_div(q, p, reduction="batchmean", log_target=True))
+    target = torch.zeros(1, len(wanted), dtype=torch.long)  # the true tokens do not matter
+    return float(text_losses(found[None], wanted[None], target).kl.mean())
 
 
 def drafts(model, tokenizer, ids: torch.Tensor) -> int:
@@ -78,7 +77,7 @@ def drafts(model, tokenizer, ids: torch.Tensor) -> int:
 def measure(prompts: int) -> dict:
     from transformers import DynamicCache
 
-    model, tokenizer = load_source(str(MODEL), "cpu")
+    model, tokenizer = shipped()
     model = model.float()
     texts = load_prompts(Calibration(prompts=prompts, tokens=PROMPT + NEXT, seed=7), tokenizer)
     ids = [torch.tensor([text]) for text in texts]
@@ -114,7 +113,7 @@ def measure(prompts: int) -> dict:
         "prompts": prompts,
         "prompt_tokens": PROMPT,
         "next_tokens": NEXT,
-        "versions": {"torch": torch.__version__, "transformers": version("transformers")},
+        "versions": machine.versions("torch", "transformers"),
         "machine": platform.machine(),
         "rows": rows,
     }
@@ -132,7 +131,7 @@ def main() -> None:
             if key != "plan":
                 print(f"  {key:55} {value:.3g}")
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

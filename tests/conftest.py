@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 settings.register_profile("seeded", deadline=None)
 settings.load_profile("seeded")
 
+_BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DEMO_MODEL = Path(__file__).parents[1] / "kvcompress" / "demo" / "model"
 
 
@@ -48,6 +53,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports scripts that lie outside the package, and forgets them again."""
+    sys.path.insert(0, str(_BENCHMARKS))
+    before = set(sys.modules)
+    yield importlib.import_module
+    sys.path.remove(str(_BENCHMARKS))
+    for name in set(sys.modules) - before:
+        if str(_BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "plan": {"errors", "registry", "head_plan", "rules", "strict"},
     "recipe": {"errors", "registry", "head_plan", "plan", "strict"},
     "tasks": {"errors"},
+    "measure": VALUES,
     # they read codes in place, and rank by the one keep rule
     "kernels": {"errors", "plan", "quant.codec", "evict.keepset", "evict.scorers"},
     "quant": VALUES,
@@ -56,13 +57,14 @@ MAY_IMPORT = {
     "bundle": VALUES
     | {"accounting", "checkpoint", "profile.solve", "profile.source", "profile.store", "quant"}
     | {"evict.scorers", "kernels", "runtime"},
-    "evaluate": VALUES | {"accounting", "evict", "quant", "runtime", "bundle", "tasks"},
+    "evaluate": VALUES | {"accounting", "evict", "measure", "quant", "runtime", "bundle", "tasks"},
     "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "tasks"},
-    "league": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "evict"},
-    "bench": VALUES | {"accounting", "evaluate", "evict", "kernels", "quant", "runtime"},
+    "league": VALUES
+    | {"accounting", "measure", "profile", "bundle", "runtime", "evaluate", "quant", "evict"},
+    "bench": VALUES | {"accounting", "measure", "evaluate", "evict", "kernels", "quant", "runtime"},
     "cli": VALUES
     | {"accounting", "profile", "bundle", "runtime", "evaluate", "demo", "league", "bench"}
-    | {"quant.keystats", "tasks"},
+    | {"measure", "quant.keystats", "tasks"},
     "__main__": {"cli"},
 }
 # The rooms of the runtime: each may import those before it.

@@ -26,7 +26,7 @@ DISTRIBUTION = {
     "pytest": "pytest",
     "yaml": "pyyaml",
 }
-OWN = {"kvcompress", "tests", "tools", "speed", "pip"}  # pip comes with every environment
+OWN = {"kvcompress", "tests", "tools", "speed", "pages", "pip"}  # pip comes with every environment
 # folders whose scripts run in environments of their own, with the lists that these install
 BESIDE = {
     "benchmarks/peers": ROOT / "benchmarks/peers/requirements-kvpress.txt",

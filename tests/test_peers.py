@@ -50,7 +50,7 @@ def test_a_page_is_not_made_of_two_different_comparisons(peers, results):
 
 
 def test_both_sides_measure_the_same_situations(peers, results):
-    situations = set(peers("run_kvcompress").SITUATIONS)
+    situations = set(peers("run").situations("kvcompress"))
     named = {name for name in results["kvpress"] if name != "conditions"} | {"versions"}
     assert situations == named == set(peers("rows").ROWS) | {"versions"}
     assert set(results["kvcompress"]) == set(results["kvpress"])
@@ -77,7 +77,7 @@ def test_bytes_are_those_of_distinct_storages(peers):
 
 
 def run(peers, name):
-    return peers("run_kvcompress").SITUATIONS[name](peers("common").SMALL)
+    return peers("run").situations("kvcompress")[name](peers("common").SMALL)
 
 
 @pytest.mark.parametrize(

@@ -30,18 +30,6 @@ serve(replies, {{"kv_bytes": 7}}, lambda n: {{"steps": n, "wall_s": 2.0 * n, "cp
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    """Imports scripts that lie outside the package, and forgets them again."""
-    sys.path.insert(0, str(BENCHMARKS))
-    before = set(sys.modules)
-    yield importlib.import_module
-    sys.path.remove(str(BENCHMARKS))
-    for name in set(sys.modules) - before:
-        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("speed")
 
@@ -49,8 +37,8 @@ def folder(tmp_path_factory):
 def measured(benchmark, folder: Path, name: str, *arguments: str) -> Result:
     """What a script measures at a tiny size, read back from its file."""
     script = benchmark(name)
-    args = script.options().parse_args([*SMALL, "--results", str(folder), *arguments])
-    result = script.measure(args)
+    args = script.RUN.options().parse_args([*SMALL, "--results", str(folder), *arguments])
+    result = script.RUN.measure(args)
     assert Result.load(folder / f"{name}.json") == result
     assert script.report(result)
     return result
@@ -137,7 +125,7 @@ def test_a_measured_cell_is_not_measured_again(benchmark, folder, decode):
 
 
 def test_a_file_names_every_command_that_measured_a_cell(benchmark, tmp_path, decode, monkeypatch):
-    output, options = benchmark("speed.output"), benchmark("decode").options()
+    output, options = benchmark("speed.harness"), benchmark("decode").RUN.options()
     commands = ["--cells 64x1", "--cells 32x1 --only 'int8 '", "--cells 64x1"]
     for command, name in zip(commands, ("64", "32", "64"), strict=True):
         monkeypatch.setattr(output.sys, "argv", ["decode.py", *output.shlex.split(command)])
@@ -181,8 +169,20 @@ def test_prompts_are_read_into_each_cache(others):
     (cell,) = others["prefill"].cells
     assert {row.fill for row in cell.rows} == {"prompt"}
     assert all(row.read_bytes is None and row.timing.steps == 1 for row in cell.rows)
-    held = cell.row("int8 20 %, every query votes, float32").kv_bytes
-    assert held == cell.row("int8 20 %, float32").kv_bytes
+    held = cell.row("int8 20 %, float32").kv_bytes
+    assert cell.row("int8 20 %, every query votes, float32").kv_bytes == held
+    assert abs(cell.row("int8 20 %, sums estimated, float32").kv_bytes - held) < 0.01 * held
+
+
+def test_prompts_are_scored_as_their_rows_say(benchmark, monkeypatch):
+    script, models = benchmark("prefill"), benchmark("speed.model").Models("tiny")
+    plans = []
+    monkeypatch.setattr(script, "compressed_holder", lambda model, plan: plans.append(plan))
+    made = script.entries(models, benchmark("speed.cases").Size(48, 1, 1, 1, "prompt"))
+    own = [entry.name for entry in made if entry.kind == "ours"]
+    voters = {n: (p.score_rows, p.score_stride) for n, p in zip(own, plans, strict=True)}
+    assert voters["int8 20 %, float32"] == (64, None)
+    assert {name: voters[name] for name in script.VOTERS} == script.VOTERS
 
 
 def test_every_method_takes_the_largest_batch_that_fits(benchmark, others):
@@ -266,7 +266,7 @@ def test_a_rival_in_a_process_of_its_own_holds_the_same_bytes(benchmark, decode)
 
 def test_the_planned_shape_is_that_of_the_profile(benchmark):
     """16 heads of the shipped model over 128: as many of each policy, eight times."""
-    planned = benchmark("speed.planned")
+    planned = benchmark("speed.plans")
     plan = planned.Plan.load(planned.PLAN)
     model = benchmark("speed.model")
     with model.torch.device("meta"):

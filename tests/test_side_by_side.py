@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """Imports scripts that lie outside the package, and forgets them again."""
-    sys.path.insert(0, str(BENCHMARKS))
-    before = set(sys.modules)
-    yield importlib.import_module
-    sys.path.remove(str(BENCHMARKS))
-    for name in set(sys.modules) - before:
-        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 def cells_of(name: str) -> dict:

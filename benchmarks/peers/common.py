@@ -30,6 +30,9 @@ from reference import (
 from torch import Tensor
 from transformers import DynamicCache
 
+sys.path.insert(0, str(ROOT))
+from kvcompress.measure.caches import storage_bytes
+
 __all__ = [
     "FAMILIES",
     "FULL",
@@ -41,6 +44,7 @@ __all__ = [
     "Setting",
     "agreement",
     "best_by_votes",
+    "both_models",
     "bounds_of",
     "build",
     "demo_ids",
@@ -49,11 +53,13 @@ __all__ = [
     "full_layers",
     "gap",
     "generated",
+    "generation",
     "main",
     "measured",
     "position_of_step",
     "reference",
     "share",
+    "standard",
     "storage_bytes",
     "token_ids",
 ]
@@ -95,11 +101,11 @@ def position_of_step(model: Any, cache: Any, ids: Tensor, bounds: list[int], giv
     return seen[0]
 
 
-def generated(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+def generated(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """Logits ``[B, vocab]`` of the second token of `generate`, the first compressed step."""
     out = model.generate(
         ids,
-        attention_mask=mask,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
         max_new_tokens=2,
         min_new_tokens=2,
         do_sample=False,
@@ -109,34 +115,35 @@ def generated(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return out.logits[1]
 
 
-def storage_bytes(root: Any) -> int:
-    """Bytes of every distinct tensor storage that `root` reaches through its attributes."""
-    seen: set[int] = set()
-    storages: dict[int, int] = {}
-    waiting = [root]
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        inner = _held_by(value)
-        if isinstance(value, Tensor) and not inner:
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        waiting += inner
-    return sum(storages.values())
+def generation(model: Any, ids: Tensor, steps: int) -> Any:
+    """A greedy `generate` of so many tokens behind the first, with its logits."""
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=steps + 1,
+        min_new_tokens=steps + 1,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
 
 
-def _held_by(value: Any) -> list[Any]:
-    if isinstance(value, str | int | float | type | None):
-        return []
-    if isinstance(value, Tensor):  # quanto wraps codes, scale and shift in a tensor without storage
-        return [getattr(value, n) for n in ("_data", "_scale", "_shift") if hasattr(value, n)]
-    if isinstance(value, dict):
-        return [*value.values()]
-    if isinstance(value, list | tuple | set):
-        return [*value]
-    names = (*getattr(value, "__dict__", ()), *getattr(value, "__slots__", ()))
-    return [getattr(value, name, None) for name in names]
+def standard(setting: Setting) -> tuple[Any, Tensor, list[int]]:
+    """Llama, one row, and single-token steps after the prompt."""
+    ids = token_ids(setting.context + setting.steps)
+    return build(), ids, bounds_of(setting.context, *[1] * setting.steps)
+
+
+def both_models(
+    setting: Setting, more: int, trained_length: int
+) -> dict[str, tuple[Any, Tensor, int]]:
+    """(model, ids, tokens of the prompt): one of random weights, and the trained one on text."""
+    trained, tokenizer = demo_model()
+    text = demo_ids(tokenizer, trained_length)
+    return {
+        "random weights": (build(), token_ids(setting.context + more), setting.context),
+        "trained": (trained, text, min(512, setting.context)),
+    }
 
 
 Record = dict[str, Any]
@@ -191,22 +198,29 @@ def save(path: Path, part: str, value: Record, key: str | None = None) -> None:
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def main(library: str, version: str, situations: dict[str, Callable[[Setting], Record]]) -> None:
-    """Command line of a runner: measure, and put the results beside those of the other one."""
+def main(situations: Callable[[str], tuple[str, dict[str, Callable[[Setting], Record]]]]) -> None:
+    """Command line: measure one side, and put the results beside those of the other.
+
+    Args:
+        situations: of a side's name its version and its situations.
+    """
     if any(os.environ.get(key) != value for key, value in ENVIRONMENT.items()):
         command = [sys.executable, *sys.argv]  # libraries read these when they are imported
         os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT})
-    parser = argparse.ArgumentParser(description=f"the situations on {library}")
-    parser.add_argument("--only", action="append", choices=[*situations], help="just this one")
+    parser = argparse.ArgumentParser(description="the situations on one side")
+    parser.add_argument("library", choices=("kvpress", "kvcompress"))
+    parser.add_argument("--only", action="append", help="just this situation; repeatable")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    library = args.library
+    version, found_here = situations(library)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
-    chosen = args.only or [*situations]
+    chosen = args.only or [*found_here]
     for name in chosen:
         start = time.perf_counter()
-        found = situations[name](FULL)
+        found = found_here[name](FULL)
         print(f"{library} {name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
         if name == "versions":
             save(args.output, f"{library}_versions", found, transformers.__version__)

@@ -9,23 +9,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvcompress.accounting import kv_bytes
-from kvcompress.bench.caches import kv_sizes
-from kvcompress.bench.entries import (
-    Entry,
-    Holder,
-    Size,
-    compressed_holder,
-    decode_entry,
-    dynamic_holder,
-    quantized_holder,
-    static_holder,
-)
-from kvcompress.bench.plans import setups
+from kvcompress.bench.entries import Entry, Size, compressed_holder, dynamic_holder, entry_of
 from kvcompress.bench.result import Missing
-from kvcompress.bench.run import GQA_DETAIL
+from kvcompress.bench.run import GQA_DETAIL, PEERS
 from kvcompress.evaluate.serving import model_shape
+from kvcompress.measure.caches import kv_sizes
 from speed.model import COMPILED, INT8, Models, kernels_missing
-from speed.planned import PLANNED, Chosen, plan_for
+from speed.plans import PLANNED, Chosen, plan_for, setups
 from speed.workers import Pythons, kvpress_entry, quantized_entry, untuned_entry, vllm_entry
 
 LIMIT_TOKENS: Final = 32
@@ -71,29 +61,30 @@ def own_name(setup: Chosen, weights: str) -> str:
 
 def own_entries(
     models: Models, size: Size, wanted: Sequence[tuple[Chosen, str]]
-) -> tuple[list[Entry], list[Missing]]:
-    """Entries of ours for each (setup, weights), and those that this version cannot make."""
-    made, missing = [], []
+) -> list[Entry | Missing]:
+    """Entries of ours for each (setup, weights)."""
+    made: list[Entry | Missing] = []
     for setup, weights in wanted:
         name, reason = own_name(setup, weights), kernels_missing(weights)
         if reason is not None:
-            missing.append(Missing(name=name, reason=reason))
+            made.append(Missing(name=name, reason=reason))
             continue
         model = models(weights)
         plan = plan_for(model_shape(model), setup)
+        needs_bytes = 2 * kv_bytes(plan, size.context_tokens, size.batch)
         made.append(
-            decode_entry(
-                name,
-                "ours",
-                model,
-                compressed_holder(model, plan),
-                size,
-                weights=weights,
-                quality=setup.name,
-                needs_bytes=2 * kv_bytes(plan, size.context_tokens, size.batch),
-            )  # fmt: skip
-        )
-    return made, missing
+            entry_of(
+                name, "ours", model, compressed_holder(model, plan), size, weights=weights,
+                quality=setup.name, needs_bytes=needs_bytes,
+            )
+        )  # fmt: skip
+    return made
+
+
+def sorted_out(found: Sequence[Entry | Missing]) -> tuple[list[Entry], list[Missing]]:
+    """What can be timed, and what cannot."""
+    made = [each for each in found if isinstance(each, Entry)]
+    return made, [each for each in found if isinstance(each, Missing)]
 
 
 def all_own() -> list[tuple[Chosen, str]]:
@@ -103,18 +94,19 @@ def all_own() -> list[tuple[Chosen, str]]:
 
 
 def transformers_entry(models: Models, cache: str, weights: str, size: Size) -> Entry | Missing:
-    """``dynamic``, ``static`` or ``fp8`` cache of a model with such weights."""
-    name = f"{_HOLDERS[cache][0]} {weights}" + (" weights" if weights == INT8 else "")
+    """One of `PEERS` for a model with such weights."""
+    words, holder = PEERS[cache]
+    name = f"{words} {weights}" + (" weights" if weights == INT8 else "")
     reason = kernels_missing(weights)
     if reason is not None:
         return Missing(name=name, reason=reason)
     model = models(weights)
     artefact = cache == "dynamic" and weights == "bfloat16"
-    return decode_entry(
+    return entry_of(
         name,
         "artefact" if artefact else "peer",
         model,
-        _HOLDERS[cache][1](model.config),
+        holder(model.config),
         size,
         weights=weights,
         detail=GQA_DETAIL if artefact else "",
@@ -130,7 +122,7 @@ def limit_entry(models: Models, weights: str, size: Size) -> Entry | Missing:
         return Missing(name=name, reason=reason)
     model = models(weights)
     short = Size(LIMIT_TOKENS, size.batch, size.room_tokens, size.threads)
-    return decode_entry(
+    return entry_of(
         name, "limit", model, dynamic_holder(model.config), short, weights=weights,
         detail=f"DynamicCache that starts with {LIMIT_TOKENS} tokens",
     )  # fmt: skip
@@ -168,14 +160,12 @@ def decode_entries(
         transformers_entry(models, "static", "bfloat16", size),
         transformers_entry(models, "static", COMPILED, size),
         transformers_entry(models, "static", INT8, size),
-        transformers_entry(models, "fp8", "float32", size),
+        transformers_entry(models, "quantized-fp8", "float32", size),
         *(limit_entry(models, w, size) for w in ("float32", "bfloat16", COMPILED, INT8)),
     ]
-    own, missing = own_entries(models, size, all_own())
-    made = [each for each in asked if isinstance(each, Entry)] + own
-    missing += [each for each in asked if isinstance(each, Missing)]
     offloaded = "it moves layers between a GPU and the host, and there is no GPU"
-    missing.append(Missing(name="OffloadedCache", reason=offloaded))
+    asked += own_entries(models, size, all_own())
+    made, missing = sorted_out([*asked, Missing(name="OffloadedCache", reason=offloaded)])
     if rivals is not None:
         made += rival_entries(models, place, size, rivals, missing)
     return made, missing
@@ -204,25 +194,3 @@ def rival_entries(
     reason = "reads a real prompt, which this cell leaves out"
     missing += [Missing(name=entry.name, reason=reason) for entry in reads]
     return made
-
-
-_HOLDERS: Final[dict[str, tuple[str, Any]]] = {
-    "dynamic": ("DynamicCache", dynamic_holder),
-    "static": ("StaticCache", static_holder),
-    "fp8": ("QuantizedCache fp8", lambda config: quantized_holder(config, "fp8", None)),
-}
-
-__all__ = [
-    "Holder",
-    "Place",
-    "Rivals",
-    "all_own",
-    "decode_entries",
-    "full_bytes",
-    "limit_entry",
-    "own_entries",
-    "own_name",
-    "places",
-    "rival_entries",
-    "transformers_entry",
-]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from transformers import DynamicCache
 
-from kvcompress.bench import caches
-from kvcompress.bench.timing import Window, stopwatch
+from kvcompress.measure import caches
+from kvcompress.measure.timing import stopwatch
 from kvcompress.runtime.names import as_argument
 from speed.model import NAMES, Models
 from speed.protocol import Record, Replies, serve
@@ -51,14 +52,14 @@ def main() -> None:
     read: Callable[[], Any] | None = None
     if args.cache == "kvpress":
         read, kept = pressed(model, args), []
-        prompt = record(stopwatch(lambda: kept.append(read()), 1))
+        prompt = asdict(stopwatch(lambda: kept.append(read()), 1))
         (cache,) = kept
     else:
         cache = filled(model.config, args)
     held = caches.storage_bytes(cache.layers)
     facts = {"kv_bytes": held, "prompt": prompt, "versions": versions(args.cache)}
     if args.reads:
-        serve(replies, facts, lambda steps: record(stopwatch(read, steps)))
+        serve(replies, facts, lambda steps: asdict(stopwatch(read, steps)))
         return
     token = torch.full((args.batch, 1), 3)
     seen = args.context  # a press makes the cache's own count of tokens too small
@@ -74,7 +75,7 @@ def main() -> None:
 
     def window(steps: int) -> Record:
         step()
-        return record(stopwatch(step, steps))
+        return asdict(stopwatch(step, steps))
 
     serve(replies, facts, window)
 
@@ -109,15 +110,6 @@ def pressed(model: Any, args: argparse.Namespace) -> Callable[[], Any]:
         return cache
 
     return read
-
-
-def record(window: Window) -> Record:
-    return {
-        "steps": window.steps,
-        "wall_s": window.wall_s,
-        "cpu_s": window.cpu_s,
-        "faults": window.faults,
-    }
 
 
 def versions(cache: str) -> dict[str, str]:

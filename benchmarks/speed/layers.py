@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvcompress.bench import caches
 from kvcompress.bench.bandwidth import use_threads
 from kvcompress.bench.compressed import fill_compressed
-from kvcompress.bench.entries import Entry, Facts, Ready, Size, held_bytes
-from kvcompress.bench.plans import Setup, plan_of
-from kvcompress.bench.result import Kind
-from kvcompress.bench.timing import case_of
+from kvcompress.bench.entries import Entry, Ready, Size, held_bytes
+from kvcompress.bench.result import Facts, Kind
 from kvcompress.evaluate.quality import weights_bytes
 from kvcompress.evaluate.serving import model_shape
+from kvcompress.measure import caches
+from kvcompress.measure.timing import case_of
 from kvcompress.runtime.layer.call import AttentionCall
 from speed.model import COMPILED, INT8, NAMES, Models
+from speed.plans import Setup, plan_of
 
 PACKED: Final = "queries of a group as rows"
 GROUPED: Final = "enable_gqa"
@@ -74,7 +74,7 @@ def own_entry(models: Models, made: Shared, setup: Setup, size: Size) -> Entry:
                 layer.forward(AttentionCall(query, *stored, None, scaling))
 
         step()
-        return _ready(name, "ours", step, size, held, "float32", quality=setup.name)
+        return _ready(name, "ours", step, size, "float32", held, 0, held, setup.name)
 
     return Entry(name, "ours", make)
 
@@ -110,7 +110,7 @@ def sdpa_entry(models: Models, made: Shared, dtype: str, grouping: str, size: Si
 
         step()
         held = sum(k.nbytes + v.nbytes for k, v in pairs)
-        return _ready(name, kind, step, size, held, dtype)
+        return _ready(name, kind, step, size, dtype, held, 0, held)
 
     return Entry(name, kind, make)
 
@@ -133,10 +133,7 @@ def linears_entry(models: Models, weights: str, size: Size) -> Entry:
 
         step()
         read = weights_bytes(model)  # the norms are too small to count
-        facts = Facts(name, kind, 0, size.batch, weights, 0, read, read)
-        return Ready(
-            case_of(name, step, prepare=lambda: use_threads(size.threads)), facts, size.threads
-        )
+        return _ready(name, kind, step, size, weights, 0, read, read)
 
     return Entry(name, kind, make)
 
@@ -164,13 +161,15 @@ def _ready(
     kind: Kind,
     step: Callable[[], None],
     size: Size,
-    held: int,
-    dtype: str,
+    weights: str,
+    kv_bytes: int,
+    weights_bytes: int,
+    read_bytes: int,
     quality: str | None = None,
 ) -> Ready:
     facts = Facts(
-        name, kind, size.context_tokens, size.batch, dtype, held, 0, held, quality=quality
-    )
-    return Ready(
-        case_of(name, step, prepare=lambda: use_threads(size.threads)), facts, size.threads
-    )
+        name=name, kind=kind, context_tokens=size.context_tokens, batch=size.batch,
+        threads=size.threads, weights=weights, fill="synthetic", kv_bytes=kv_bytes,
+        weights_bytes=weights_bytes, read_bytes=read_bytes, quality=quality,
+    )  # fmt: skip
+    return Ready(case_of(name, step, prepare=lambda: use_threads(size.threads)), facts)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from kvcompress.bench.result import Cell, Row, Spread, Timing, speedup
+from kvcompress.bench.result import Cell, Row, Timing, speedup
+from kvcompress.measure.stats import Spread
+from kvcompress.measure.tables import markdown
 
 MIB = 2**20
 
 
-def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
-    """A table; with `numbers`, all but the first column stand right."""
-    marks = ["---", *("---:" if numbers else "---" for _ in headings[1:])]
-    lines = [headings, marks, *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """All but the first column are numbers."""
+    return markdown(headings, rows, numbers_from=1)
+
+
+def answers(lines: Sequence[Sequence[str]]) -> str:
+    """What was asked where, and what was found."""
+    return markdown(["where", "asked", "answer"], lines)
 
 
 def ms(timing: Timing) -> str:
@@ -59,3 +64,37 @@ def best(cell: Cell, names: Sequence[str]) -> Row | None:
     """The fastest of these rows by median, None if none was timed."""
     rows = [row for row in (cell.row(name) for name in names) if row is not None]
     return min(rows, key=lambda row: row.timing.wall.median, default=None)
+
+
+def mark(row: Row) -> str:
+    """What keeps a row from being an ordinary rival."""
+    marks = {"artefact": " (artefact)", "limit": " (limit)"}
+    own = " (own process" + (", real prompt)" if row.fill == "prompt" else ")")
+    return marks.get(row.kind, "") + (own if row.process == "own" else "")
+
+
+def remarks(cell: Cell) -> str:
+    """Bandwidth, load, what was left out."""
+    lines = [
+        f"{threads_words(found.threads)} reads {found.read_gb_s:.1f} GB/s, copies "
+        f"{found.copy_gb_s:.1f}; "
+        for found in cell.bandwidths
+    ]
+    lines.append(
+        f"load {load(cell.load_before)} before and {load(cell.load_after)} after; "
+        f"{cell.rounds} rounds, {cell.warm_rounds} unrecorded before them."
+    )
+    text = "".join(lines)
+    details = dict.fromkeys(f"{row.name}: {row.detail}" for row in cell.rows if row.detail)
+    notes = [f"- {each}" for each in details]
+    notes += [f"- not timed: {each.name}: {each.reason}" for each in cell.missing]
+    return "\n".join([text, "", *notes]) if notes else text
+
+
+def threads_words(count: int) -> str:
+    return "one thread" if count == 1 else f"{count} threads together"
+
+
+def sections(cells: Sequence[Cell], shown: Callable[[Cell], str], level: str = "##") -> list[str]:
+    """One per cell: its table and the remarks."""
+    return [f"{level} {cell.name}\n\n{shown(cell)}\n\n{remarks(cell)}" for cell in cells]

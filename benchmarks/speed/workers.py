@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from kvcompress.bench.entries import Entry, Facts, Ready, Size, step_weight_bytes
-from kvcompress.bench.process import environment
-from kvcompress.bench.result import Kind, Timing
-from kvcompress.bench.timing import Case, Samples, Window
+from kvcompress.bench.entries import Entry, Ready, Size, step_weight_bytes
+from kvcompress.bench.result import Facts, Kind, Timing
 from kvcompress.evaluate.quality import weights_bytes
+from kvcompress.measure.timing import Case, Samples, Window
+from speed.malloc import environment
 from speed.model import Models
-from speed.protocol import Record, Worker, WorkerError
+from speed.protocol import Worker, WorkerError
 
 ROOT: Final = Path(__file__).parents[2]
 HF_WORKER: Final = ROOT / "benchmarks" / "speed" / "hf_worker.py"
@@ -130,20 +130,17 @@ def worker_entry(
         used = [f"{name} {number}" for name, number in versions.items()]
         used += [f"{name} preloaded" for name in worker.facts.get("preloaded", ())]
         facts = Facts(
-            job.name, job.kind, size.context_tokens, size.batch, job.weights,
-            worker.facts["kv_bytes"], weights_bytes(model),
-            None if job.reads else step_weight_bytes(model) + worker.facts["kv_bytes"],
+            name=job.name, kind=job.kind, context_tokens=size.context_tokens, batch=size.batch,
+            threads=size.threads, weights=job.weights, kv_bytes=worker.facts["kv_bytes"],
+            weights_bytes=weights_bytes(model),
+            read_bytes=None if job.reads else step_weight_bytes(model) + worker.facts["kv_bytes"],
             fill="prompt" if job.prompt else "synthetic",
             process="own",
-            prompt=None if prompt is None or job.reads else Timing.of(Samples([window_of(prompt)])),
+            prompt=None if prompt is None or job.reads else Timing.of(Samples([Window(**prompt)])),
             detail="; ".join(x for x in (job.detail, ", ".join(used)) if x),
         )  # fmt: skip
-        case = Case(job.name, lambda steps: window_of(worker.window(steps)))
-        return Ready(case, facts, size.threads, worker.close)
+        case = Case(job.name, lambda steps: Window(**worker.window(steps)))
+        return Ready(case, facts, worker.close)
 
     # torch, the model in float32 and a cache, twice where it is copied
     return Entry(job.name, job.kind, make, needs_bytes=2 * 2**30)
-
-
-def window_of(record: Record) -> Window:
-    return Window(record["steps"], record["wall_s"], record["cpu_s"], int(record.get("faults", 0)))

@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from speed.protocol import Record, Replies, serve
+
+from kvcompress.measure.timing import stopwatch
 
 # spinning threads and threads bound to cores wait for one another on a shared machine
 VARIABLES = {
@@ -144,16 +146,7 @@ class Engine:
 
 
 def timed(run: Callable[[], object], steps: int) -> Record:
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    start, cpu = time.perf_counter(), time.process_time()
-    for _ in range(steps):
-        run()
-    return {
-        "steps": steps,
-        "wall_s": time.perf_counter() - start,
-        "cpu_s": time.process_time() - cpu,
-        "faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults,
-    }
+    return asdict(stopwatch(run, steps))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from kvcompress.bench.timing import Case, case_of
+from kvcompress.measure.timing import Case, case_of
 
 BUFFER_BYTES: Final = 2**30  # far beyond any cache of a processor
 _TRIES: Final = 3

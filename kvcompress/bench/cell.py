@@ -11,9 +11,9 @@ import torch
 
 from kvcompress.bench.bandwidth import BUFFER_BYTES, Buffers
 from kvcompress.bench.entries import Entry, Ready, synchronizer
-from kvcompress.bench.process import load_average, memory_bytes
 from kvcompress.bench.result import Bandwidth, Cell, Missing, Row, Timing
-from kvcompress.bench.timing import Samples, interleave
+from kvcompress.measure.machine import load_average, memory_bytes
+from kvcompress.measure.timing import Samples, interleave
 
 Note = Callable[[str], object]
 SPARE_BYTES: Final = 3 * 2**29
@@ -95,7 +95,7 @@ def run_cell(
         load_after=load_average(),
         seconds=round(time.perf_counter() - start, 1),
         bandwidths=tuple(_bandwidth(buffers[n], n, found) for n in threads),
-        rows=tuple(_row(one, found[one.case.name]) for one in ready),
+        rows=tuple(Row(**dict(one.facts), timing=Timing.of(found[one.case.name])) for one in ready),
         missing=tuple(left_out),
     )
 
@@ -124,25 +124,4 @@ def _bandwidth(buffers: Buffers, threads: int, found: Mapping[str, Samples]) -> 
         read=Timing.of(found[f"read, {threads} threads"]),
         copied_bytes=buffers.copied_bytes,
         copy=Timing.of(found[f"copy, {threads} threads"]),
-    )
-
-
-def _row(ready: Ready, samples: Samples) -> Row:
-    facts = ready.facts
-    return Row(
-        name=facts.name,
-        kind=facts.kind,
-        context_tokens=facts.context_tokens,
-        batch=facts.batch,
-        threads=ready.threads,
-        weights=facts.weights,
-        fill=facts.fill,
-        process=facts.process,
-        timing=Timing.of(samples),
-        kv_bytes=facts.kv_bytes,
-        weights_bytes=facts.weights_bytes,
-        read_bytes=facts.read_bytes,
-        prompt=facts.prompt,
-        quality=facts.quality,
-        detail=facts.detail,
     )

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 
 from kvcompress.accounting import cache_bytes, keeps_classes
-from kvcompress.bench.caches import Pair
 from kvcompress.errors import KVCompressError
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
+from kvcompress.measure.caches import Pair
 from kvcompress.plan import HOLDS_KV, Plan
 from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.cache.cache import CompressedCache

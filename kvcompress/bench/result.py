@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from kvcompress.bench.timing import Samples
 from kvcompress.errors import KVCompressError
+from kvcompress.measure.stats import Spread, spread
+from kvcompress.measure.timing import Samples
 from kvcompress.plan import ByteCount, NonNegativeInt, PositiveInt, StrictModel, explain
 from kvcompress.strict import JSON_LIMIT_BYTES, NotStrictError, load_json, read_text
 
-SCHEMA_VERSION: Final = 1
 Number = Annotated[float, Field(ge=0)]
 Kind = Literal["ours", "peer", "artefact", "limit"]
-READ, COPY = "read", "copy"
-
-
-class Spread(NamedTuple):
-    """Median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-
-def spread(values: list[float] | tuple[float, ...]) -> Spread:
-    """Median and inclusive quartiles; of a single value it is all three."""
-    if len(values) < 2:
-        return Spread(values[0], values[0], values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, low, high)
 
 
 class Timing(StrictModel):
@@ -78,8 +60,8 @@ def speedup(ours: Timing, theirs: Timing) -> Spread:
     return spread([b / a for a, b in zip(ours.wall_ms, theirs.wall_ms, strict=True)])
 
 
-class Row(StrictModel):
-    """One case.
+class Facts(StrictModel):
+    """What there is to know of a case beside its timing.
 
     Attributes:
         kind: ``artefact`` is a peer that something other than its cache slows down, ``limit`` a
@@ -103,13 +85,18 @@ class Row(StrictModel):
     weights: str
     fill: Literal["synthetic", "prompt"]
     process: Literal["shared", "own"] = "shared"
-    timing: Timing
     kv_bytes: ByteCount
     weights_bytes: ByteCount
     read_bytes: ByteCount | None = None
     prompt: Timing | None = None
     quality: str | None = None
     detail: str = ""
+
+
+class Row(Facts):
+    """One case."""
+
+    timing: Timing
 
 
 class Bandwidth(StrictModel):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, get_args
 
 import torch
 
-from kvcompress.bench import process
 from kvcompress.bench.cell import Note, Rounds, run_cell
 from kvcompress.bench.compressed import synthetic_refusal
 from kvcompress.bench.entries import (
@@ -17,8 +16,8 @@ from kvcompress.bench.entries import (
     Holder,
     Size,
     compressed_holder,
-    decode_entry,
     dynamic_holder,
+    entry_of,
     quantized_holder,
     static_holder,
 )
@@ -28,19 +27,20 @@ from kvcompress.evaluate.compare import Row as PlanRow
 from kvcompress.evaluate.serving import model_shape
 from kvcompress.kernels.cpu.library import library, why_not
 
-PEERS: Final[dict[str, Callable[[Any], Holder]]] = {
-    "dynamic": dynamic_holder,
-    "static": static_holder,
-    "quantized-fp8": lambda config: quantized_holder(config, "fp8", None),
-    "quantized-quanto": lambda config: quantized_holder(config, "quanto", 4),
-    "quantized-hqq": lambda config: quantized_holder(config, "hqq", 4),
-}
-PEER_NAMES: Final = {
-    "dynamic": "DynamicCache",
-    "static": "StaticCache",
-    "quantized-fp8": "QuantizedCache fp8",
-    "quantized-quanto": "QuantizedCache quanto int4",
-    "quantized-hqq": "QuantizedCache hqq int4",
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+from kvcompress.measure import machine
+
+# name on the command line to the name of the row, and how such a cache is made
+PEERS: Final[dict[str, tuple[str, Callable[[PretrainedConfig], Holder]]]] = {
+    "dynamic": ("DynamicCache", dynamic_holder),
+    "static": ("StaticCache", static_holder),
+    "quantized-fp8": ("QuantizedCache fp8", lambda config: quantized_holder(config, "fp8")),
+    "quantized-quanto": (
+        "QuantizedCache quanto int4",
+        lambda config: quantized_holder(config, "quanto", 4),
+    ),
+    "quantized-hqq": ("QuantizedCache hqq int4", lambda config: quantized_holder(config, "hqq", 4)),
 }
 # on a CPU sdpa has a fast kernel for grouped queries in float32 only; without a mask, transformers
 # leaves the grouping to it
@@ -49,7 +49,7 @@ _PACKAGES: Final = ("kvcompress", "torch", "transformers", "optimum-quanto", "hq
 
 
 def bench(
-    model: Any,
+    model: PreTrainedModel,
     own: Sequence[PlanRow],
     peers: Sequence[str],
     size: Size,
@@ -85,15 +85,15 @@ def bench(
     return Result(
         benchmark="bench",
         command=command,
-        date=today(),
+        date=machine.today(),
         conditions=conditions(model_name, device_words(device), malloc),
-        frequency_mhz=process.frequency_mhz(),
+        frequency_mhz=machine.frequency_mhz(),
         cells=(cell,),
     )
 
 
 def make_entries(
-    model: Any, own: Sequence[PlanRow], peers: Sequence[str], size: Size, rounds: Rounds
+    model: PreTrainedModel, own: Sequence[PlanRow], peers: Sequence[str], size: Size, rounds: Rounds
 ) -> list[Entry]:
     """Rivals first, then the limit of a cache of 32 tokens, then ours; errors as for `bench`."""
     wrong = sorted(set(peers) - set(PEERS))
@@ -117,22 +117,22 @@ def make_entries(
     made = []
     for peer in peers:
         kind, detail = peer_kind(peer, model)
-        holder = PEERS[peer](model.config)
-        made.append(decode_entry(PEER_NAMES[peer], kind, model, holder, roomy, detail=detail))
+        name, hold = PEERS[peer]
+        made.append(entry_of(name, kind, model, hold(model.config), roomy, detail=detail))
     short = with_room(Size(32, size.batch, 0, size.threads, size.fill), rounds)
     dynamic = dynamic_holder(model.config)
-    made.append(decode_entry("32 tokens of cache", "limit", model, dynamic, short))
+    made.append(entry_of("32 tokens of cache", "limit", model, dynamic, short))
     for each in own:
         holder = compressed_holder(model, each.plan, each.params)
-        made.append(decode_entry(each.name, "ours", model, holder, roomy))
+        made.append(entry_of(each.name, "ours", model, holder, roomy))
     return made
 
 
 def with_room(size: Size, rounds: Rounds) -> Size:
-    return Size(size.context_tokens, size.batch, rounds.room_tokens, size.threads, size.fill)
+    return replace(size, room_tokens=rounds.room_tokens)
 
 
-def peer_kind(peer: str, model: Any) -> tuple[Kind, str]:
+def peer_kind(peer: str, model: PreTrainedModel) -> tuple[Kind, str]:
     """Whether a rival is a fair one for this model, and what to say if not."""
     shape = model_shape(model)
     grouped = shape.query_heads != shape.kv_heads
@@ -144,15 +144,15 @@ def peer_kind(peer: str, model: Any) -> tuple[Kind, str]:
 
 def conditions(model: str, device: str, malloc: str) -> Conditions:
     return Conditions(
-        cpu=process.cpu_words(),
+        cpu=machine.cpu_words(),
         cores=torch.multiprocessing.cpu_count(),
-        memory_bytes=process.memory_bytes(),
-        last_cache_bytes=process.largest_cache_bytes(),
+        memory_bytes=machine.memory_bytes(),
+        last_cache_bytes=machine.largest_cache_bytes(),
         device=device,
         malloc=malloc,
         model=model,
         kernels=kernel_words(),
-        versions=process.versions(*_PACKAGES),
+        versions=machine.versions(*_PACKAGES),
     )
 
 
@@ -168,18 +168,13 @@ def device_words(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def today() -> str:
-    return datetime.date.today().isoformat()
-
-
 def fill_of(text: str) -> Fill:
     """``synthetic`` or ``prompt``.
 
     Raises:
         ValueError: for anything else.
     """
-    if text == "synthetic":
-        return "synthetic"
-    if text == "prompt":
-        return "prompt"
-    raise ValueError(f"--fill {text}: choose synthetic or prompt")
+    found = next((each for each in get_args(Fill) if each == text), None)
+    if found is None:
+        raise ValueError(f"--fill {text}: choose synthetic or prompt")
+    return found

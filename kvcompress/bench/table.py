@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvcompress.bench.result import Cell, Result, Row, speedup
+from kvcompress.measure.tables import terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -12,44 +13,30 @@ if TYPE_CHECKING:
 
 def result_table(result: Result) -> Table:
     """One row per case of the only cell."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     (cell,) = result.cells
     first = next((row for row in cell.rows if row.kind == "peer"), None)
-    table = Table(
+    return terminal(
+        [_cells(row, cell, first) for row in cell.rows],
         title=f"{result.conditions.model}: a decode step at {cell.name}",
-        title_justify="left",
         caption=_caption(result, cell),
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
     )
-    table.add_column("cache", no_wrap=True)
-    against = "-" if first is None else f"{first.name} ="
-    for heading in ("KV MiB", "ms", "quartiles", "tokens/s", against, "floor ms", "of floor"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("cpu/wall", justify="right")
-    for row in cell.rows:
-        table.add_row(*_cells(row, cell, first))
-    return table
 
 
-def _cells(row: Row, cell: Cell, first: Row | None) -> list[str]:
+def _cells(row: Row, cell: Cell, first: Row | None) -> dict[str, str | None]:
     wall, floor = row.timing.wall, cell.floor_ms(row)
     times = None if first is None else speedup(row.timing, first.timing).median
     marks = {"artefact": " *", "limit": " (limit)"}
-    return [
-        row.name + marks.get(row.kind, ""),
-        f"{row.kv_bytes / 2**20:.1f}",
-        f"{wall.median:.2f}",
-        f"{wall.low:.2f}-{wall.high:.2f}",
-        f"{1e3 * row.batch / wall.median:.1f}",
-        "-" if times is None else f"{times:.2f}x",
-        "-" if floor is None else f"{floor:.2f}",
-        "-" if floor is None else f"{100 * floor / wall.median:.0f} %",
-        f"{row.timing.cpu_per_wall:.2f}",
-    ]
+    return {
+        "cache": row.name + marks.get(row.kind, ""),
+        "KV MiB": f"{row.kv_bytes / 2**20:.1f}",
+        "ms": f"{wall.median:.2f}",
+        "quartiles": f"{wall.low:.2f}-{wall.high:.2f}",
+        "tokens/s": f"{1e3 * row.batch / wall.median:.1f}",
+        "-" if first is None else f"{first.name} =": None if times is None else f"{times:.2f}x",
+        "floor ms": None if floor is None else f"{floor:.2f}",
+        "of floor": None if floor is None else f"{100 * floor / wall.median:.0f} %",
+        "cpu/wall": f"{row.timing.cpu_per_wall:.2f}",
+    }
 
 
 def _caption(result: Result, cell: Cell) -> str:

@@ -92,7 +92,7 @@ def command(
 
 def _malloc(choice: str) -> str:
     """Set the allocator up, and say how."""
-    from kvcompress.bench.process import keep_freed_memory, malloc_words
+    from kvcompress.measure.machine import keep_freed_memory, malloc_words
 
     if choice == "default":
         return malloc_words()
@@ -103,11 +103,11 @@ def _malloc(choice: str) -> str:
 
 def _load(source: str, plan: Path | None, device: str) -> tuple[Any, list[Row]]:
     """The model, and the plans to time on it: a bundle brings its own."""
-    from kvcompress.bench.plans import Setup, plan_of
     from kvcompress.bundle.manifest import is_bundle
     from kvcompress.bundle.read import load_weights, open_bundle
     from kvcompress.evaluate.compare import Row, plan_row
     from kvcompress.evaluate.serving import model_shape
+    from kvcompress.plan import HeadPlan, uniform
     from kvcompress.profile.source import load_model
 
     given = [] if plan is None else [plan_row(plan)]
@@ -117,8 +117,8 @@ def _load(source: str, plan: Path | None, device: str) -> tuple[Any, list[Row]]:
         return model, [Row(Path(source).name, bundle.plan, bundle.params), *given]
     model = load_model(source, device)
     if not given:
-        every = plan_of(model_shape(model), Setup("int8", "int8", 1.0))
-        given = [Row("int8, every token", every, None)]
+        every = uniform(model_shape(model), HeadPlan(full=True), target="int8, every token")
+        given = [Row(every.target, every, None)]
     return model, given
 
 

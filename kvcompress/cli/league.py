@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 POINTS = "1/2,1/4,1/8,1/16,1/40"
 
 
-_WITH_RENDER = {"render", "page", "json_"}
+_WITH_RENDER = {"render", "json_"}
 
 
 def command(
@@ -49,7 +49,7 @@ def command(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with a model.")] = 1,
     device: DeviceOption = "auto",
-    machine: Annotated[str, typer.Option(help="The machine in words, for the page.")] = "",
+    machine: Annotated[str, typer.Option(help="The machine in words, for the file.")] = "",
     any_code: Annotated[
         bool, typer.Option(help="Keep cells that other code of this package measured.")
     ] = False,
@@ -57,10 +57,7 @@ def command(
         bool, typer.Option(help="Write what is measured so far, and measure nothing.")
     ] = False,
     render: Annotated[
-        Path | None, typer.Option(help="Only write the pages of this league.json again.")
-    ] = None,
-    page: Annotated[
-        Path | None, typer.Option(help="Page to write; pictures go to a folder beside it.")
+        Path | None, typer.Option(help="Only show the tables of this league.json again.")
     ] = None,
     json_: JsonOption = False,
 ) -> None:
@@ -70,7 +67,9 @@ def command(
 
         kvcompress league kvcompress/demo/model -o runs/league --jobs 2
 
-        kvcompress league --render runs/league/league.json --page docs/league.md
+        kvcompress league --render runs/league/league.json
+
+    A page with pictures is made of the file by benchmarks/league_page.py in the repository.
     """
     from kvcompress.league.result import LeagueError
     from kvcompress.league.run import LEAGUE_FILE, Hall, failures, machine_words, run_league
@@ -81,8 +80,7 @@ def command(
         refuse_unread(arguments, "with --render", *sorted(others))
         from kvcompress.league.result import League as Data
 
-        league = Data.load(render)
-        _write(league, page or render.with_suffix(".md"), json_, _notes(render))
+        _show(Data.load(render), json_)
         return
     if model is None:
         raise LeagueError("no model: give a model directory, or --render with a league.json")
@@ -93,12 +91,10 @@ def command(
         quantized_entries,
         read_recipes,
     )
-    from kvcompress.league.pages import check_plots
 
     stored = next((each for each in STORAGES if each == storage), None)
     if stored is None:
         raise LeagueError(f"--storage {storage}: choose one of {', '.join(STORAGES)}")
-    check_plots()
     entries, skipped = make_entries(read_recipes(recipes), stored, quantized_entries())
     setup = Setup(
         model=model,
@@ -123,8 +119,7 @@ def command(
     )
     screen = console()
     league = run_league(hall, jobs, note=screen.print, bar=progress)
-    data = out / LEAGUE_FILE
-    _write(league, page or out / "league.md", json_, _notes(data), data)
+    _show(league, json_, out / LEAGUE_FILE)
     wrong = failures(league)
     for cell in wrong:
         screen.print(f"failed: {cell.entry} at {cell.point} on {cell.workload}: {cell.error}")
@@ -132,26 +127,28 @@ def command(
         raise typer.Exit(1)
 
 
-def _notes(data: Path) -> str:
-    """What somebody wrote beside a league.json for its page, in ``league.notes.md``."""
-    from kvcompress.tasks.documents import read_text
-
-    path = data.with_suffix(".notes.md")
-    return read_text(path) if path.is_file() else ""
-
-
-def _write(league: League, page: Path, json_: bool, notes: str, data: Path | None = None) -> None:
-    from kvcompress.league.pages import write_pages
+def _show(league: League, json_: bool, data: Path | None = None) -> None:
+    """The verdicts and the league, or a table for each workload; both in `data`, if it is given."""
+    from kvcompress.evaluate.workloads import WORKLOADS
+    from kvcompress.league.tables import LEGEND, score_rows
     from kvcompress.league.verdicts import judge
+    from kvcompress.measure.tables import terminal
 
     verdicts = judge(league)
     if data is not None:
         league.save(data, verdicts=verdicts.model_dump(mode="json"))
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_pages(league, verdicts, page, notes)
-    console().print(f"page written to {page}")
+        console().print(f"league written to {data}")
     if json_:
         emit({"league": league, "verdicts": verdicts}, json_)
+        return
+    for name in league.workloads:
+        rows = [
+            {heading: text.replace("**", "*") for heading, text in row.items()}
+            for row in score_rows(league, verdicts, name)
+        ]
+        title = f"{WORKLOADS[name].axis} {name}: {WORKLOADS[name].summary}"
+        caption = LEGEND.replace("**Bold**", "*") if name == league.workloads[-1] else None
+        emit(terminal(rows, title=title, caption=caption), json_)
 
 
 def _words(text: str) -> list[str]:

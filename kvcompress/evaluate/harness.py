@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompress.errors import KVCompressError
-from kvcompress.evaluate.report import Interval
 from kvcompress.evaluate.serving import serving
-from kvcompress.evaluate.workloads_report import paired
+from kvcompress.measure.stats import Interval, paired
+from kvcompress.measure.tables import terminal
 from kvcompress.plan import Plan, StrictModel
 
 if TYPE_CHECKING:
@@ -145,31 +145,23 @@ def run_harness(
 
 def harness_table(scores: Sequence[HarnessScore]) -> Table:
     """One line per metric."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(
-        caption="±: standard error; difference with its 95 % interval, paired per sample.",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for heading in ("task", "metric", "samples", "full cache", "with the plan", "difference"):
-        left = heading in ("task", "metric")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    rows: list[dict[str, str | None]] = []
     for score in scores:
         difference = f"{score.difference:+.4g}"
         if score.difference_interval is not None:
             difference += " ({:+.3g}…{:+.3g})".format(*score.difference_interval)
-        table.add_row(
-            score.task,
-            score.metric,
-            str(score.samples),
-            _with_error(score.reference, score.reference_standard_error),
-            _with_error(score.value, score.standard_error),
-            difference,
+        rows.append(
+            {
+                "task": score.task,
+                "metric": score.metric,
+                "samples": str(score.samples),
+                "full cache": _with_error(score.reference, score.reference_standard_error),
+                "with the plan": _with_error(score.value, score.standard_error),
+                "difference": difference,
+            }
         )
-    return table
+    note = "±: standard error; difference with its 95 % interval, paired per sample."
+    return terminal(rows, caption=note, words=2)
 
 
 def _with_error(value: float, error: float | None) -> str:

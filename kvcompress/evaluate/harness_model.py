@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kvcompress.evaluate.answers import Grader
-from kvcompress.evaluate.quality import document_batches
+from kvcompress.evaluate.runner import document_batches
 from kvcompress.evaluate.session import Session
 
 if TYPE_CHECKING:

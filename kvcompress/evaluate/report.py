@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
+from kvcompress.measure.stats import Interval, paired
+from kvcompress.measure.stats import interval as estimate
 from kvcompress.plan import StrictModel
 from kvcompress.tasks.documents import Sample
 
-if TYPE_CHECKING:
-    import numpy as np
-
-Interval = tuple[float, float]
 Key = TypeVar("Key", bound=Hashable)
 
 QUINTILES: Final = 5
 SPANS: Final = ((1, 1), (2, 4), (5, 8), (9, 16))
-_RESAMPLES: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +127,12 @@ def recall(
     scored = [i for i, sample in enumerate(samples) if sample.task == "recall"]
     scored = scored or list(range(len(samples)))
     hits = [float(answered[i].exact) for i in scored]
-    exact, interval = bootstrap(hits, seed)
+    exact, interval = estimate(hits, seed)
     difference: float | None = None
     difference_interval: Interval | None = None
     if reference is not None:
-        deltas = [float(answered[i].exact) - float(reference[i].exact) for i in scored]
-        difference, difference_interval = bootstrap(deltas, seed)
+        theirs = [float(reference[i].exact) for i in scored]
+        difference, difference_interval = paired(hits, theirs, seed)
     headline = [samples[i] for i in scored]
     depth = _share_by(headline, hits, lambda s: min(QUINTILES - 1, int(s.depth * QUINTILES)))
     span = _share_by(headline, hits, _span)
@@ -155,16 +152,6 @@ def recall(
         ),
         output_tokens=sum(a.output_tokens for a in answered) / len(answered),
     )
-
-
-def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
-    """Mean of `values` and the 95 % percentile interval of the mean under resampling."""
-    import numpy as np
-
-    array: np.ndarray = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(0, len(array), (_RESAMPLES, len(array)))
-    low, high = np.percentile(array[drawn].mean(axis=1), (2.5, 97.5))
-    return float(array.mean()), (float(low), float(high))
 
 
 def _span_name(span: tuple[int, int]) -> str:

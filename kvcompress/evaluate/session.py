@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,15 @@ class Session:
         index = torch.tensor(list(rows), device=self.mask.device)
         self.cache.batch_select_indices(index)
         self.mask, self.lengths = self.mask[index], self.lengths[index]
+
+    def twin(self) -> Session:
+        """One that goes on from here and leaves this one as it is, where a cache that grows
+        replaces its tensors and never writes into them; both share what they hold so far."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        twin = Session(self.model, cache, self.pad_id)
+        twin.mask, twin.lengths = self.mask, self.lengths
+        return twin
 
     def _tell(self, what: str, *values: Any) -> None:
         """Call a method of our own caches, which transformers' lack."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvcompress.evaluate.report import QUINTILES, QualityReport, Recall
+from kvcompress.measure.tables import terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,51 +14,26 @@ if TYPE_CHECKING:
 
 def comparison(reports: Sequence[QualityReport], title: str | None = None) -> Table:
     """One row per report; columns that no report fills are left out."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    rows = [_cells(report) for report in reports]
-    names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption=_caption(reports),
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for name in names:
-        table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*("-" if row[name] is None else str(row[name]) for name in names))
-    return table
+    return terminal([_cells(report) for report in reports], title=title, caption=_caption(reports))
 
 
 def breakdown(reports: Sequence[QualityReport]) -> Table:
     """Recall with the question visible by depth, answer length and task."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     recalls = [(report.name, report.visible) for report in reports if report.visible is not None]
     spans = list(dict.fromkeys(key for _, found in recalls for key in found.by_span))
     tasks = list(dict.fromkeys(key for _, found in recalls for key in found.by_task))
-    table = Table(
-        title="per cent recalled, question visible: by depth, by words to recall, by task",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("cache", no_wrap=True)
-    for fifth in range(QUINTILES):
-        low, high = (100 * place // QUINTILES for place in (fifth, fifth + 1))
-        table.add_column(f"{low}-{high} %", justify="right", no_wrap=True)
-    for heading in (*(f"{span} words" for span in spans), *tasks):
-        table.add_column(heading, justify="right", no_wrap=True)
+    fifths = [100 * place // QUINTILES for place in range(QUINTILES + 1)]
+    rows = []
     for name, found in recalls:
-        values = [*found.by_depth, *(found.by_span.get(s) for s in spans)]
-        values += [found.by_task.get(task) for task in tasks]
-        table.add_row(name, *(_percent(value) or "-" for value in values))
-    return table
+        row: dict[str, str | None] = {"cache": name}
+        for low, high, share in zip(fifths, fifths[1:], found.by_depth, strict=False):
+            row[f"{low}-{high} %"] = _percent(share) or "-"
+        row |= {f"{span} words": _percent(found.by_span.get(span)) for span in spans}
+        row |= {task: _percent(found.by_task.get(task)) for task in tasks}
+        rows.append(row)
+    return terminal(
+        rows, title="per cent recalled, question visible: by depth, by words to recall, by task"
+    )
 
 
 def _cells(report: QualityReport) -> dict[str, str | None]:

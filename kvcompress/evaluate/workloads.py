@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvcompress.evaluate.answers import Grader
+from kvcompress.evaluate.runner import Document
 from kvcompress.evaluate.suite import text_windows
 from kvcompress.tasks.documents import HELD_OUT, Note, lay_out, read_text, recall_notes
 
@@ -35,20 +36,6 @@ class Question:
     text: str
     answer: str
     depth: float
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """Token ids that one row of the cache sees before a question.
-
-    Attributes:
-        prompt: prefilled, begin token included.
-        generated: forced through the decode path behind it, one token at a time; as long in every
-            document of a suite.
-    """
-
-    prompt: tuple[int, ...]
-    generated: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

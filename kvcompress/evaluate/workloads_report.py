@@ -1,12 +1,10 @@
-"""The outcome of one workload as a value, with bootstrap intervals."""
+"""The outcome of one workload as a value."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
-from kvcompress.evaluate.report import Interval, bootstrap
 from kvcompress.plan import StrictModel
 
 
@@ -60,25 +58,3 @@ class WorkloadOutcome(StrictModel):
         if self.perplexity is None:
             return None
         return math.exp(sum(map(math.log, self.perplexity)) / len(self.perplexity))
-
-
-def interval(values: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
-    """Mean and its 95 % bootstrap interval over samples.
-
-    Raises:
-        ValueError: for no values.
-    """
-    if not values:
-        raise ValueError("no samples to score: ask for at least one")
-    return bootstrap(values, seed)
-
-
-def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> tuple[float, Interval]:
-    """Mean of `ours` minus `theirs` and its 95 % bootstrap interval, resampling pairs.
-
-    Raises:
-        ValueError: for no pairs, or another number of samples on one side.
-    """
-    if len(ours) != len(theirs):
-        raise ValueError(f"{len(ours)} samples against {len(theirs)}: pair outcomes of one suite")
-    return interval([a - b for a, b in zip(ours, theirs, strict=True)], seed)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from kvcompress.evaluate.compare import Row
-from kvcompress.evaluate.report import Interval
 from kvcompress.evaluate.workloads import WORKLOADS, WorkloadSuite
-from kvcompress.evaluate.workloads_report import WorkloadOutcome, interval, paired
+from kvcompress.evaluate.workloads_report import WorkloadOutcome
+from kvcompress.measure.stats import Interval, interval, paired
+from kvcompress.measure.tables import terminal
 from kvcompress.plan import StrictModel
 
 if TYPE_CHECKING:
@@ -51,19 +53,14 @@ def compare_workloads(
     count = 0
     for suite in suites:
         logits = reference_logits(model, tokenizer, suite, batch_rows=batch_rows)
-        reference = run_workload(model, tokenizer, suite, batch_rows=batch_rows, reference=logits)
+        run = partial(
+            run_workload, model, tokenizer, suite, batch_rows=batch_rows, reference=logits
+        )
+        reference = run()
         finished(count := count + 1)
         yield beside("reference", reference)
         for row in rows:
-            outcome = run_workload(
-                model,
-                tokenizer,
-                suite,
-                row.plan,
-                row.params,
-                batch_rows=batch_rows,
-                reference=logits,
-            )
+            outcome = run(row.plan, row.params)
             finished(count := count + 1)
             yield beside(row.name, outcome, reference)
 
@@ -73,41 +70,24 @@ def beside(
 ) -> WorkloadRow:
     """An outcome with its intervals."""
     score, score_interval = interval(outcome.hits, outcome.seed)
-    difference: float | None = None
-    difference_interval: Interval | None = None
-    if reference is not None:
-        difference, difference_interval = paired(outcome.hits, reference.hits, outcome.seed)
-    return WorkloadRow(
-        name=name,
-        outcome=outcome,
-        score=score,
-        score_interval=score_interval,
-        difference=difference,
-        difference_interval=difference_interval,
-    )
+    row = WorkloadRow(name=name, outcome=outcome, score=score, score_interval=score_interval)
+    if reference is None:
+        return row
+    difference, bounds = paired(outcome.hits, reference.hits, outcome.seed)
+    return row.model_copy(update={"difference": difference, "difference_interval": bounds})
 
 
 def workload_table(rows: Sequence[WorkloadRow]) -> Table:
     """One line per row, under the name of its workload; columns that no row fills are left out."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    cells = [_cells(row) for row in rows]
-    headings = [name for name in cells[0] if any(line[name] is not None for line in cells)]
-    table = Table(
-        caption=_caption(rows), caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for heading in headings:
-        left = heading == "cache"
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    lines: list[dict[str, str | None]] = []
     before = None
-    for row, line in zip(rows, cells, strict=True):
+    for row in rows:
         workload = row.outcome.workload
         if workload != before:
-            table.add_row(f"{WORKLOADS[workload].axis} {workload}")
-        table.add_row(*("-" if line[heading] is None else line[heading] for heading in headings))
+            lines.append({"cache": f"{WORKLOADS[workload].axis} {workload}"})
+        lines.append(_cells(row))
         before = workload
-    return table
+    return terminal(lines, caption=_caption(rows), narrow=True)
 
 
 def _cells(row: WorkloadRow) -> dict[str, str | None]:

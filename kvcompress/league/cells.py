@@ -1,25 +1,26 @@
-"""Measured outcomes on disk, so that a stopped league goes on and a repeated one is quick."""
+"""The league's cells: what one holds, and what it depends on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import Final, final
-
-from pydantic import ValidationError
+from typing import Final
 
 from kvcompress import __version__
-from kvcompress.atomic import write_file
 from kvcompress.evaluate.workloads import WorkloadSuite
 from kvcompress.evaluate.workloads_report import WorkloadOutcome
+from kvcompress.measure import machine
+from kvcompress.measure.cells import Folder
 from kvcompress.plan import StrictModel
 
 _ROOT: Final = Path(__file__).parents[1]
 # parts whose code decides an outcome once the plan is there
-_DECIDING: Final = ("plan.py", "accounting.py", "evaluate", "evict", "kernels", "quant", "runtime")
+_DECIDING: Final = (
+    *("plan.py", "head_plan.py", "rules.py", "accounting.py"),
+    *("evaluate", "evict", "kernels", "measure", "quant", "runtime"),
+)
 
 
 class Measured(StrictModel):
@@ -31,31 +32,13 @@ class Measured(StrictModel):
     outcome: WorkloadOutcome
 
 
-@final
-class CellStore:
-    """One file per key under `folder`.
+def cell_store(folder: Path, any_code: bool = False) -> Folder[Measured]:
+    """The cells under `folder`.
 
     Args:
         any_code: accept cells that other versions of this package's code measured.
     """
-
-    def __init__(self, folder: Path, any_code: bool = False) -> None:
-        self.folder, self.any_code = folder, any_code
-
-    def load(self, key: str) -> Measured | None:
-        """The cell; None where it is missing, damaged or of other code."""
-        path = self.folder / f"{key}.json"
-        try:
-            found = Measured.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, ValidationError):
-            return None
-        if found.key != key or (found.code != code_hash() and not self.any_code):
-            return None
-        return found
-
-    def save(self, cell: Measured) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_file(self.folder / f"{cell.key}.json", cell.model_dump_json() + "\n")
+    return Folder(folder, Measured, lambda cell: any_code or cell.code == code_hash())
 
 
 def cell_key(plan_json: str | None, params_hash: str, suite: str, weights: str) -> str:
@@ -76,11 +59,7 @@ def cell_key(plan_json: str | None, params_hash: str, suite: str, weights: str) 
 
 
 def versions() -> dict[str, str]:
-    return {
-        "kvcompress": __version__,
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }
+    return {"kvcompress": __version__, **machine.versions("torch", "transformers")}
 
 
 def suite_hash(suite: WorkloadSuite) -> str:

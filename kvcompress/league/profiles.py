@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Final, final
 
 from kvcompress.errors import PlanError
 from kvcompress.evict.scorers import scorer
@@ -17,6 +17,9 @@ from kvcompress.profile.solve import reads_profile, solve
 from kvcompress.profile.store import PARAMS_FILE, Profile
 from kvcompress.recipe import Calibration, FastGenPolicy, Keep, Recipe
 from kvcompress.runtime.model.families import shape_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_CALIBRATION: Final = Calibration()
 _NEVER: Final = 1e30  # loss of a head that is not to be chosen
@@ -33,8 +36,8 @@ class Profiles:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         folder: Path,
         given: Path | None = None,
         calibration: Calibration = DEFAULT_CALIBRATION,

@@ -1,4 +1,4 @@
-"""transformers' own QuantizedCache: its settings, what it needs to run, and the bytes it holds.
+"""transformers' own QuantizedCache: its settings, and what it needs to run.
 
 It keeps every token in one code and knows no plan: the model runs as transformers serves it.
 """
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from kvcompress.plan import StrictModel
 
@@ -37,17 +37,10 @@ class QuantizedCacheSettings(StrictModel):
     axis: int | None = None
 
     def make(self, config: PretrainedConfig) -> Cache:
-        """An empty cache.
+        """An empty cache; errors as of `caches.quantized_empty`."""
+        from kvcompress.measure.caches import quantized_empty
 
-        Raises:
-            ImportError: if the backend's package is not installed.
-            ValueError: for a model, or a release of transformers, that it does not work with.
-        """
-        from transformers import QuantizedCache
-
-        given = {"nbits": self.bits, "axis_key": self.axis, "axis_value": self.axis}
-        wanted: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return QuantizedCache(self.backend, config, **wanted)
+        return quantized_empty(config, self.backend, self.bits, self.axis)
 
     def description(self) -> str:
         """One line, with the version of the backend's package where it is installed."""
@@ -74,13 +67,8 @@ class QuantizedCacheSettings(StrictModel):
     def told(self) -> str:
         """JSON of everything that decides its outcome and is not in `cells.cell_key` already."""
         package = _PACKAGES.get(self.backend, "transformers")
-        here = Path(__file__)
-        sources = b"".join(path.read_bytes() for path in (here, here.with_name("rows.py")))
-        parts = {
-            "settings": self.model_dump(),
-            "package": _version(package),
-            "code": hashlib.sha256(sources).hexdigest()[:16],
-        }
+        code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+        parts = {"settings": self.model_dump(), "package": _version(package), "code": code}
         return json.dumps(parts, sort_keys=True)
 
 
@@ -102,37 +90,6 @@ QUANTIZED: Final[dict[str, QuantizedCacheSettings]] = {
     "hf-quanto-int2": _groupwise("quanto", 2),
     "hf-fp8": QuantizedCacheSettings(backend="fp8"),
 }
-
-
-def held_bytes(cache: Cache) -> int:
-    """Bytes of all memory behind the tensors of `cache`: codes, their constants, the residual.
-
-    Storages count whole and once, however many tensors are views of them.
-    """
-    found: dict[tuple[torch.device, int], int] = {}
-    for layer in cache.layers:
-        for tensor in _tensors(vars(layer)):
-            storage = tensor.untyped_storage()
-            found[storage.device, storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Plain tensors in `value`; a tensor made of others, as a coded one, is taken apart."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        inner = getattr(value, "__tensor_flatten__", None)
-        if inner is None:
-            yield value
-            return
-        for name in inner()[0]:
-            yield from _tensors(getattr(value, name))
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Final
@@ -26,6 +25,7 @@ from kvcompress.league.work import (
     ProfileTask,
     Setup,
 )
+from kvcompress.measure import machine
 from kvcompress.profile.solve import reads_profile
 from kvcompress.profile.store import Profile
 
@@ -69,13 +69,13 @@ class Hall:
         data = sorted({f"{c.data}, {c.prompts} prompts of {c.tokens} tokens" for c in calibrations})
         return League(
             conditions=Conditions(
-                date=datetime.now(UTC).date().isoformat(),
+                date=machine.today(),
                 model=_model_name(setup.model),
                 weights_hash=facts.weights_hash,
                 machine=self.machine,
                 device=facts.device,
                 dtype=facts.dtype,
-                versions=versions() | {"python": platform.python_version()},
+                versions=versions(),
                 context_tokens=setup.context_tokens,
                 samples=setup.samples,
                 seed=setup.seed,
@@ -298,10 +298,7 @@ def _model_name(model: str) -> str:
 
 def machine_words(device: str) -> str:
     """What the league runs on, in words."""
-    import os
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    words = f"{cores} cores of a {platform.machine()} CPU, one thread per process"
+    words = f"{machine.cores()} cores of a {platform.machine()} CPU, one thread per process"
     if device != "cpu":
         import torch
 

@@ -1,4 +1,4 @@
-"""Tables of the league's page: entries by byte points, one table for each workload."""
+"""The league's tables: entries by byte points, one for each workload."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Final
 
-from kvcompress.evaluate.workloads_report import interval
 from kvcompress.league.entries import Role
 from kvcompress.league.result import Cell, League, Row, point_name
 from kvcompress.league.tune import TOLERANCE
 from kvcompress.league.verdicts import Standing, Verdicts, score, share
+from kvcompress.measure.stats import interval
 
+TableRow = dict[str, str]  # text by heading
 _ORDER: Final[tuple[Role, ...]] = (
     "reference",
     "planned",
@@ -29,7 +30,7 @@ LEGEND: Final = (
 )
 
 
-def score_table(league: League, verdicts: Verdicts, workload: str) -> list[str]:
+def score_rows(league: League, verdicts: Verdicts, workload: str) -> list[TableRow]:
     """One row per entry, one column per point; a point's own bytes where it has others."""
     standings = {
         (standing.entry, verdict.point): standing
@@ -41,10 +42,10 @@ def score_table(league: League, verdicts: Verdicts, workload: str) -> list[str]:
     def text(row: Row, cell: Cell) -> str:
         return _scored(cell, standings.get((row.name, cell.point or 0.0)), league)
 
-    return _table(league, workload, text)
+    return _rows(league, workload, text)
 
 
-def kl_table(league: League, workload: str) -> list[str]:
+def kl_rows(league: League, workload: str) -> list[TableRow]:
     """Mean KL in nats per token."""
 
     def text(row: Row, cell: Cell) -> str:
@@ -53,27 +54,27 @@ def kl_table(league: League, workload: str) -> list[str]:
             return ""
         return f"{fmean(cell.outcome.kl_nats):.4f}" + _own_bytes(cell)
 
-    return _table(league, workload, text)
+    return _rows(league, workload, text)
 
 
-def _table(league: League, workload: str, text: Callable[[Row, Cell], str]) -> list[str]:
+def _rows(league: League, workload: str, text: Callable[[Row, Cell], str]) -> list[TableRow]:
     cells = {(c.entry, c.point): c for c in league.cells if c.workload == workload}
     fixed = any(cell.point is None for cell in cells.values())
     columns: list[float | None] = [*league.points, *([None] if fixed else [])]
-    names = [point_name(point) for point in columns]
-    lines = [f"| entry | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    rows = []
     for row in sorted(league.rows, key=lambda row: _rank(league, row, cells)):
-        shown = []
+        shown = {"entry": row.name}
         for point in columns:
             cell = cells.get((row.name, point))
             if cell is None:
-                shown.append("")
+                words = ""
             elif cell.outcome is None:
-                shown.append("-" if cell.unreachable else "failed")
+                words = "-" if cell.unreachable else "failed"
             else:
-                shown.append(text(row, cell))
-        lines.append(f"| {row.name} | {' | '.join(shown)} |")
-    return [*lines, ""]
+                words = text(row, cell)
+            shown[point_name(point)] = words
+        rows.append(shown)
+    return rows
 
 
 def _rank(

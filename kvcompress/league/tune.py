@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
-
-from pydantic import ValidationError
 
 from kvcompress.accounting import kv_bytes
 from kvcompress.errors import PlanError
@@ -25,7 +22,7 @@ from kvcompress.league.scale import (
     keeps_all,
     scaled,
 )
-from kvcompress.plan import FastGenChoice, ModelShape, Plan, StrictModel, Threshold, explain
+from kvcompress.plan import FastGenChoice, ModelShape, Plan, StrictModel, Threshold
 from kvcompress.recipe import (
     BytesPolicy,
     DuoPolicy,
@@ -35,7 +32,6 @@ from kvcompress.recipe import (
     Recipe,
     StaticCurvePolicy,
 )
-from kvcompress.strict import JSON_LIMIT_BYTES, NotStrictError, load_json, read_text
 
 TOLERANCE: Final = 0.02  # of the target: what counts as equal bytes
 OWN_BYTES: Final = frozenset({"quantization", "recall"})  # roles that no target changes
@@ -62,22 +58,6 @@ class Placed(StrictModel):
     kv_bytes: int
     measured: bool = False
     short: str = ""
-
-    @classmethod
-    def load(cls, path: Path) -> Placed:
-        """Read one that was kept.
-
-        Raises:
-            PlanError: where it is damaged, or of another version.
-        """
-        try:
-            text = read_text(path, JSON_LIMIT_BYTES)
-            load_json(text)
-            return cls.model_validate_json(text)
-        except NotStrictError as error:
-            raise PlanError(f"{path}: {error}; remove it") from None
-        except ValidationError as error:
-            raise PlanError(f"{path}: {explain(error)}; remove it") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Literal
 
-from kvcompress.evaluate.report import Interval
-from kvcompress.evaluate.workloads_report import interval, paired
 from kvcompress.league.entries import Role
 from kvcompress.league.result import Cell, League
 from kvcompress.league.tune import TOLERANCE
+from kvcompress.measure.stats import Interval, interval, paired
 from kvcompress.plan import StrictModel
 
 # beats: above the best trivial baseline, zero outside of the interval of the difference.

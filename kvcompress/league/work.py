@@ -7,15 +7,23 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-from kvcompress.league.cells import CellStore, Measured, cell_key, code_hash, file_hash, suite_hash
+from kvcompress.league.cells import (
+    Measured,
+    cell_key,
+    cell_store,
+    code_hash,
+    file_hash,
+    suite_hash,
+)
 from kvcompress.league.entries import Entry
 from kvcompress.league.profiles import Profiles, within
-from kvcompress.league.quantized import QuantizedCacheSettings, held_bytes, uncompiled
+from kvcompress.league.quantized import QuantizedCacheSettings, uncompiled
 from kvcompress.league.tune import Bench, Placed, place
+from kvcompress.measure.cells import Folder
 from kvcompress.plan import ModelShape, Plan
 from kvcompress.recipe import Calibration, Recipe
 
@@ -122,7 +130,8 @@ class Worker:
         self.model, self.tokenizer = load_source(setup.model, setup.device)
         folder = setup.out / "profiles"
         self.profiles = Profiles(self.model, self.tokenizer, folder, setup.given, setup.calibration)
-        self.store = CellStore(setup.out / "cells", setup.any_code)
+        self.cells = cell_store(setup.out / "cells", setup.any_code)
+        self.plans = Folder(setup.out / "plans", Placed)
         self._suites: dict[str, tuple[WorkloadSuite, str]] = {}
         self._logits: dict[str, Tensor | None] = {}
         self._params: dict[Path, tuple[KVParams, str]] = {}
@@ -201,18 +210,15 @@ class Worker:
             PlanError: if the entry has no plan so small.
         """
         name = self._place_name(task)
-        path = self.setup.out / "plans" / f"{name}.json"
-        if path.is_file():
-            return Placed.load(path)
+        found = self.plans.find(name)
+        if found is not None:
+            return found
         bench = Bench(
             self.shape, self.profiles.solve, self.profiles.solve_bits_only, self._row_bytes
         )
         placed = place(bench, task.entry, task.point, task.length_tokens)
         if placed.measured:
-            from kvcompress.atomic import write_file
-
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, placed.model_dump_json() + "\n")
+            self.plans.keep(name, placed)
         return placed
 
     def measure(self, task: CellTask) -> Measured | None:
@@ -224,43 +230,31 @@ class Worker:
         if task.quantized is not None:
             told = task.quantized.told()
         key = cell_key(told, params_hash, suite_name, self.weights)
-        found = self.store.load(key)
-        if found is None and self.setup.finished:
-            return None
-        if found is None:
+        if self.setup.finished:
+            return self.cells.find(key)
+
+        def make() -> Measured:
             begin = time.perf_counter()
-            if task.quantized is None:
-                outcome = self._run(suite, plan)
-            else:
-                outcome = self._run_quantized(suite, task.quantized)
+            outcome = self._run(suite, plan, task.quantized)
             seconds = round(time.perf_counter() - begin, 2)
-            found = Measured(key=key, code=code_hash(), seconds=seconds, outcome=outcome)
-            self.store.save(found)
-        return found
+            return Measured(key=key, code=code_hash(), seconds=seconds, outcome=outcome)
 
-    def _run(self, suite: WorkloadSuite, plan: Plan | None) -> WorkloadOutcome:
-        from kvcompress.evaluate.workloads_run import run_workload
+        return self.cells.get(key, make)
 
-        if plan is None:
-            return run_workload(self.model, self.tokenizer, suite)
-        params, reference = self.params(plan)[0], self._reference(suite)
-        return run_workload(self.model, self.tokenizer, suite, plan, params, reference=reference)
-
-    def _run_quantized(
-        self, suite: WorkloadSuite, settings: QuantizedCacheSettings
+    def _run(
+        self, suite: WorkloadSuite, plan: Plan | None, quantized: QuantizedCacheSettings | None
     ) -> WorkloadOutcome:
-        from kvcompress.league.rows import run_rows
+        from kvcompress.evaluate.workloads_run import Rival, run_workload
 
-        with uncompiled(settings, self.model.device):
-            return run_rows(
-                self.model,
-                self.tokenizer,
-                suite,
-                lambda: settings.make(self.model.config),
-                held_bytes,
-                target=f"QuantizedCache {settings.model_dump_json()}",
-                reference=self._reference(suite),
-            )
+        run = partial(run_workload, self.model, self.tokenizer, suite)
+        if quantized is not None:
+            words = f"QuantizedCache {quantized.model_dump_json()}"
+            rival = Rival(words, lambda: quantized.make(self.model.config))
+            with uncompiled(quantized, self.model.device):
+                return run(reference=self._reference(suite), rival=rival)
+        if plan is None:
+            return run()
+        return run(plan, self.params(plan)[0], reference=self._reference(suite))
 
     def _reference(self, suite: WorkloadSuite) -> Tensor | None:
         """`reference_logits` of the suite, computed once."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from speed.plans import Setup, plan_of, ragged_ratios, setups
 from transformers import DynamicCache
 
 from kvcompress.accounting import kv_bytes
-from kvcompress.bench import caches
 from kvcompress.bench.compressed import fill_compressed, synthetic_refusal
-from kvcompress.bench.plans import Setup, plan_of, ragged_ratios, setups
 from kvcompress.errors import KVCompressError
+from kvcompress.measure import caches
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.rules import Recall
 from kvcompress.runtime.hf.attach import attach, detach

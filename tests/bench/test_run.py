@@ -11,7 +11,6 @@ import torch
 from kvcompress.bench.bandwidth import Buffers
 from kvcompress.bench.cell import Rounds, run_cell
 from kvcompress.bench.entries import Entry, Size, dtype_words, step_weight_bytes
-from kvcompress.bench.plans import Setup, plan_of
 from kvcompress.bench.run import bench, fill_of
 from kvcompress.bench.table import result_table
 from kvcompress.cli import app
@@ -44,7 +43,7 @@ def run(model, rows, peers=("dynamic", "static"), where=None):
 
 @pytest.mark.parametrize("fill", ["synthetic", "prompt"])
 def test_rows_bytes_and_floor(tiny_llama, shape, fill):
-    plan = plan_of(shape, Setup("int8", "int8", 1.0))
+    plan = uniform(shape, HeadPlan(full=True))
     result = run(tiny_llama, [PlanRow("ours", plan, None)], where=size(64, fill))
     (cell,) = result.cells
     kinds = {row.name: row.kind for row in cell.rows}
@@ -81,7 +80,7 @@ def test_a_step_reads_all_weights_but_an_embedding_of_its_own(tiny_llama):
 def test_the_model_serves_no_plan_while_its_rivals_are_timed(tiny_llama, shape):
     """A rival that ran through our attention would not be the rival."""
     seen: dict[str, object] = {}
-    plan = plan_of(shape, Setup("int8", "int8", 1.0))
+    plan = uniform(shape, HeadPlan(full=True))
 
     def look(module, args, kwargs) -> None:
         seen[type(kwargs[CACHE]).__name__] = attached(module)
@@ -96,7 +95,7 @@ def test_the_model_serves_no_plan_while_its_rivals_are_timed(tiny_llama, shape):
 
 
 def test_what_cannot_be_timed_is_refused_or_listed(tiny_llama, shape):
-    plan = plan_of(shape, Setup("int8", "int8", 1.0))
+    plan = uniform(shape, HeadPlan(full=True))
     rows = [PlanRow("ours", plan, None)]
     with pytest.raises(ValueError, match="unknown peers mamba: choose from dynamic, static"):
         run(tiny_llama, rows, ("mamba",))
@@ -138,7 +137,7 @@ def test_bandwidth_passes_over_every_byte():
 def test_the_table_says_what_was_measured(tiny_llama, shape):
     from rich.console import Console
 
-    plan = plan_of(shape, Setup("int8", "int8", 1.0))
+    plan = uniform(shape, HeadPlan(full=True))
     result = run(tiny_llama, [PlanRow("ours", plan, None)])
     screen = io.StringIO()
     Console(width=160, file=screen).print(result_table(result))

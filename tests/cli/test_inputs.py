@@ -109,25 +109,20 @@ WRITTEN = (
     "export PROFILE -o X",
     "demo --quick -o X",
     "league MODEL --recipes RECIPES -o X",
-    "league --render LEAGUE --page X",
 )
 
 
 @pytest.mark.parametrize("where", WRITTEN)
-def test_a_place_that_cannot_be_written_is_one_line(capfd, tmp_path, places, where, monkeypatch):
-    monkeypatch.setattr("kvcompress.league.result.League.load", lambda path: "a league")
-    monkeypatch.setattr("kvcompress.league.verdicts.judge", lambda league: None)
-    write = "kvcompress.league.pages.write_pages"
-    monkeypatch.setattr(write, lambda league, verdicts, page, notes: page.write_text("a page"))
+def test_a_place_that_cannot_be_written_is_one_line(capfd, tmp_path, places, where):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     bad = {"below a file": tmp_path / "file" / "x", "no name at all": "x" * 300}
-    one_file = where.startswith("plan") or "--page" in where
+    one_file = where.startswith("plan")
     bad |= {"a folder": tmp_path / "full"} if one_file else {"a file": tmp_path / "file"}
     recipe = places["RECIPES"] / "small.yaml"
     for kind, path in bad.items():
-        words = {**places, "X": path, "RECIPE": recipe, "LEAGUE": tmp_path / "league.json"}
+        words = {**places, "X": path, "RECIPE": recipe}
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
             app.main([str(words.get(word, word)) for word in where.split()])

@@ -72,7 +72,6 @@ VALUES = {
     "any_code": None,
     "finished": None,
     "render": "league.json",
-    "page": "page.md",
     "peers": "static",
     "rounds": "2",
     "steps": "2",
@@ -155,14 +154,13 @@ def observed(monkeypatch, tmp_path, capfd):
     watch("evaluate.harness.run_harness", last=True)
     watch("bundle.load.load", ("model", "tokenizer"))
     watch("runtime.complete.complete", last=True)
-    watch("league.pages.check_plots")
     watch("league.run.machine_words", lambda device: f"a machine with {device}")
     watch("league.run.run_league", "a league")
     watch("league.result.League.load", "a league")
-    watch("cli.league._write", last=True)
+    watch("cli.league._show", last=True)
     watch("runtime.check.doctor.diagnose", last=True)
-    watch("bench.plans.plan_of", "plan")
-    watch("bench.process.keep_freed_memory", True)
+    watch("plan.uniform", SimpleNamespace(target="a plan"))
+    watch("measure.machine.keep_freed_memory", True)
     watch("bench.run.bench", last=True)
 
     def observe(*arguments):

@@ -1,6 +1,7 @@
 import pytest
 
-from kvcompress.evaluate.report import Answered, bootstrap, recall
+from kvcompress.evaluate.report import Answered, recall
+from kvcompress.measure.stats import interval
 from kvcompress.tasks.documents import Sample
 
 RIGHT = Answered(True, 1, 1, 3)
@@ -42,11 +43,11 @@ def test_the_difference_is_paired_per_sample():
 
 
 def test_the_interval_matches_the_binomial_one():
-    mean, (low, high) = bootstrap([1.0] * 80 + [0.0] * 20)
+    mean, (low, high) = interval([1.0] * 80 + [0.0] * 20)
     assert mean == 0.8
     assert low == pytest.approx(0.8 - 1.96 * 0.04, abs=0.015)  # sd of the mean is 0.04
     assert high == pytest.approx(0.8 + 1.96 * 0.04, abs=0.015)
-    assert bootstrap([1.0] * 5) == (1.0, (1.0, 1.0))
+    assert interval([1.0] * 5) == (1.0, (1.0, 1.0))
 
 
 def test_nothing_to_score_is_refused():

@@ -12,9 +12,10 @@ from kvcompress.errors import PlanError, UnsupportedModelError
 from kvcompress.evaluate.compare import Row
 from kvcompress.evaluate.session import Session
 from kvcompress.evaluate.workloads import WORKLOADS, make_workloads
-from kvcompress.evaluate.workloads_report import WorkloadOutcome, interval, paired
+from kvcompress.evaluate.workloads_report import WorkloadOutcome
 from kvcompress.evaluate.workloads_run import reference_logits, run_workload
 from kvcompress.evaluate.workloads_table import beside, compare_workloads, workload_table
+from kvcompress.measure.stats import interval, paired
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.runtime.model.attached import attached
 from kvcompress.runtime.model.families import shape_of

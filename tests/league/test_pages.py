@@ -8,14 +8,22 @@ import sys
 import pytest
 
 from kvcompress.errors import KVCompressError
-from kvcompress.league.pages import render, write_pages
-from kvcompress.league.plots import label_levels
 from kvcompress.league.result import League, LeagueError, point_name
 from kvcompress.league.verdicts import judge
 
 
 @pytest.fixture(scope="module")
-def page(league):
+def script(benchmark):
+    return benchmark("league_page")
+
+
+@pytest.fixture(scope="module")
+def render(script):
+    return script.render
+
+
+@pytest.fixture(scope="module")
+def page(league, render):
     return render(league, judge(league), "league", notes="Because the notes say so.")
 
 
@@ -49,7 +57,7 @@ def test_tables_have_every_cell(page):
     assert "| h2o | 0.5000 | 0.5000 |  |" in lines  # KL
 
 
-def test_predictions_of_plans_that_were_profiled_stand_beside_what_was_measured(league):
+def test_predictions_of_plans_that_were_profiled_stand_beside_what_was_measured(league, render):
     cells = tuple(c.model_copy(update={"predicted_nats": 0.125}) for c in league.cells)
     told = league.model_copy(update={"cells": cells})
     lines = render(told, judge(told), "league").splitlines()
@@ -69,7 +77,7 @@ def test_the_page_says_what_did_not_run_and_under_what_conditions(page):
     assert "Of 10 cells at a target, 10 measured within 2% of it, 0 below and 0 above." in page
 
 
-def test_cells_off_their_target_are_listed(league, cell):
+def test_cells_off_their_target_are_listed(league, cell, render):
     over = cell("h2o", 1 / 8, [1.0] * 20, share=0.15)
     cells = [over if (c.entry, c.point) == ("h2o", 1 / 8) else c for c in league.cells]
     changed = league.model_copy(update={"cells": tuple(cells)})
@@ -78,7 +86,7 @@ def test_cells_off_their_target_are_listed(league, cell):
     assert "| h2o | **100.0** [100, 100] (0.150) |" in page
 
 
-def test_shared_text_is_not_hidden(league):
+def test_shared_text_is_not_hidden(league, render):
     told = league.conditions.model_copy(update={"shared_windows": 7, "other_code": 3})
     changed = league.model_copy(update={"conditions": told})
     page = render(changed, judge(changed), "league")
@@ -86,17 +94,17 @@ def test_shared_text_is_not_hidden(league):
     assert "3 cells were measured by an earlier state of the code" in page
 
 
-def test_without_a_planned_entry_nothing_is_claimed(league):
+def test_without_a_planned_entry_nothing_is_claimed(league, render):
     cells = tuple(c for c in league.cells if c.entry != "ours")
     changed = league.model_copy(update={"cells": cells})
     assert "No planned entry took part" in render(changed, judge(changed), "league")
 
 
-def test_pictures_and_page_are_written_the_same_twice(league, tmp_path):
+def test_pictures_and_page_are_written_the_same_twice(league, script, tmp_path):
     first, second = tmp_path / "a" / "league.md", tmp_path / "b" / "league.md"
     for page in (first, second):
         page.parent.mkdir()
-        write_pages(league, judge(league), page)
+        script.write_pages(league, judge(league), page)
     names = {path.name for path in first.with_suffix("").iterdir()}
     assert names == {"hidden.png", "hidden.svg", "overview.png", "overview.svg"}
     for name in names:
@@ -109,8 +117,9 @@ def test_pictures_and_page_are_written_the_same_twice(league, tmp_path):
     assert "![hidden](league/hidden.png)" in first.read_text(encoding="utf-8")
 
 
-def test_names_of_codes_take_the_lowest_free_level():
+def test_names_of_codes_take_the_lowest_free_level(benchmark):
     """A letter is 0.82 % of an axis from 1 to 100; a name of nine has the room of ten."""
+    label_levels = benchmark("pages.league_plots").label_levels
     letter = 0.0082 * 2  # in decades
     names = [10**x for x in (0.5, 0.5, 0.5 + 9 * letter, 0.5 + 10 * letter, 1.9)]
     found = label_levels([(x, "nine-long") for x in names], 1.0, 100.0)
@@ -119,10 +128,26 @@ def test_names_of_codes_take_the_lowest_free_level():
     assert label_levels([], 1.0, 100.0) == []
 
 
-def test_a_missing_matplotlib_names_the_extra(league, tmp_path, monkeypatch):
+def test_a_missing_matplotlib_names_the_extra(league, script, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(KVCompressError, match=r"pip install 'kvcompress\[plots\]'"):
-        write_pages(league, judge(league), tmp_path / "league.md")
+        script.write_pages(league, judge(league), tmp_path / "league.md")
+
+
+def test_the_committed_page_is_what_the_results_say(script):
+    results = script.ROOT / "benchmarks" / "results" / "league.json"
+    league, notes = League.load(results), results.with_suffix(".notes.md")
+    made = script.render(league, judge(league), "league", notes.read_text(encoding="utf-8"))
+    assert made == (script.ROOT / "docs" / "league.md").read_text(encoding="utf-8")
+
+
+def test_the_script_reads_a_league_and_its_notes(league, script, tmp_path, monkeypatch):
+    data, page = tmp_path / "league.json", tmp_path / "docs" / "league.md"
+    league.save(data)
+    data.with_suffix(".notes.md").write_text("The reason is plain.", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["league_page.py", str(data), str(page)])
+    script.main()
+    assert "The reason is plain." in page.read_text(encoding="utf-8")
 
 
 # ---- the value on disk

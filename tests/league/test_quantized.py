@@ -13,18 +13,18 @@ import torch
 from transformers import DynamicCache, MistralConfig, QuantizedCache
 from transformers.cache_utils import QuantizedLayer
 
-from kvcompress.evaluate.serving import cache_bytes, model_shape
+from kvcompress.evaluate import workloads_run
+from kvcompress.evaluate.serving import model_shape
 from kvcompress.evaluate.session import Session
 from kvcompress.evaluate.workloads import WORKLOADS, make_workloads
-from kvcompress.evaluate.workloads_run import reference_logits, run_workload
+from kvcompress.evaluate.workloads_run import Rival, reference_logits, run_workload
 from kvcompress.league import quantized
 from kvcompress.league.entries import choose, make_entries, quantized_entries, read_recipes
-from kvcompress.league.pages import render
-from kvcompress.league.quantized import QUANTIZED, QuantizedCacheSettings, held_bytes, uncompiled
-from kvcompress.league.rows import _twin, run_rows
+from kvcompress.league.quantized import QUANTIZED, QuantizedCacheSettings, uncompiled
 from kvcompress.league.run import Hall, failures, run_league
 from kvcompress.league.verdicts import judge
 from kvcompress.league.work import PlaceTask, Worker
+from kvcompress.measure.caches import storage_bytes
 from kvcompress.profile.source import load_source
 from tests.league.conftest import SMALL, no_bar
 
@@ -40,18 +40,11 @@ def bare(monkeypatch):
 
 # ---- a workload, one row at a time
 def both(model, tokenizer, suite):
-    """`run_workload` in batches, and `run_rows`, on the full cache."""
+    """`run_workload` in batches, and one row at a time, on the full cache."""
     batches = run_workload(model, tokenizer, suite)
-    rows = run_rows(
-        model,
-        tokenizer,
-        suite,
-        lambda: DynamicCache(config=model.config),
-        cache_bytes,
-        target="rows",
-        reference=reference_logits(model, tokenizer, suite),
-    )
-    return batches, rows
+    rival = Rival("rows", lambda: DynamicCache(config=model.config))
+    logits = reference_logits(model, tokenizer, suite)
+    return batches, run_workload(model, tokenizer, suite, reference=logits, rival=rival)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -100,15 +93,8 @@ def test_prompts_and_windows_are_fed_in_the_parts_of_their_workload(
     reference = reference_logits(tiny_llama, tiny_tokenizer, suite)
     monkeypatch.setattr(Session, "prefill", told)
     config = tiny_llama.config
-    run_rows(
-        tiny_llama,
-        tiny_tokenizer,
-        suite,
-        lambda: FP8.make(config),
-        held_bytes,
-        target="rows",
-        reference=reference,
-    )
+    rival = Rival("rows", lambda: FP8.make(config))
+    run_workload(tiny_llama, tiny_tokenizer, suite, reference=reference, rival=rival)
     assert suite.windows is not None
     assert parts == [limit // 2] * (1 + len(suite.windows))
 
@@ -135,9 +121,9 @@ def test_asking_leaves_the_cache_for_the_next_question(tiny_llama):
 
     fresh = read().feed(tokens)
     asked = read()
-    before = held_bytes(asked.cache)
-    assert torch.equal(_twin(asked).feed(tokens), fresh)
-    assert held_bytes(asked.cache) == before and asked.cache.get_seq_length() == 40
+    before = storage_bytes(asked.cache.layers)
+    assert torch.equal(asked.twin().feed(tokens), fresh)
+    assert storage_bytes(asked.cache.layers) == before and asked.cache.get_seq_length() == 40
     assert torch.equal(asked.feed(tokens), fresh)
 
 
@@ -184,7 +170,7 @@ def test_codes_constants_and_residual_are_counted():
         for layer in range(2):
             part = torch.randn(1, 3, tokens, 8)
             cache.update(part, part.clone(), layer)
-        return held_bytes(cache)
+        return storage_bytes(cache.layers)
 
     coded, plain = 2 * 2 * 3 * (8 + 2), 2 * 2 * 3 * 8 * 4
     assert feed(100) == 100 * coded
@@ -201,7 +187,7 @@ def test_fp8_holds_a_byte_per_element_and_four_scales():
     for _ in range(2):
         for layer in range(2):
             cache.update(torch.randn(1, 3, 5, 8), torch.randn(1, 3, 5, 8), layer)
-    assert held_bytes(cache) == 2 * 2 * (10 * 3 * 8 + 4)
+    assert storage_bytes(cache.layers) == 2 * 2 * (10 * 3 * 8 + 4)
 
 
 def test_views_count_once_and_whole_and_coded_tensors_by_their_parts():
@@ -209,9 +195,9 @@ def test_views_count_once_and_whole_and_coded_tensors_by_their_parts():
     (layer,) = cache.layers = [ByteLayer()]
     large = torch.zeros(100, dtype=torch.uint8)
     layer.keys, layer.values = large[:10], large[50:]
-    assert held_bytes(cache) == 100
+    assert storage_bytes(cache.layers) == 100
     layer._quantized_keys = Pair(torch.zeros(7, dtype=torch.uint8), torch.zeros(3))
-    assert held_bytes(cache) == 100 + 7 + 12
+    assert storage_bytes(cache.layers) == 100 + 7 + 12
 
 
 # ---- what runs here
@@ -295,17 +281,17 @@ def test_quanto_unpacks_without_compiling_inside_the_block_alone(monkeypatch):
 
 
 # ---- the league
-def test_it_runs_at_its_own_bytes_and_what_is_missing_is_told(setup, recipes, bare, monkeypatch):
-    from kvcompress.league import rows
-
+def test_it_runs_at_its_own_bytes_and_what_is_missing_is_told(
+    setup, recipes, bare, monkeypatch, benchmark
+):
     runs: list[str] = []
-    real = rows.run_rows
+    real = workloads_run.run_workload
 
-    def counted(*given, **named):
-        runs.append(named["target"])
-        return real(*given, **named)
+    def counted(*given, rival=None, **named):
+        runs.extend([] if rival is None else [rival.target])
+        return real(*given, rival=rival, **named)
 
-    monkeypatch.setattr(rows, "run_rows", counted)
+    monkeypatch.setattr(workloads_run, "run_workload", counted)
 
     def league():
         entries, skipped = make_entries(read_recipes(recipes), "int8", quantized_entries())
@@ -332,7 +318,7 @@ def test_it_runs_at_its_own_bytes_and_what_is_missing_is_told(setup, recipes, ba
     )
     assert 0 < max(done.kl_nats) < 0.1  # coded, and not badly
     assert [each.name for each in first.skipped] == [n for n in QUANTIZED if n != "hf-fp8"]
-    page = render(first, judge(first), "league")
+    page = benchmark("league_page").render(first, judge(first), "league")
     assert "- hf-hqq-int8: needs hqq: pip install 'kvcompress[quantized-cache]'" in page
     assert league().cells == first.cells and len(runs) == 1
 

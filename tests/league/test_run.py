@@ -12,7 +12,7 @@ import pytest
 
 from kvcompress.cli import app
 from kvcompress.league import crew, work
-from kvcompress.league.cells import CellStore, Measured, cell_key, code_hash, suite_hash
+from kvcompress.league.cells import Measured, cell_key, cell_store, code_hash, suite_hash
 from kvcompress.league.crew import Crew
 from kvcompress.league.entries import make_entries, read_recipes
 from kvcompress.league.result import League, LeagueError
@@ -85,10 +85,10 @@ def test_a_league_runs_goes_on_and_is_not_run_twice(setup, recipes, count_runs, 
 def test_a_cell_that_fails_is_told_and_the_others_go_on(setup, recipes, monkeypatch):
     real = work.Worker._run
 
-    def fails(self, suite, plan):
+    def fails(self, suite, plan, quantized):
         if plan is not None and plan.target.startswith("sink-recent"):
             raise RuntimeError("boom\nand more")
-        return real(self, suite, plan)
+        return real(self, suite, plan, quantized)
 
     monkeypatch.setattr(work.Worker, "_run", fails)
     league = run_league(hall(setup, recipes), 1, bar=no_bar)
@@ -111,15 +111,15 @@ def test_cells_depend_on_plan_text_model_and_code(tmp_path, monkeypatch):
     ]
     assert len(set(keys)) == 5
     assert cell_key(None, "p", "s", "w") == cell_key(None, "q", "s", "w")  # no plan, no constants
-    store = CellStore(tmp_path)
-    store.save(Measured(key="k", code="another", seconds=1.0, outcome=outcome([1.0], 0.5)))
-    assert store.load("k") is None and store.load("missing") is None
-    kept = CellStore(tmp_path, any_code=True).load("k")
+    store = cell_store(tmp_path)
+    store.keep("k", Measured(key="k", code="another", seconds=1.0, outcome=outcome([1.0], 0.5)))
+    assert store.find("k") is None and store.find("missing") is None
+    kept = cell_store(tmp_path, any_code=True).find("k")
     assert kept is not None and kept.outcome.hits == (1.0,)
-    store.save(kept.model_copy(update={"code": code_hash()}))
-    assert store.load("k") is not None
+    store.keep("k", kept.model_copy(update={"code": code_hash()}))
+    assert store.find("k") is not None
     (tmp_path / "k.json").write_text("{", encoding="utf-8")
-    assert store.load("k") is None
+    assert store.find("k") is None
 
 
 def test_a_suite_is_hashed_with_its_text_and_windows(setup):
@@ -155,15 +155,20 @@ def program(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
     return int(stop.value.code or 0), out, err
 
 
-def test_pages_are_rendered_without_a_model(league, tmp_path, capfd):
+def test_a_league_is_shown_again_without_a_model(league, tmp_path, capfd, monkeypatch):
     data = tmp_path / "league.json"
     league.save(data)
-    data.with_suffix(".notes.md").write_text("The reason is plain.", encoding="utf-8")
-    page = tmp_path / "docs" / "league.md"
-    code, out, err = program(capfd, "--render", data, "--page", page, "--json")
-    assert code == 0 and "page written to" in err
-    assert json.loads(out)["verdicts"]["points"][0]["planned"] == "ours"
-    assert "The reason is plain." in page.read_text(encoding="utf-8")
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, err = program(capfd, "--render", data)
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    assert ["entry", "1/8", "1/16", "its", "own", "bytes"] in lines
+    (ours,) = [line for line in lines if line[:2] == ["ours", "*95.0*"]]
+    assert "20.0 b" in " ".join(ours)
+    words = " ".join(out.split())
+    assert "D1 hidden: question unknown" in words and "*: on the Pareto front" in words
+    code, out, _ = program(capfd, "--render", data, "--json")
+    assert code == 0 and json.loads(out)["verdicts"]["points"][0]["planned"] == "ours"
 
 
 @pytest.mark.parametrize(

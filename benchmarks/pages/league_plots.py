@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvcompress.errors import KVCompressError
-from kvcompress.evaluate.workloads_report import interval
 from kvcompress.league.result import Cell, League, point_name
 from kvcompress.league.verdicts import score, share
+from kvcompress.measure.stats import interval
+from pages.plots import GREY, INK, OURS, panels, pyplot, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK: Final = "#222222"
-_GREY: Final = "#9a9a9a"
-_OURS: Final = ("#c1121f", "#6f0a13", "#f0717a")
+_BYTES: Final = "KV bytes held, as a share of the 16-bit cache"
+_SCORE: Final = "answers word for word"
 _PART: Final = "#e9a1a6"
 _CODES: Final = "#4a4a4a"
 _COLOURS: Final = (
@@ -31,85 +30,29 @@ _LEVEL: Final = 0.033  # and the height of one
 _BASE_DASHES: Final = {"sink-recent": (4, 2), "random": (1, 1.5), "key-norm": (6, 2, 1, 2)}
 
 
-def check_plots() -> None:
-    """Say early that pictures cannot be made.
-
-    Raises:
-        KVCompressError: naming the extra to install.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise KVCompressError(
-            "the league draws with matplotlib, which is not installed: "
-            "pip install 'kvcompress[plots]'"
-        ) from None
-
-
-def draw_all(league: League, folder: Path, titles: dict[str, str]) -> list[Path]:
+def draw_all(league: League, folder: Path, titles: dict[str, str]) -> None:
     """``NAME.png`` and ``NAME.svg`` for each workload, and ``overview`` with all of them.
 
     Args:
         titles: per workload, above its picture.
     """
-    check_plots()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    settings: Any = {"svg.hashsalt": "kvcompress", "font.size": 9, "axes.spines.top": False}
-    made = []
-    folder.mkdir(parents=True, exist_ok=True)
-    settings |= {"axes.spines.right": False, "svg.fonttype": "none"}
-    with matplotlib.rc_context(settings):
-        for workload in league.workloads:
-            made += _save(_single(league, workload, titles[workload]), folder / workload)
-        made += _save(_overview(league, titles), folder / "overview")
-    return made
-
-
-def _save(figure: Any, path: Path) -> list[Path]:
-    """PNG and SVG without a date, so that the same league gives the same files."""
-    import matplotlib.pyplot as plt
-
-    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    figure.savefig(png, dpi=130, metadata={"Software": None})
-    figure.savefig(svg, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    return [png, svg]
-
-
-def _single(league: League, workload: str, title: str) -> Any:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9.6, 5.6), layout="constrained")
-    _draw(axes, league, workload, labelled=True)
-    axes.set_title(title, loc="left", fontsize=11, color=_INK)
-    axes.set_xlabel("KV bytes held, as a share of the 16-bit cache")
-    axes.set_ylabel("answers word for word")
-    figure.legend(
-        *_key(axes), loc="outside right upper", frameon=False, fontsize=8, handlelength=2.4
-    )
-    return figure
-
-
-def _overview(league: League, titles: dict[str, str]) -> Any:
-    import matplotlib.pyplot as plt
-
-    columns = min(3, len(league.workloads))
-    rows = -(-len(league.workloads) // columns)
-    size = (4.1 * columns + 2.2, 3.2 * rows + 0.3)
-    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    flat = list(grid.flat)
-    for axes, workload in zip(flat, league.workloads, strict=False):
+    plt = pyplot()
+    for workload in league.workloads:
+        figure, axes = plt.subplots(figsize=(9.6, 5.6), layout="constrained")
+        _draw(axes, league, workload, labelled=True)
+        axes.set_title(titles[workload], loc="left", fontsize=11, color=INK)
+        axes.set_xlabel(_BYTES)
+        axes.set_ylabel(_SCORE)
+        _legend(figure, axes, handlelength=2.4)
+        save(figure, folder / workload)
+    figure, flat = panels(len(league.workloads), 3, (4.1, 3.2), 2.2, 0.3)
+    for axes, workload in zip(flat, league.workloads, strict=True):
         _draw(axes, league, workload, labelled=False)
-        axes.set_title(titles[workload].split(":")[0], loc="left", fontsize=10, color=_INK)
-    for axes in flat[len(league.workloads) :]:
-        axes.set_visible(False)
-    figure.supxlabel("KV bytes held, as a share of the 16-bit cache", fontsize=9)
-    figure.supylabel("answers word for word", fontsize=9)
-    handles, names = _key(flat[0])
-    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8)
-    return figure
+        axes.set_title(titles[workload].split(":")[0], loc="left", fontsize=10, color=INK)
+    figure.supxlabel(_BYTES, fontsize=9)
+    figure.supylabel(_SCORE, fontsize=9)
+    _legend(figure, flat[0])
+    save(figure, folder / "overview")
 
 
 def _draw(axes: Axes, league: League, workload: str, labelled: bool) -> None:
@@ -129,10 +72,10 @@ def _draw(axes: Axes, league: League, workload: str, labelled: bool) -> None:
         xs, ys = [x for x, _ in points], [y for _, y in points]
         match roles[name]:
             case "reference":
-                axes.axhline(ys[0], color=_INK, lw=0.9, ls=(0, (1, 2)), zorder=1)
+                axes.axhline(ys[0], color=INK, lw=0.9, ls=(0, (1, 2)), zorder=1)
                 axes.annotate(
                     "full cache", (0, ys[0]), xycoords=("axes fraction", "data"),
-                    xytext=(2, 2), textcoords="offset points", fontsize=7.5, color=_INK,
+                    xytext=(2, 2), textcoords="offset points", fontsize=7.5, color=INK,
                 )  # fmt: skip
             case "quantization":
                 axes.plot(
@@ -142,11 +85,11 @@ def _draw(axes: Axes, league: League, workload: str, labelled: bool) -> None:
                 codes.append((xs[0], ys[0], name))
             case "baseline":
                 dashes = (0, _BASE_DASHES.get(name, (3, 1)))
-                axes.plot(xs, ys, color=_GREY, lw=1.4, ls=dashes, label=name, zorder=2)
+                axes.plot(xs, ys, color=GREY, lw=1.4, ls=dashes, label=name, zorder=2)
             case "part":
                 axes.plot(xs, ys, color=_PART, lw=1.2, marker=".", label=name, zorder=3)
             case "planned":
-                colour = _OURS[len(ends) % len(_OURS)]
+                colour = OURS[len(ends) % len(OURS)]
                 _planned(axes, cells, name, colour)
                 ends.append((xs[0], ys[0], name, colour))
             case _:
@@ -230,16 +173,16 @@ def _label_codes(
         axes.annotate(
             name, (x, y), xytext=(x, _BAND + _LEVEL * (level - 1)), fontsize=7.5, color=_CODES,
             ha="center", va="bottom",
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": _GREY, "shrinkA": 0},
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": GREY, "shrinkA": 0},
         )  # fmt: skip
 
 
-def _key(axes: Axes) -> tuple[list[Any], list[str]]:
+def _legend(figure: Any, axes: Any, **more: float) -> None:
     """Planned first, then what the picture draws on top of grey lines."""
-    found: tuple[list[Any], list[str]] = axes.get_legend_handles_labels()
-    handles, names = found
-    first = dict.fromkeys(_OURS, 0) | {_PART: 2, _GREY: 3, _CODES: 4}
+    handles, names = axes.get_legend_handles_labels()
+    first = dict.fromkeys(OURS, 0) | {_PART: 2, GREY: 3, _CODES: 4}
     order = sorted(
         range(len(names)), key=lambda i: (first.get(handles[i].get_color(), 1), names[i])
     )
-    return [handles[i] for i in order], [names[i] for i in order]
+    found = [handles[i] for i in order], [names[i] for i in order]
+    figure.legend(*found, loc="outside right upper", frameon=False, fontsize=8, **more)

@@ -1,25 +1,24 @@
-"""Plans under comparison and what every situation does with one."""
+"""kvcompress as a side of `situations`: its plans, and what every situation does with one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import common as c
 import torch
-from common import Kept, Setting
+from common import Kept, Record, Setting
 from torch import Tensor
 
 import kvcompress
 from kvcompress.plan import Budget, HeadPlan, Plan, uniform
+from kvcompress.registry import SCORERS
 from kvcompress.runtime.model.families import shape_of
 
 EXACT: dict[str, Any] = {"k_dtype": "model", "v_dtype": "model"}
 SINKS, RECENT = 4, 16  # tokens that every head keeps uncoded
 RATIO = 0.5  # of the prompt, where a budget is a share
-
-
-# ---------------------------------------------------------------------------- plans
 
 
 def budget(tokens: int | None, taken: int) -> Budget:
@@ -64,6 +63,14 @@ def local(tokens: int | None) -> HeadPlan:
     return HeadPlan(local=budget(tokens, SINKS), **EXACT)
 
 
+def funnel(model: Any, context: int) -> Plan:
+    """Fewer tokens from layer to layer."""
+    plan = per_head(model, frequent(context // 2))
+    budgets = (context * share // 10 for share in (8, 6, 4, 2))
+    rows = tuple((frequent(tokens),) * plan.model.kv_heads for tokens in budgets)
+    return plan.model_copy(update={"heads": rows})
+
+
 def fastgen(model: Any, tokens: int) -> Plan:
     """Special tokens and punctuation on top of 3/4 of the budget."""
     parts = {"frequent": Budget(tokens=tokens // 2), "local": Budget(tokens=tokens // 4)}
@@ -95,9 +102,43 @@ PLANS: dict[str, Callable[[Any, Any], Plan]] = {
 }
 SIMPLE = ("window votes", "key norm", "sinks + recent")
 PER_HEAD = ("per head 80/20", "per head full/streaming", "FastGen classes")
+NAME, KEY_NORM, VOTES, TAKES_CACHES = "kvcompress", "key norm", "window votes", False
+METHOD_COUNT = len(SCORERS)
+VERSIONED = [*PLANS]
+SECOND_TURN = ("window votes", "per head 80/20")
+TOLD_APART = ("window votes", *PER_HEAD)
+IN_FAMILIES = ("key norm", "window votes", "per head 80/20")
+QUANTIZED_WEIGHTS = ("window votes", "key norm", "per head 80/20")
+EAGER = ("window votes", "key norm", "heavy hitters", "per head 80/20")
+PER_LAYER: dict[str, Callable[[Any, Any], Plan]] = {"": lambda m, s: funnel(m, s.context)}
+OFFLINE = PLANS
 
 
-# ---------------------------------------------------------------------------- helpers
+def method(model: Any, name: str, tokens: int | None = None) -> Plan:
+    return PLANS[name](model, tokens)
+
+
+@contextmanager
+def serving(model: Any, plan: Plan) -> Iterator[None]:
+    """A block in which the model compresses."""
+    kvcompress.attach(model, plan)
+    yield
+
+
+def compressed(model: Any, plan: Plan, ids: Tensor) -> Any:
+    """The cache after the prompt `ids` under `plan`, which the model keeps."""
+    cache = start(model, plan)
+    c.feed(model, cache, ids, [0, ids.shape[1]])
+    return cache
+
+
+def tokens_by_layer(cache: Any, kept: list[Kept | None], added: int) -> list[int]:
+    """After the prompt."""
+    return [int(k.sum(-1).max()) for k in kept[1] or [] if k is not None]
+
+
+def after_the_prompt(kept: list[Kept | None]) -> Kept:
+    return kept[1] or []
 
 
 def kept_of(cache: Any, seen: int) -> Kept:
@@ -137,6 +178,7 @@ def after_prompt(
     bounds: Sequence[int],
     mask: Tensor | None = None,
     positions: bool = True,
+    cache: None = None,
 ) -> tuple[Any, list[Tensor], list[Kept | None], float]:
     """Compress ``ids[:, :bounds[1]]`` and go on.
 
@@ -144,19 +186,23 @@ def after_prompt(
         The cache, the logits of the later chunks, what was kept before each chunk, and the error
         of the logits against −inf masks over the same kept sets.
     """
-    cache = start(model, plan)
+    own = start(model, plan)
     kept: list[Kept | None] = []
 
     def note(number: int) -> None:
-        kept.append(kept_of(cache, bounds[number]) if number else None)
+        kept.append(kept_of(own, bounds[number]) if number else None)
 
-    logits = c.feed(model, cache, ids, bounds, mask, positions, note)[1:]
+    logits = c.feed(model, own, ids, bounds, mask, positions, note)[1:]
     kvcompress.detach(model)
     expected = c.reference(model, ids, bounds, kept, mask)[1:]
-    return cache, logits, kept, c.gap(logits, expected)
+    return own, logits, kept, c.gap(logits, expected)
 
 
-def standard(setting: Setting) -> tuple[Any, Tensor, list[int]]:
-    """Llama, one row, and single-token steps after the prompt."""
-    ids = c.token_ids(setting.context + setting.steps)
-    return c.build(), ids, c.bounds_of(setting.context, *[1] * setting.steps)
+def by_generate(setting: Setting) -> Record:
+    model, ids, bounds = c.standard(setting)
+    plan = PLANS["key norm"](model, setting.kept)
+    kvcompress.attach(model, plan)
+    out = c.generation(model, ids[:, : setting.context], setting.steps)
+    _, _, kept, _ = after_prompt(model, plan, out.sequences, bounds)
+    expected = c.reference(model, out.sequences, bounds, kept)
+    return {"gap": c.gap([x[:, None] for x in out.logits[1:]], expected[1:])}

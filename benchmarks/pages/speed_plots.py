@@ -7,52 +7,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvcompress.bench.result import Cell, Result, Row
+from pages.plots import GREY, INK, OURS, panels, pyplot, save
 
-INK: Final = "#222222"
-COLOURS: Final = {"ours": "#c1121f", "peer": "#1f77b4", "artefact": "#9a9a9a", "limit": "#cfcfcf"}
-_SETTINGS: Final[dict[str, Any]] = {
-    "svg.hashsalt": "kvcompress",
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-
-
-def save(figure: Any, path: Path) -> None:
-    """PNG and SVG without a date, so that the same results give the same files."""
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-
-
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(_SETTINGS)
-    return plt
+COLOURS: Final = {"ours": OURS[0], "peer": "#1f77b4", "artefact": GREY, "limit": "#cfcfcf"}
 
 
 def draw_decode(result: Result, path: Path) -> None:
     """Milliseconds per token of every case, a panel per cell, with the floor of each."""
-    plt = pyplot()
     tallest = max(len(cell.rows) for cell in result.cells)
-    columns = min(2, len(result.cells))
-    lines = -(-len(result.cells) // columns)
-    figure, grid = plt.subplots(
-        lines, columns, figsize=(5.4 * columns, (0.2 * tallest + 1.1) * lines),
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
-    for axes, cell in zip(grid.flat, result.cells, strict=False):
+    figure, flat = panels(len(result.cells), 2, (5.4, 0.2 * tallest + 1.1), 0, 0)
+    for axes, cell in zip(flat, result.cells, strict=True):
         _bars(axes, cell)
-    for axes in grid.flat[len(result.cells) :]:
-        axes.set_visible(False)
     figure.suptitle("A decode step (bar), its quartiles (line), its floor (|)", x=0.01, ha="left")
     save(figure, path)
 
@@ -78,8 +43,7 @@ def _bars(axes: Any, cell: Cell) -> None:
 
 def draw_kernel(cell: Cell, path: Path) -> None:
     """Bytes per second of every kernel, with the bandwidth of reading and copying."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 0.27 * len(cell.rows) + 1.4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8, 0.27 * len(cell.rows) + 1.4), layout="constrained")
     speeds = [(row.read_bytes or 0) / row.timing.wall.median / 1e6 for row in cell.rows]
     places = range(len(cell.rows))
     axes.barh(places, speeds, color=[COLOURS[row.kind] for row in cell.rows], height=0.7)
@@ -103,8 +67,7 @@ def draw_fixed_memory(
     Args:
         rates: per row, decoding alone and with prompts.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 0.42 * len(rates) + 1.3), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8, 0.42 * len(rates) + 1.3), layout="constrained")
     for place, (row, alone, served) in enumerate(rates):
         axes.barh(place - 0.18, alone, height=0.34, color=COLOURS[row.kind])
         if served is not None:
@@ -126,8 +89,7 @@ def draw_scaling(
         lines: per name start and slope of a line that fits.
         most: context to which lines are drawn.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8, 4.8), layout="constrained")
     shades = {"ours": ("#c1121f", "#f0717a", "#6f0a13", "#e9a1a6", "#ff7f0e", "#9467bd")}
     shades["peer"] = ("#1f77b4", "#17becf", "#2ca02c")
     used = {"ours": 0, "peer": 0}

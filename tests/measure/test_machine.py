@@ -8,23 +8,25 @@ import sys
 
 import pytest
 
-from kvcompress.bench import process
+from kvcompress.measure import machine
 
 
-def test_a_measured_process_gets_thresholds_and_threads():
-    tuned, plain = process.environment(3), process.environment(1, "default")
+def test_a_measured_process_gets_thresholds_and_threads(benchmark):
+    malloc = benchmark("speed.malloc")
+    tuned, plain = malloc.environment(3), malloc.environment(1, "default")
     assert tuned["OMP_NUM_THREADS"] == "3" and plain["OMP_NUM_THREADS"] == "1"
     assert "GLIBC_TUNABLES" not in plain
-    assert ("GLIBC_TUNABLES" in tuned) == process.uses_glibc()
+    assert ("GLIBC_TUNABLES" in tuned) == machine.uses_glibc()
 
 
-@pytest.mark.skipif(not process.uses_glibc(), reason="the allocator is not glibc's")
-def test_a_script_starts_again_once_with_its_arguments(tmp_path):
+@pytest.mark.skipif(not machine.uses_glibc(), reason="the allocator is not glibc's")
+def test_a_script_starts_again_once_with_its_arguments(benchmark, tmp_path):
     script = tmp_path / "s.py"
     script.write_text(
-        "import sys\nfrom kvcompress.bench import process\n"
-        "print('start', flush=True)\nprocess.restart_tuned(2)\n"
-        "print(process.malloc_words(), sys.argv[1:])\n",
+        "import sys\nfrom kvcompress.measure import machine\n"
+        "from speed.malloc import restart_tuned\n"
+        "print('start', flush=True)\nrestart_tuned(2)\n"
+        "print(machine.malloc_words(), sys.argv[1:])\n",
         encoding="utf-8",
     )
     own = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "OMP_NUM_THREADS")}
@@ -39,12 +41,12 @@ def test_a_script_starts_again_once_with_its_arguments(tmp_path):
     ], done.stderr
 
 
-@pytest.mark.skipif(not process.uses_glibc(), reason="the allocator is not glibc's")
+@pytest.mark.skipif(not machine.uses_glibc(), reason="the allocator is not glibc's")
 def test_kept_memory_costs_no_page_faults():
     """128 MiB taken and given back again and again, in a process of its own."""
     code = (
-        "import resource, sys\nfrom kvcompress.bench import process\n"
-        "if sys.argv[1] == 'keep': assert process.keep_freed_memory()\n"
+        "import resource, sys\nfrom kvcompress.measure import machine\n"
+        "if sys.argv[1] == 'keep': assert machine.keep_freed_memory()\n"
         "def turn():\n    x = bytearray(2**27); del x\n"
         "turn(); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(3): turn()\n"
@@ -71,9 +73,9 @@ def _huge_pages() -> str:
 
 
 def test_the_machine_is_told_without_guessing():
-    assert process.cpu_words()
-    memory = process.memory_bytes()
+    assert machine.cpu_words()
+    memory = machine.memory_bytes()
     assert memory is None or memory > 2**28
-    assert process.memory_bytes("NoSuchLine") is None
-    found = process.versions("torch", "no-such-package-at-all")
+    assert machine.memory_bytes("NoSuchLine") is None
+    found = machine.versions("torch", "no-such-package-at-all")
     assert "torch" in found and "no-such-package-at-all" not in found

@@ -1,35 +1,39 @@
-"""Situations on kvcompress: what its cache holds and how it stands use."""
+"""Situations that kvcompress needs steps of its own for."""
 
 from __future__ import annotations
 
 import copy
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import common as c
 import torch
 from common import Record, Setting
-from kvcompress_helpers import (
+from kvcompress_side import (
     PER_HEAD,
     PLANS,
     SIMPLE,
     after_prompt,
     frequent,
+    kept_of,
     local,
     per_head,
-    standard,
     start,
     tokens_held,
+    window_votes,
 )
 from torch import Tensor
 from transformers import DynamicCache
 
 import kvcompress
+from kvcompress.plan import HeadPlan, uniform
 from kvcompress.runtime.model.families import shape_of
 
 
 def storage(setting: Setting) -> Record:
     def one(name: str) -> Record:
-        model, ids, bounds = standard(setting)
+        model, ids, bounds = c.standard(setting)
         plan = PLANS[name](model, setting.kept)
         full = DynamicCache()
         c.feed(model, full, ids, bounds[:2])
@@ -46,35 +50,6 @@ def storage(setting: Setting) -> Record:
         }
 
     return {name: c.measured(one, name) for name in PLANS}
-
-
-def per_layer(setting: Setting) -> Record:
-    ways = {"1-token steps": [1] * setting.steps, "question": [setting.question, 1, 1]}
-
-    def one(attention: str, way: str) -> Record:
-        model = c.build(attention=attention)
-        ids = c.token_ids(setting.context + setting.question + setting.steps)
-        shape = shape_of(model.config, model.dtype)
-        plan = per_head(model, frequent(setting.kept))
-        budgets = (setting.context * share // 10 for share in (8, 6, 4, 2))
-        rows = tuple((frequent(tokens),) * shape.kv_heads for tokens in budgets)
-        plan = plan.model_copy(update={"heads": rows})
-        if way == "generate()":
-            kvcompress.attach(model, plan)
-            prompt = ids[:, : setting.context]
-            mask = torch.ones_like(prompt)
-            model.generate(prompt, attention_mask=mask, max_new_tokens=2, do_sample=False)
-            return {"ran": True}
-        bounds = c.bounds_of(setting.context, *ways[way])
-        _, _, kept, error = after_prompt(model, plan, ids, bounds)
-        held = [int(k.sum(-1).max()) for k in kept[1] or [] if k is not None]
-        return {"gap": error, "tokens": held}
-
-    return {
-        f"{attention}, {way}": c.measured(one, attention, way)
-        for attention in ("sdpa", "eager")
-        for way in (*ways, "generate()")
-    }
 
 
 def padding(setting: Setting) -> Record:
@@ -116,7 +91,7 @@ def chunked(setting: Setting) -> Record:
     quarter = setting.context // 4
 
     def one(name: str, compress: str) -> Record:
-        model, ids, bounds = standard(setting)
+        model, ids, bounds = c.standard(setting)
         plan = PLANS[name](model, setting.kept)
         parts = c.bounds_of(*[quarter] * 4, *[1] * setting.steps)
         cache = start(model, plan, compress=compress)
@@ -139,29 +114,6 @@ def chunked(setting: Setting) -> Record:
     }
 
 
-def second_turn(setting: Setting) -> Record:
-    lengths = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= 2 * setting.turn]
-
-    def one(model: Any, ids: Tensor, context: int, name: str, length: int) -> Record:
-        bounds = c.bounds_of(context, length, *[1] * 4)
-        cache, _, _, error = after_prompt(model, PLANS[name](model, context // 2), ids, bounds)
-        return {"gap": error, "tokens": tokens_held(cache, bounds[-1])[0]}
-
-    random_model, ids = c.build(), c.token_ids(setting.context + 256)
-    trained, tokenizer = c.demo_model()
-    text = c.demo_ids(tokenizer, 1024)
-    models = {
-        "random weights": (random_model, ids, setting.context),
-        "trained": (trained, text, min(512, setting.context)),
-    }
-    return {
-        f"{name}, {label}, turn of {length}": c.measured(one, *given, name, length)
-        for label, given in models.items()
-        for name in ("window votes", "per head 80/20")
-        for length in lengths
-    }
-
-
 def long_generation(setting: Setting) -> Record:
     def one(name: str) -> Record:
         model, target = c.build(), setting.long // 2
@@ -175,23 +127,6 @@ def long_generation(setting: Setting) -> Record:
         return {"asked": target, **held, "gap": error}
 
     return {name: c.measured(one, name) for name in ("frequent", "local")}
-
-
-def interleaved(setting: Setting) -> Record:
-    def one(name: str) -> Record:
-        model, ids, bounds = standard(setting)
-        other = c.token_ids(setting.context - setting.short_row // 2, seed=5)
-
-        def run(disturb: bool) -> list[Tensor]:
-            cache = start(model, PLANS[name](model, setting.kept))
-            c.feed(model, cache, ids, bounds[:2])
-            if disturb:
-                c.feed(model, kvcompress.new_cache(model), other, [0, other.shape[1]])
-            return c.feed(model, cache, ids, bounds[1:])
-
-        return {"gap": c.gap(run(True), run(False))}
-
-    return {name: c.measured(one, name) for name in ("window votes", *PER_HEAD)}
 
 
 def stored_keys(cache: Any) -> dict[tuple[int, int, int, int], Tensor]:
@@ -214,7 +149,7 @@ def stored_keys(cache: Any) -> dict[tuple[int, int, int, int], Tensor]:
 
 def intact(setting: Setting) -> Record:
     def one(name: str) -> Record:
-        model, ids, bounds = standard(setting)
+        model, ids, bounds = c.standard(setting)
         cache = start(model, PLANS[name](model, setting.kept))
         c.feed(model, cache, ids, bounds[:2])
         before = stored_keys(cache)
@@ -236,10 +171,77 @@ def reuse(setting: Setting) -> Record:
     """Two continuations of one compressed prompt, from a copy of its cache."""
 
     def one(name: str) -> Record:
-        model, ids, bounds = standard(setting)
+        model, ids, bounds = c.standard(setting)
         cache = start(model, PLANS[name](model, setting.kept))
         c.feed(model, cache, ids, bounds[:2])
         first = c.feed(model, copy.deepcopy(cache), ids, bounds[1:])
         return {"gap": c.gap(c.feed(model, cache, ids, bounds[1:]), first)}
 
     return {name: c.measured(one, name) for name in ("window votes", *PER_HEAD)}
+
+
+def save_load(setting: Setting) -> Record:
+    """Into a model built anew, with the plan attached again."""
+
+    def one(name: str, positions: bool) -> Record:
+        model, ids, bounds = c.standard(setting)
+        plan = PLANS[name](model, setting.kept)
+        cache = start(model, plan)
+        c.feed(model, cache, ids, bounds[:2])
+        fresh = c.build()
+        kvcompress.attach(fresh, plan)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "cache.safetensors"
+            cache.save(path)
+            size = path.stat().st_size
+            loaded = kvcompress.CompressedCache.load(path, fresh)
+        expected = c.feed(model, cache, ids, bounds[1:])
+        got = c.feed(fresh, loaded, ids, bounds[1:], positions=positions)
+        return {"gap": c.gap(got, expected), "bytes": cache.nbytes(), "file_bytes": size}
+
+    return {
+        f"{name}, {label}": c.measured(one, name, positions)
+        for name in ("window votes", "key norm", "window votes, int8", *PER_HEAD)
+        for label, positions in (("position_ids by hand", True), ("no position_ids", False))
+    }
+
+
+def quantized_cache(setting: Setting) -> Record:
+    """Without key statistics, which a profile would add."""
+    steps = [1] * setting.steps
+    models = c.both_models(setting, setting.steps, 512 + setting.steps)
+
+    def one(model: Any, ids: Tensor, context: int, bits: str | None, evict: bool) -> Record:
+        bounds = c.bounds_of(context, *steps)
+        if bits is None:
+            full = DynamicCache()
+            c.feed(model, full, ids, bounds[:2])
+            return {"bytes": c.storage_bytes(full)}
+        dtypes = {"k_dtype": bits, "v_dtype": bits}
+        plan, exact = (window_votes(model, context // 2, **x) for x in (dtypes, {}))
+        if not evict:
+            head = HeadPlan.model_validate({"full": True, **dtypes})
+            plan = exact = uniform(shape_of(model.config, model.dtype), head)
+        _, _, kept, _ = after_prompt(model, exact, ids, bounds)
+        cache = start(model, plan)
+        c.feed(model, cache, ids, bounds[:2])
+        held, own = c.storage_bytes(cache), kept_of(cache, context)
+        logits = c.feed(model, cache, ids, bounds[1:])
+        kvcompress.detach(model)
+        expected = c.reference(model, ids, bounds, kept)[1:]
+        agreement = c.agreement(own, kept[1] or [], range(c.LAYERS))
+        return {
+            "bytes": held,
+            "kept": c.share(own),
+            "agreement": agreement,
+            "gap": c.gap(logits, expected),
+        }
+
+    ways: dict[str, tuple[str | None, bool]] = {"nothing": (None, False)}
+    for bits in ("int4", "int8", "fp8"):
+        ways |= {bits: (bits, False), f"{bits} + window votes": (bits, True)}
+    return {
+        f"{way}, {label}": c.measured(one, *given, *options)
+        for label, given in models.items()
+        for way, options in ways.items()
+    }

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from kvcompress.bench.timing import Case, Window, case_of, interleave, stopwatch
+from kvcompress.measure.timing import Case, Window, case_of, interleave, stopwatch
 
 
 def test_cases_take_turns_and_warm_rounds_are_not_recorded():

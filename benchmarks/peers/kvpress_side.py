@@ -1,4 +1,4 @@
-"""Presses under comparison and what every situation does with one."""
+"""kvpress as a side of `situations`: its presses, and what every situation does with one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import common as c
 import kvpress
 import torch
-from common import Kept, Setting
+from common import Kept, Record, Setting
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -57,9 +57,57 @@ PRESSES: dict[str, Callable[[Any], Any]] = {
 }
 SIMPLE = ("Knorm", "SnapKV", "TOVA", "ExpectedAttention", "StreamingLLM", "KeyDiff")
 PER_HEAD = ("AdaKV(SnapKV)", "CriticalAdaKV(SnapKV)", "DuoAttention(by hand)", "DMS(Knorm)")
+NAME, KEY_NORM, VOTES, TAKES_CACHES = "kvpress", "Knorm", "SnapKV", True
+METHOD_COUNT = len([x for x in kvpress.__all__ if x.endswith("Press")]) - 2  # two are abstract
+VERSIONED = [name for name in PRESSES if name != "ObservedAttention"]  # eager only
+SECOND_TURN = ("Knorm", "SnapKV", "AdaKV(SnapKV)")
+TOLD_APART = ("Knorm", "SnapKV", *PER_HEAD)
+IN_FAMILIES = ("Knorm", "SnapKV", "ExpectedAttention", "AdaKV(SnapKV)")
+QUANTIZED_WEIGHTS = (*IN_FAMILIES, "CriticalKV(SnapKV)", "CriticalAdaKV(SnapKV)")
+EAGER = ("Knorm", "SnapKV", "ObservedAttention", "AdaKV(SnapKV)", "DuoAttention(by hand)")
+PER_LAYER: dict[str, Callable[[Any, Any], Any]] = {
+    "PyramidKV, ": lambda m, s: kvpress.PyramidKVPress(RATIO, window_size=16),
+    "PerLayer(Knorm), ": lambda m, s: kvpress.PerLayerCompressionPress(
+        kvpress.KnormPress(RATIO), [0.2, 0.4, 0.6, 0.8]
+    ),
+}
+# some need more than the model
+OFFLINE: dict[str, Callable[[Any, int], Any]] = {
+    "DuoAttention": lambda m, t: kvpress.DuoAttentionPress(RATIO),
+    "DuoAttention, on the fly": lambda m, t: kvpress.DuoAttentionPress(
+        RATIO, on_the_fly_scoring=True
+    ),
+    "KVzip": lambda m, t: kvpress.KVzipPress(RATIO),
+    "ExpectedAttentionStats": lambda m, t: kvpress.ExpectedAttentionStatsPress(RATIO),
+    "QFilter": lambda m, t: kvpress.QFilterPress(RATIO),
+    "KVzap": lambda m, t: kvpress.KVzapPress(RATIO),
+    "FastKVzip": lambda m, t: kvpress.FastKVzipPress(RATIO),
+    "SnapKV": lambda m, t: snapkv(),
+    "ExpectedAttention": lambda m, t: kvpress.ExpectedAttentionPress(RATIO),
+}
 
 
-# ---------------------------------------------------------------------------- helpers
+def method(model: Any, name: str, tokens: int | None = None) -> Any:
+    """A press; it is told a ratio and not how many tokens that is."""
+    return PRESSES[name](model)
+
+
+def serving(model: Any, press: Any) -> Any:
+    """A block in which the model compresses."""
+    return press(model)
+
+
+def tokens_held(cache: Any, seen: int) -> list[int]:
+    return [layer.keys.shape[2] for layer in cache.layers]
+
+
+def tokens_by_layer(cache: Any, kept: Kept, added: int) -> list[int]:
+    """After the prompt, of a cache that has seen `added` more."""
+    return [held - added for held in tokens_held(cache, 0)]
+
+
+def after_the_prompt(kept: Kept) -> Kept:
+    return kept
 
 
 @torch.no_grad()
@@ -75,7 +123,7 @@ def attentions_of(model: Any) -> list[Any]:
     return [layer.self_attn for layer in inner.layers]
 
 
-def compress(
+def compressed(
     model: Any, press: Any, ids: Tensor, mask: Tensor | None = None, cache: Any = None
 ) -> Any:
     """The cache after the prompt `ids` under `press`."""
@@ -105,7 +153,12 @@ def kept_of(model: Any, cache: Any, full: Sequence[Tensor]) -> Kept:
 
 
 def after_prompt(
-    model: Any, press: Any, ids: Tensor, bounds: Sequence[int], cache: Any = None
+    model: Any,
+    press: Any,
+    ids: Tensor,
+    bounds: Sequence[int],
+    cache: Any = None,
+    positions: bool = True,
 ) -> tuple[Any, list[Tensor], Kept, float]:
     """Compress ``ids[:, :bounds[1]]`` and go on.
 
@@ -115,14 +168,24 @@ def after_prompt(
     """
     prompt = ids[:, : bounds[1]]
     full = full_keys(model, prompt)
-    cache = compress(model, press, prompt, cache=cache)
+    cache = compressed(model, press, prompt, cache=cache)
     kept = kept_of(model, cache, full)
-    logits = c.feed(model, cache, ids, bounds[1:])
+    logits = c.feed(model, cache, ids, bounds[1:], positions=positions)
     expected = c.reference(model, ids, bounds, [None] + [kept] * (len(bounds) - 2))
     return cache, logits, kept, c.gap(logits, expected[1:])
 
 
-def standard(setting: Setting) -> tuple[Any, Tensor, list[int]]:
-    """Llama, one row, and single-token steps after the prompt."""
-    ids = c.token_ids(setting.context + setting.steps)
-    return c.build(), ids, c.bounds_of(setting.context, *[1] * setting.steps)
+def by_generate(setting: Setting) -> Record:
+    model, ids, bounds = c.standard(setting)
+    prompt = ids[:, : setting.context]
+    full = full_keys(model, prompt)
+    with kvpress.KnormPress(RATIO)(model):
+        out = c.generation(model, prompt, setting.steps)
+    stored = [x.keys[:, :, : setting.kept] for x in out.past_key_values.layers]
+    kept = [
+        (a[:, :, :, None] == b[:, :, None]).all(-1).any(-1)
+        for a, b in zip(full, stored, strict=True)
+    ]
+    sequence = out.sequences[:, : bounds[-1]]
+    expected = c.reference(model, sequence, bounds, [None] + [kept] * (len(bounds) - 2))
+    return {"gap": c.gap([x[:, None] for x in out.logits[1:]], expected[1:])}

@@ -1,24 +1,34 @@
-"""The league as a page with its pictures; made from the data alone, no model needed."""
+"""The league as a page with its pictures; made from the data alone, no model needed.
+
+    python benchmarks/league_page.py                                  # docs/league.md
+    python benchmarks/league_page.py runs/league/league.json runs/league/league.md
+
+What somebody wrote beside a league.json for its page, in ``league.notes.md``, stands behind the
+verdicts.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from pages.league_plots import draw_all
+from pages.league_words import verdict_lines
+
 from kvcompress.atomic import write_file
 from kvcompress.evaluate.workloads import WORKLOADS
-from kvcompress.evaluate.workloads_report import interval
 from kvcompress.league.entries import BITS_ONLY
-from kvcompress.league.plots import check_plots, draw_all
 from kvcompress.league.result import Cell, League, point_name
-from kvcompress.league.tables import LEGEND, kl_table, score_table
+from kvcompress.league.tables import LEGEND, TableRow, kl_rows, score_rows
 from kvcompress.league.tune import TOLERANCE
-from kvcompress.league.verdicts import Verdicts, share
-from kvcompress.league.words import verdict_lines
+from kvcompress.league.verdicts import Verdicts, judge, share
+from kvcompress.measure.stats import interval
+from kvcompress.measure.tables import markdown
+from kvcompress.tasks.documents import read_text
 
-__all__ = ["check_plots", "write_pages"]
-
+ROOT: Final = Path(__file__).parents[1]
 _RULES: Final = """\
 ## Rules
 
@@ -75,7 +85,7 @@ def render(league: League, verdicts: Verdicts, pictures: str, notes: str = "") -
         "# League",
         "",
         "Every recipe at equal measured bytes on every workload, on "
-        f"`{league.conditions.model}`. This page is made by `kvcompress league --render`; no "
+        f"`{league.conditions.model}`. This page is made by `benchmarks/league_page.py`; no "
         "number on it is typed by hand.",
         "",
         f"![Score against bytes, all workloads]({pictures}/overview.png)",
@@ -90,12 +100,16 @@ def render(league: League, verdicts: Verdicts, pictures: str, notes: str = "") -
     if notes:
         lines += [notes.strip(), ""]
     for workload in league.workloads:
-        lines += [f"## {title(workload)}", "", *score_table(league, verdicts, workload)]
+        lines += [f"## {title(workload)}", "", *_table(score_rows(league, verdicts, workload))]
         lines += [f"![{workload}]({pictures}/{workload}.png)", ""]
     lines += [*_text(league), *_predicted(league)]
     lines += [_RULES.format(storage=_STORAGE[league.conditions.storage])]
     lines += [*_bytes(league), *_conditions(league), *_entries(league)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(rows: Sequence[TableRow]) -> list[str]:
+    return [markdown(list(rows[0]), [list(row.values()) for row in rows], tight=True), ""]
 
 
 def _text(league: League) -> list[str]:
@@ -111,7 +125,7 @@ def _text(league: League) -> list[str]:
         if measured and not (known is not None and known.beyond):
             lines += [f"## KL to the full cache, {workload}", ""]
             lines += ["Mean nats per token on held-out text behind a compressed prefix.", ""]
-            lines += kl_table(league, workload)
+            lines += _table(kl_rows(league, workload))
     return lines
 
 
@@ -137,8 +151,13 @@ def _predicted(league: League) -> list[str]:
         if known is None or not known.beyond:
             mean, (low, high) = interval(done.kl_nats, league.conditions.seed)
             rows.append(
-                f"| {cell.entry} | {point_name(cell.point)} | {cell.workload} | "
-                f"{cell.predicted_nats:.4f} | {mean:.4f} [{low:.4f}, {high:.4f}] |"
+                [
+                    cell.entry,
+                    point_name(cell.point),
+                    cell.workload,
+                    f"{cell.predicted_nats:.4f}",
+                    f"{mean:.4f} [{low:.4f}, {high:.4f}]",
+                ]
             )
     if not rows:
         return []
@@ -150,9 +169,7 @@ def _predicted(league: League) -> list[str]:
         "calibration prompts in four end in questions on notes, where dropped tokens cost most; "
         "plain text is kinder, so predictions order plans and lie above what text shows.",
         "",
-        "| entry | bytes | workload | predicted | measured |",
-        "|---|---|---|---|---|",
-        *rows,
+        markdown(["entry", "bytes", "workload", "predicted", "measured"], rows, tight=True),
         "",
     ]
 
@@ -217,10 +234,9 @@ def _conditions(league: League) -> list[str]:
 
 def _entries(league: League) -> list[str]:
     """Who took part, and what did not run."""
-    lines = ["## Entries", "", "| entry | role | what it is |", "|---|---|---|"]
-    for row in league.rows:
-        same = f"; same as {', '.join(row.same_as)}" if row.same_as else ""
-        lines.append(f"| {row.name} | {row.role} | {row.description}{same} |")
+    told = [[row.name, row.role, row.description + _same(row.same_as)] for row in league.rows]
+    table = markdown(["entry", "role", "what it is"], told, tight=True)
+    lines = ["## Entries", "", table]
     missing = [f"- {row.name}: {row.reason}" for row in league.skipped]
     failed: dict[tuple[str, str], list[str]] = {}
     for cell in league.cells:
@@ -232,3 +248,23 @@ def _entries(league: League) -> list[str]:
         shown = where if len(where) <= 3 else [*where[:3], f"{len(where) - 3} more"]
         missing.append(f"- {entry} ({', '.join(shown)}): {error}")
     return [*lines, "", "## Not run", "", *missing, ""] if missing else [*lines, ""]
+
+
+def _same(names: Sequence[str]) -> str:
+    return f"; same as {', '.join(names)}" if names else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    results = ROOT / "benchmarks" / "results" / "league.json"
+    parser.add_argument("league", type=Path, nargs="?", default=results, help="a league.json")
+    parser.add_argument("page", type=Path, nargs="?", default=ROOT / "docs" / "league.md")
+    args = parser.parse_args()
+    league = League.load(args.league)
+    notes = args.league.with_suffix(".notes.md")
+    args.page.parent.mkdir(parents=True, exist_ok=True)
+    write_pages(league, judge(league), args.page, read_text(notes) if notes.is_file() else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""What a timing depends on beside the code: allocator, machine, load, versions.
+"""Under what something is measured: date, machine, load, versions, and the allocator.
 
 Needs nothing but the standard library, so that environments without kvcompress can import it.
 """
@@ -6,10 +6,9 @@ Needs nothing but the standard library, so that environments without kvcompress 
 from __future__ import annotations
 
 import ctypes
+import datetime
 import os
 import platform
-import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
@@ -19,37 +18,12 @@ from typing import Final
 TUNED_MALLOC: Final = (
     "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=8589934592"
 )
-_VARIABLE: Final = "GLIBC_TUNABLES"
+VARIABLE: Final = "GLIBC_TUNABLES"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def uses_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"
-
-
-def environment(threads: int, malloc: str = "tuned") -> dict[str, str]:
-    """Variables for a process that is to be measured.
-
-    Args:
-        malloc: ``tuned`` or ``default``.
-    """
-    own = {k: v for k, v in os.environ.items() if k != _VARIABLE}
-    if malloc == "tuned" and uses_glibc():
-        own[_VARIABLE] = TUNED_MALLOC
-    own["OMP_NUM_THREADS"] = str(threads)
-    return own
-
-
-def restart_tuned(threads: int, arguments: Sequence[str] | None = None) -> None:
-    """Start this script again with glibc's thresholds raised, unless they are.
-
-    glibc reads its tunables when a process starts, so this is the only way to set them by name.
-    """
-    wanted = environment(threads)
-    if all(os.environ.get(name) == wanted.get(name) for name in (_VARIABLE, "OMP_NUM_THREADS")):
-        return
-    command = [sys.executable, *(sys.argv if arguments is None else arguments)]
-    os.execve(sys.executable, command, wanted)
 
 
 def keep_freed_memory() -> bool:
@@ -67,7 +41,7 @@ def keep_freed_memory() -> bool:
 def malloc_words() -> str:
     if not uses_glibc():
         return "the system's"
-    tuned = os.environ.get(_VARIABLE) == TUNED_MALLOC
+    tuned = os.environ.get(VARIABLE) == TUNED_MALLOC
     return "glibc, thresholds raised" if tuned else "glibc, default"
 
 
@@ -120,6 +94,16 @@ def versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def cores() -> int:
+    """That this process may use."""
+    own = getattr(os, "sched_getaffinity", None)
+    return len(own(0)) if own is not None else os.cpu_count() or 1
 
 
 def _read(path: str) -> str:

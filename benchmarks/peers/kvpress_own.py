@@ -1,42 +1,40 @@
-"""Situations on kvpress: what its cache holds and how it stands use."""
+"""Situations that kvpress needs steps of its own for."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common as c
 import kvpress
 import torch
-from common import Record, Setting
-from kvpress_helpers import (
+from common import Kept, Record, Setting
+from kvpress_side import (
     PER_HEAD,
     PRESSES,
     RATIO,
     SIMPLE,
     after_prompt,
     attentions_of,
-    compress,
+    compressed,
     full_keys,
     kept_of,
-    standard,
 )
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache
 
 
 def storage(setting: Setting) -> Record:
     def one(name: str) -> Record:
-        model, ids, bounds = standard(setting)
+        model, ids, bounds = c.standard(setting)
         if name == "ObservedAttention":
             model = c.build(attention="eager")
         full = DynamicCache()
         c.feed(model, full, ids, bounds[:2])
         press = PRESSES[name](model)
-        held = c.storage_bytes(compress(model, press, ids[:, : setting.context]))
+        held = c.storage_bytes(compressed(model, press, ids[:, : setting.context]))
         claimed = 1 - press.compression_ratio
         numbers = {"claimed": claimed, "bytes": held, "full_bytes": c.storage_bytes(full)}
         if name != "ThinK":  # drops channels: there is no kept set
@@ -45,39 +43,6 @@ def storage(setting: Setting) -> Record:
         return numbers
 
     return {name: c.measured(one, name) for name in PRESSES}
-
-
-def per_layer(setting: Setting) -> Record:
-    ratios = [0.2, 0.4, 0.6, 0.8]
-    presses = {
-        "PyramidKV": lambda: kvpress.PyramidKVPress(RATIO, window_size=16),
-        "PerLayer(Knorm)": lambda: kvpress.PerLayerCompressionPress(
-            kvpress.KnormPress(RATIO), ratios
-        ),
-    }
-    ways = {"1-token steps": [1] * setting.steps, "question": [setting.question, 1, 1]}
-
-    def one(make: Callable[[], Any], attention: str, way: str) -> Record:
-        model = c.build(attention=attention)
-        ids = c.token_ids(setting.context + setting.question + setting.steps)
-        press = make()
-        if way == "generate()":
-            prompt = ids[:, : setting.context]
-            with press(model):
-                mask = torch.ones_like(prompt)
-                model.generate(prompt, attention_mask=mask, max_new_tokens=2, do_sample=False)
-            return {"ran": True}
-        bounds = c.bounds_of(setting.context, *ways[way])
-        cache, _, _, error = after_prompt(model, press, ids, bounds)
-        added = sum(ways[way])
-        return {"gap": error, "tokens": [x.keys.shape[2] - added for x in cache.layers]}
-
-    return {
-        f"{name}, {attention}, {way}": c.measured(one, make, attention, way)
-        for name, make in presses.items()
-        for attention in ("sdpa", "eager")
-        for way in (*ways, "generate()")
-    }
 
 
 def padding(setting: Setting) -> Record:
@@ -94,7 +59,7 @@ def padding(setting: Setting) -> Record:
         cache = DynamicCache()
         if press is None:
             return c.feed(model, cache, row, own)[1:]
-        compress(model, press, row[:, :prompt], cache=cache)
+        compressed(model, press, row[:, :prompt], cache=cache)
         return c.feed(model, cache, row, own[1:])
 
     def by_generate(model: Any, name: str) -> float:
@@ -107,7 +72,7 @@ def padding(setting: Setting) -> Record:
     def one(name: str) -> Record:
         model = c.build()
         full = full_keys(model, ids[:, :context], mask[:, :context])
-        cache = compress(model, PRESSES[name](model), ids[:, :context], mask[:, :context])
+        cache = compressed(model, PRESSES[name](model), ids[:, :context], mask[:, :context])
         held = [layer.keys.shape[2] for layer in cache.layers]
         kept = kept_of(model, cache, full)
         real = torch.stack([k[1, :, pads:].sum(-1) for k in kept if k is not None])
@@ -148,7 +113,7 @@ def chunked(setting: Setting) -> Record:
     quarter = setting.context // 4
 
     def one(name: str) -> Record:
-        model, ids, bounds = standard(setting)
+        model, ids, bounds = c.standard(setting)
         parts = c.bounds_of(*[quarter] * 4, *[1] * setting.steps)
         cache, press = DynamicCache(), PRESSES[name](model)
         full = full_keys(model, ids[:, :quarter])
@@ -159,7 +124,7 @@ def chunked(setting: Setting) -> Record:
         held = [x.keys.shape[2] for x in cache.layers]
         got = c.feed(model, cache, ids, parts[4:])
         expected = c.reference(model, ids, parts, [None] + [first] * (len(parts) - 2))
-        once = compress(model, PRESSES[name](model), ids[:, : setting.context])
+        once = compressed(model, PRESSES[name](model), ids[:, : setting.context])
         return {
             "asked": setting.kept,
             "tokens": held,
@@ -168,29 +133,6 @@ def chunked(setting: Setting) -> Record:
         }
 
     return {name: c.measured(one, name) for name in ("Knorm", "StreamingLLM", "SnapKV")}
-
-
-def second_turn(setting: Setting) -> Record:
-    lengths = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= 2 * setting.turn]
-
-    def one(model: Any, ids: Tensor, context: int, name: str, length: int) -> Record:
-        bounds = c.bounds_of(context, length, *[1] * 4)
-        cache, _, _, error = after_prompt(model, PRESSES[name](model), ids, bounds)
-        return {"gap": error, "tokens": cache.layers[0].keys.shape[2]}
-
-    random_model, ids = c.build(), c.token_ids(setting.context + 256)
-    trained, tokenizer = c.demo_model()
-    text = c.demo_ids(tokenizer, 1024)
-    models = {
-        "random weights": (random_model, ids, setting.context),
-        "trained": (trained, text, min(512, setting.context)),
-    }
-    return {
-        f"{name}, {label}, turn of {length}": c.measured(one, *given, name, length)
-        for label, given in models.items()
-        for name in ("Knorm", "SnapKV", "AdaKV(SnapKV)")
-        for length in lengths
-    }
 
 
 def long_generation(setting: Setting) -> Record:
@@ -217,26 +159,10 @@ def long_generation(setting: Setting) -> Record:
     return {f"Decoding({base})": c.measured(one, base) for base in ("Knorm", "StreamingLLM")}
 
 
-def interleaved(setting: Setting) -> Record:
-    def one(name: str) -> Record:
-        model, ids, bounds = standard(setting)
-        other = c.token_ids(setting.context - setting.short_row // 2, seed=5)
-
-        def run(disturb: bool) -> list[Tensor]:
-            cache = compress(model, PRESSES[name](model), ids[:, : setting.context])
-            if disturb:
-                compress(model, PRESSES[name](model), other)
-            return c.feed(model, cache, ids, bounds[1:])
-
-        return {"gap": c.gap(run(True), run(False))}
-
-    return {name: c.measured(one, name) for name in ("Knorm", "SnapKV", *PER_HEAD)}
-
-
 def intact(setting: Setting) -> Record:
     def one(name: str) -> Record:
-        model, ids, bounds = standard(setting)
-        cache = compress(model, PRESSES[name](model), ids[:, : setting.context])
+        model, ids, bounds = c.standard(setting)
+        cache = compressed(model, PRESSES[name](model), ids[:, : setting.context])
         before = [layer.keys.clone() for layer in cache.layers]
         c.feed(model, cache, ids, bounds[1:3])
         after = [
@@ -256,8 +182,8 @@ def reuse(setting: Setting) -> Record:
     """Two continuations of one compressed prompt; the first one's tokens are cut off again."""
 
     def one(name: str) -> Record:
-        model, ids, bounds = standard(setting)
-        cache = compress(model, PRESSES[name](model), ids[:, : setting.context])
+        model, ids, bounds = c.standard(setting)
+        cache = compressed(model, PRESSES[name](model), ids[:, : setting.context])
         lengths = [layer.keys.shape[2] for layer in cache.layers]
         first = c.feed(model, cache, ids, bounds[1:])
         for layer, length in zip(cache.layers, lengths, strict=True):
@@ -272,8 +198,8 @@ def save_load(setting: Setting) -> Record:
     from safetensors.torch import load_file, save_file
 
     def one(name: str, positions: bool) -> Record:
-        model, ids, bounds = standard(setting)
-        cache = compress(model, PRESSES[name](model), ids[:, : setting.context])
+        model, ids, bounds = c.standard(setting)
+        cache = compressed(model, PRESSES[name](model), ids[:, : setting.context])
         stored = copy.deepcopy(cache)
         expected = c.feed(model, cache, ids, bounds[1:])
         with tempfile.TemporaryDirectory() as folder:
@@ -293,4 +219,68 @@ def save_load(setting: Setting) -> Record:
         f"{name}, {label}": c.measured(one, name, positions)
         for name in ("Knorm", "SnapKV", "AdaKV(SnapKV)")
         for label, positions in (("position_ids by hand", True), ("no position_ids", False))
+    }
+
+
+class Recording(kvpress.SnapKVPress):
+    """Notes what it keeps, as stored keys of a quantized cache cannot be told apart."""
+
+    def score(self, module: Any, hidden_states: Any, keys: Tensor, *args: Any) -> Tensor:
+        score = super().score(module, hidden_states, keys, *args)
+        kept_tokens = int(keys.shape[2] * (1 - self.compression_ratio))
+        chosen = score.topk(kept_tokens, dim=-1).indices
+        self.kept = getattr(self, "kept", {})
+        self.kept[module.layer_idx] = torch.zeros_like(score, dtype=torch.bool).scatter_(
+            2, chosen, True
+        )
+        return score
+
+    def kept_set(self) -> Kept:
+        return [self.kept[layer] for layer in sorted(self.kept)]
+
+
+def quantized_cache(setting: Setting) -> Record:
+    steps = [1] * setting.steps
+    models = c.both_models(setting, setting.steps, 512 + setting.steps)
+
+    def one(
+        model: Any, ids: Tensor, context: int, store: tuple[str, int] | None, name: str | None
+    ) -> Record:
+        bounds = c.bounds_of(context, *steps)
+        prompt = ids[:, :context]
+        full = DynamicCache()
+        if store is None:
+            c.feed(model, full, ids, bounds[:2])
+            return {"bytes": c.storage_bytes(full)}
+        axis = 0 if store[0] == "quanto" else 1  # as transformers documents them
+        options = {"nbits": store[1], "axis_key": axis, "axis_value": axis}
+        cache = QuantizedCache(store[0], model.config, **options)
+        if name == "AdaKV(SnapKV)":
+            compressed(model, PRESSES[name](model), prompt, cache=cache)
+            return {"bytes": c.storage_bytes(cache)}
+        exact, press = (
+            Recording(RATIO if name else 0.0, window_size=c.WINDOW, kernel_size=1) for _ in range(2)
+        )
+        compressed(model, exact, prompt)
+        compressed(model, press, prompt, cache=cache)
+        held = c.storage_bytes(cache)
+        logits = c.feed(model, cache, ids, bounds[1:])
+        kept = exact.kept_set() if name else None
+        expected = c.reference(model, ids, bounds, [None] + [kept] * len(steps))[1:]
+        numbers: Record = {"bytes": held, "kept": 1.0, "gap": c.gap(logits, expected)}
+        if kept is not None:
+            got = press.kept_set()
+            numbers["kept"] = c.share(got)
+            numbers["agreement"] = c.agreement(got, kept, range(c.LAYERS))
+        return numbers
+
+    ways: dict[str, tuple[tuple[str, int] | None, str | None]] = {"nothing": (None, None)}
+    for store in (("quanto", 2), ("quanto", 4), ("hqq", 4), ("hqq", 8)):
+        label = f"{store[0]} {store[1]} bits"
+        ways[label] = (store, None)
+        ways |= {f"{label} + {n}": (store, n) for n in ("SnapKV", "AdaKV(SnapKV)")}
+    return {
+        f"{way}, {label}": c.measured(one, *given, *options)
+        for label, given in models.items()
+        for way, options in ways.items()
     }

@@ -1,0 +1,1 @@
+"""What the generators of pages share: words, plots, and the files that they write."""

@@ -1,0 +1,1 @@
+"""What everything that measures shares: cells on disk, conditions, timing, intervals, tables."""

@@ -1,0 +1,6 @@
+"""Plans to time lie beside the benchmarks."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
