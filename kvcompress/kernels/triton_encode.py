@@ -35,15 +35,6 @@ def _coded(p_x, p_center, p_scale, o, m):
 
 
 @triton.jit
-def _from(pointer, channel):
-    """A pointer to later channels; None stays."""
-    if pointer is not None:
-        return pointer + channel
-    else:
-        return None
-
-
-@triton.jit
 def encode_rows(p_x, p_center, p_scale, m_t, codes, slot, WIDE: tl.constexpr):
     """Store vectors at flat slots.
 
@@ -61,7 +52,7 @@ def encode_rows(p_x, p_center, p_scale, m_t, codes, slot, WIDE: tl.constexpr):
         width: tl.constexpr = D // GROUPS
         m = m_t[:, None] & (o < half)[None, :]
         low_x = _coded(p_x, p_center, p_scale, o, m)
-        high_x = _coded(p_x + half, _from(p_center, half), _from(p_scale, half), o, m)
+        high_x = _coded(p_x, p_center, p_scale, o + half, m)
         low_code = tl.zeros(low_x.shape, tl.int32)
         high_code = low_code
         for group in tl.static_range(GROUPS):

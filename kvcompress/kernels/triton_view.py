@@ -7,8 +7,10 @@ constant is known when the kernel is compiled, as is whether a field is None. A 
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
-from typing import TypeVar
+from functools import cache
+from typing import TypeVar, cast
 
 import torch
 import triton.language as tl
@@ -22,8 +24,21 @@ View = TypeVar("View", bound=tuple[object, ...])
 def told(view: View) -> View:
     """A view as a kernel takes it."""
     fields = fields_of(type(view))
+    values = [_told(field, value) for field, value in zip(fields, view, strict=True)]
     make: Callable[..., View] = type(view)
-    return make(*(_told(field, value) for field, value in zip(fields, view, strict=True)))
+    if any(isinstance(value, tuple) for value in view):
+        # Triton 3.5 forgets, behind a loop, the constants of a view in another one, unless a
+        # constant of the outer one follows them
+        make = _followed(type(view))
+        values.append(tl.constexpr(True))
+    return make(*values)
+
+
+@cache
+def _followed(view: type) -> Callable[..., View]:
+    """The class of a view with one field more."""
+    names = [*(field.name for field in fields_of(view)), "followed"]
+    return cast(Callable[..., View], namedtuple(view.__name__, names))
 
 
 def _told(field: Field, value: object) -> object:
