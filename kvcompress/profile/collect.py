@@ -214,8 +214,14 @@ def watching_rows(
     Args:
         rotations: rotary embedding of each layer, for scorers that need it.
         tensors: per layer what was trained for the scorer.
+
+    Raises:
+        ValueError: where the scorer needs rotary embeddings and none are given.
     """
-    needs_hidden = "hidden" in scorer(keep.scorer).needs
+    needs = scorer(keep.scorer).needs
+    if "rotation" in needs and len(rotations) != shape.layers:
+        raise ValueError(f"the scorer {keep.scorer!r} needs the rotary embedding of every layer")
+    needs_hidden = "hidden" in needs
 
     def run(given: LayerInput) -> Tensor:
         layer, length = given.layer, given.key.shape[1]

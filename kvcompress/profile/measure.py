@@ -24,7 +24,7 @@ from kvcompress.profile.collect import LayerRows, forward, watching_rows
 from kvcompress.profile.losses import LossMeter
 from kvcompress.profile.masks import KeepMasks
 from kvcompress.profile.sensitivity import path_sensitivity
-from kvcompress.quant.keystats import KVParams
+from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.recipe import Keep
 
 LOW_QUANTILE: Final = 0.05
@@ -40,6 +40,7 @@ class Setup:
         fewer: further settings with fewer sinks and recent tokens, and their candidates.
         params: key constants that stored keys are coded with, and the scorer's trained weights.
         gradients: whether losses are in nats, see `losses`.
+        rotations: rotary embedding of each layer, for a scorer that needs it.
     """
 
     shape: ModelShape
@@ -51,6 +52,7 @@ class Setup:
     fewer: tuple[tuple[Keep, tuple[HeadPlan, ...]], ...]
     params: KVParams
     gradients: bool
+    rotations: tuple[Rotation | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def measure_prompt(model: PreTrainedModel, setup: Setup, ids: list[int]) -> Prom
         loss[rows.layer] = torch.cat(found, -1).cpu()
 
     trained = {i: setup.params.tensors_of(i) for i in range(setup.shape.layers)}
-    with watching_rows(model, setup.shape, setup.keep, observe, tensors=trained):
+    keep, rotations = setup.keep, setup.rotations
+    with watching_rows(model, setup.shape, keep, observe, rotations, trained):
         forward(model, ids)
     order = range(setup.shape.layers)
     return PromptResult(

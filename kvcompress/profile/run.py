@@ -222,6 +222,7 @@ def _measured(
         tuple((k, small_candidates(shape.head_dim)) for k in fewer_exact(recipe.keep)),
         params,
         gradients=not no_gradients,
+        rotations=tuple(found.rotation for found in rotations),
     )
     results = []
     for number, ids in enumerate(prompts):

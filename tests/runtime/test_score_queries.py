@@ -14,6 +14,7 @@ from kvcompress.recipe import Keep
 from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach, detach
+from kvcompress.runtime.model.rotation import find_rotations
 from kvcompress.runtime.names import as_argument
 from kvcompress.runtime.prompt import score_queries as score_queries
 from kvcompress.runtime.prompt.score_queries import LateScoreQueries, attend_prompt
@@ -162,8 +163,13 @@ def test_rules_for_each_request_rank_by_the_same_estimates(rule):
         assert stored[0][key] == pytest.approx(stored[1][key], rel=1e-4)
 
 
-@pytest.mark.parametrize("scorer", ["raw", "mean", "lift"])
-@pytest.mark.parametrize(("rows", "stride"), [(None, None), (12, None), (12, 8)])
+@pytest.mark.parametrize(
+    ("scorer", "rows", "stride"),
+    [
+        *((s, *r) for s in ("raw", "mean", "lift") for r in ((None, None), (12, None), (12, 8))),
+        ("expected", None, None),  # looks at the rotary embedding too
+    ],
+)
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_profile_lets_the_same_rows_vote(family, scorer, rows, stride):
     """What the profile ranks tokens by at a prompt's end is what the runtime does."""
@@ -177,7 +183,8 @@ def test_a_profile_lets_the_same_rows_vote(family, scorer, rows, stride):
     )
     ranks = {}
     keep = Keep(scorer=scorer, score_rows=rows, score_stride=stride)
-    with watching_rows(model, plan.model, keep, lambda r: ranks.__setitem__(r.layer, r)):
+    turned = [found.rotation for found in find_rotations(model, plan.model, ids[-1])]
+    with watching_rows(model, plan.model, keep, lambda r: ranks.__setitem__(r.layer, r), turned):
         forward(model, ids)
     attach(model, plan)
     cache = new_cache(model)
