@@ -26,6 +26,7 @@ QUICK: Final[dict[str, tuple[str, ...]]] = {
     "evict": ("evict/test_scorers.py", "evict/test_digest.py"),
     "kernels": ("kernels/test_decode.py",),
     "league": ("league/test_verdicts.py",),
+    "measure": ("measure/test_cells.py", "measure/test_tables.py"),
     "profile": ("profile/test_budget.py",),
     "quant": ("quant/test_codec.py",),
     "tasks": ("evaluate/test_tasks.py",),

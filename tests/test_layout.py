@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "tasks": {"errors"},
     "measure": VALUES,
     # they read codes in place, and rank by the one keep rule
-    "kernels": {"errors", "plan", "quant.codec", "evict.keepset", "evict.scorers"},
+    "kernels": {"errors", "plan", "storage", "quant.codec", "evict.keepset", "evict.scorers"},
     "quant": VALUES,
     "evict": VALUES | {"quant.keystats"},  # the rotary embedding, to undo it
     "accounting": VALUES,

@@ -105,7 +105,9 @@ def words(data: Tensor, dtype: KVDtype) -> Tensor:
 def refuses(k_dtype: KVDtype, v_dtype: KVDtype, head_dim: int, value_dim: int) -> str | None:
     """Why the kernels cannot read this storage, None if they can."""
     for dtype, dim in ((k_dtype, head_dim), (v_dtype, value_dim)):
-        parts = {"model": 1, "int8": 2, "fp8": 2, "int4": 4}[dtype]
+        parts = {"model": 1, "int8": 2, "fp8": 2, "int4": 4}.get(dtype)
+        if parts is None:
+            return f"{dtype} is not read"
         if dim % parts or not 0 < dim <= 256:
             return f"{dtype} of {dim} channels: up to 256 and a multiple of {parts} are read"
     return None

@@ -28,6 +28,7 @@ from kvcompress.kernels.view import (
 from kvcompress.quant.codec import has_minimum, row_elements
 
 DTYPES: Final = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "fp8": 5}
+STORED: Final = frozenset({"model", "int8", "int4", "fp8"})  # of the storages, those that C knows
 ATTEND: Final = 1
 STORE: Final = 2
 NO_VOTE, VOTE, LIFT = 0, 1, 2

@@ -26,7 +26,8 @@ from kvcompress.kernels.view import (
     TokenView,
 )
 from kvcompress.plan import KVDtype
-from kvcompress.quant.codec import Codes
+from kvcompress.quant.codec import Codes, channel_parts
+from kvcompress.storage import STORAGES
 
 TILE_ELEMENTS: Final = 1 << 20  # of codes widened to float32 at a time: 4 MB, stays in cache
 
@@ -84,15 +85,14 @@ def key_logits(query: Tensor, offset: Tensor | None, keys: Codes, dtype: KVDtype
     segments, rows, dim = query.shape
     slots = keys.data.shape[1]
     out = query.new_empty(segments, rows, slots)
-    half = dim // 2
     for low, high in _tiles(segments, slots, dim):
         data = keys.data[:, low:high]
         target = out[:, :, low:high]
-        if dtype == "int4":
-            torch.bmm(query[..., :half], (data & 15).float().mT, out=target)
-            target.baddbmm_(query[..., half:], (data >> 4).float().mT)
-        else:
-            torch.bmm(query, data.float().mT, out=target)
+        parts = channel_parts(data, dtype)
+        first, *others = zip(query.chunk(len(parts), -1), parts, strict=True)
+        torch.bmm(first[0], first[1].float().mT, out=target)
+        for piece, part in others:
+            target.baddbmm_(piece, part.float().mT)
     if keys.scale is not None:
         out *= keys.scale.float().mT
     if keys.minimum is not None:
@@ -110,7 +110,7 @@ def weighted_values(weights: Tensor, values: Codes, dtype: KVDtype) -> Tensor:
     """
     segments, rows, slots = weights.shape
     groups = 1 if values.scale is None else values.scale.shape[-1]
-    dim = values.data.shape[-1] * (2 if dtype == "int4" else 1)
+    dim = values.data.shape[-1] * STORAGES[dtype].per_byte
     out = weights.new_zeros(segments, rows, dim)
     width = dim // groups
     for group in range(groups):
@@ -128,16 +128,15 @@ def weighted_values(weights: Tensor, values: Codes, dtype: KVDtype) -> Tensor:
 
 
 def _value_tile(data: Tensor, dtype: KVDtype, dim: int, channels: slice) -> Tensor:
-    if dtype != "int4":
-        return data[..., channels].float()
-    half = dim // 2
-    if channels.stop <= half:
-        return (data[..., channels] & 15).float()
-    if channels.start >= half:
-        return (data[..., channels.start - half : channels.stop - half] >> 4).float()
-    low = data[..., channels.start : half] & 15
-    high = data[..., : channels.stop - half] >> 4
-    return torch.cat([low, high], -1).float()
+    """``[S, T, channels]`` float32: from each part of a row what lies in `channels`."""
+    parts = channel_parts(data, dtype)
+    width = dim // len(parts)
+    cut = []
+    for number, part in enumerate(parts):
+        low, high = channels.start - number * width, channels.stop - number * width
+        if low < width and high > 0:
+            cut.append(part[..., max(0, low) : min(width, high)])
+    return cut[0].float() if len(cut) == 1 else torch.cat(cut, -1).float()
 
 
 def _tiles(segments: int, slots: int, dim: int) -> list[tuple[int, int]]:

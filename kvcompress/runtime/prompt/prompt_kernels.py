@@ -78,7 +78,9 @@ def encode_kept(
     Returns:
         False where no kernel serves these tensors; nothing is changed then.
     """
-    kernels = library()
+    kernels, kinds = library(), {store.kind.k_dtype, store.kind.v_dtype}
+    if not kinds <= layout.STORED:
+        return False
     if key.device.type == "cpu" and kernels is not None and _c_serves(key, value):
         _encode_in_c(kernels, key, value, kept, slots, constants, store)
         return True

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcompress.kernels.decode_split.reference import Partial, decode_split
 from kvcompress.plan import KVDtype
-from kvcompress.quant.codec import Codes
+from kvcompress.quant.codec import Codes, channel_parts
 from kvcompress.runtime.static.state import Block, StaticGroup, StaticState
 
 
@@ -217,15 +217,14 @@ def _finite(maximum: Tensor) -> Tensor:
 
 def _widened(codes: Codes, dtype: KVDtype) -> list[Tensor]:
     """``[B, H, 1, C, …]`` float32: all channels, or the low and the high half of them."""
-    data = codes.data.unsqueeze(2)
-    return [(data & 15).float(), (data >> 4).float()] if dtype == "int4" else [data.float()]
+    return [part.float() for part in channel_parts(codes.data.unsqueeze(2), dtype)]
 
 
 def _fused_logits(query: Tensor, offset: Tensor | None, keys: Codes, dtype: KVDtype) -> Tensor:
     parts = _widened(keys, dtype)
     pieces = query.unsqueeze(3).chunk(len(parts), -1)
     sums = [(piece * part).sum(-1) for piece, part in zip(pieces, parts, strict=True)]
-    logits = sums[0] if len(sums) == 1 else sums[0] + sums[1]
+    logits = sum(sums[1:], start=sums[0])
     if keys.scale is not None:
         logits = logits * keys.scale.float().mT
     if keys.minimum is not None:

@@ -83,6 +83,9 @@ def refusal(
         "a recall tier": settings.plan.recalls(settings.layer),
         "layers whose keys others read": len(settings.readers) > 1,
         "relative positions": settings.relative,
+        "a storage without a kernel": any(
+            not {kind.k_dtype, kind.v_dtype} <= layout.STORED for kind, _ in settings.groups
+        ),
         "turn quotas": settings.plan.turn_tokens > 0,
         "budgets that follow a threshold": settings.keep_if_above is not None,
         f"vectors of more than {layout.MAX_DIM} channels": max(shape.head_dim, shape.v_dim)
