@@ -9,16 +9,17 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, final
+from typing import Annotated, Final, final
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 
 from kvcompress.errors import KVCompressError
+from kvcompress.strict import Json
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DEVICE_MAPS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -116,7 +117,7 @@ def stdout() -> Console:
     return _Console(highlight=False, markup=False, width=width)
 
 
-def emit(value: Any, json_: bool) -> None:
+def emit(value: Json, json_: bool) -> None:
     """Print a command's result on stdout.
 
     Args:
@@ -133,7 +134,7 @@ def emit(value: Any, json_: bool) -> None:
         _print(plain(value), stdout())
 
 
-def fitting(value: Any) -> Any:
+def fitting(value: RenderableType) -> RenderableType:
     """`value`, its tables as `Fitting`."""
     if isinstance(value, Table):
         return Fitting(value)
@@ -168,7 +169,7 @@ class Fitting:
             yield table.caption
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Json:
     """`value` in the types of JSON; a number that JSON lacks (NaN, infinity) becomes None."""
     if isinstance(value, BaseModel):
         return plain(value.model_dump(mode="json"))
@@ -210,7 +211,7 @@ def quiet_libraries() -> None:
         disable_progress_bar()
 
 
-def _print(value: Any, out: Console, title: str | None = None) -> None:
+def _print(value: object, out: Console, title: str | None = None) -> None:
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         out.print(_rows(value, title))
     elif isinstance(value, dict):
@@ -224,15 +225,15 @@ def _print(value: Any, out: Console, title: str | None = None) -> None:
         out.print(_cell("", value), soft_wrap=True)
 
 
-def _is_table(value: Any) -> bool:
+def _is_table(value: object) -> bool:
     return isinstance(value, dict | list) and bool(value) and not _is_flat_list(value)
 
 
-def _is_flat_list(value: Any) -> bool:
+def _is_flat_list(value: object) -> bool:
     return isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
 
 
-def _rows(rows: list[dict[str, Any]], title: str | None) -> Table:
+def _rows(rows: list[dict[str, object]], title: str | None) -> Table:
     keys = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=title, title_justify="left")
     for key in keys:
@@ -243,7 +244,7 @@ def _rows(rows: list[dict[str, Any]], title: str | None) -> Table:
     return table
 
 
-def _pairs(pairs: dict[str, Any], title: str | None) -> Table:
+def _pairs(pairs: dict[str, object], title: str | None) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     for key, value in pairs.items():
         table.add_row(_heading(key), _cell(key, value))
@@ -254,7 +255,7 @@ def _heading(key: str) -> str:
     return key.removesuffix("_bytes").replace("_", " ")
 
 
-def _cell(key: str, value: Any) -> str:
+def _cell(key: str, value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):

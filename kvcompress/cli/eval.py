@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvcompress.cli.common import DeviceOption, JsonOption, emit, refuse_unread
 from kvcompress.cli.progress import progress
+from kvcompress.strict import Json
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from kvcompress.evaluate.compare import Row
 
+    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Row]]
 
 _DRAWN = ("samples", "context", "windows", "text", "seed")  # what tasks and workloads are drawn by
 _OF_THE_HARNESS = ("limit", "task_dir")
@@ -78,7 +82,7 @@ def command(
             raise typer.BadParameter("nothing to measure: give --tasks, or --windows above 0")
     with progress(f"loading {model}"):
         loaded, tokenizer, rows = _load(model, plan, device)
-    sizes: dict[str, Any] = {
+    sizes: dict[str, Json] = {
         "samples": samples,
         "context_tokens": context,
         "windows": windows,
@@ -94,13 +98,13 @@ def command(
 
 
 def _run_tasks(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     rows: list[Row],
     tasks: list[str],
     batch: int,
     json_: bool,
-    sizes: dict[str, Any],
+    sizes: dict[str, Json],
 ) -> None:
     from kvcompress.evaluate.compare import compare
     from kvcompress.evaluate.suite import make_suite
@@ -116,13 +120,13 @@ def _run_tasks(
 
 
 def _run_workloads(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     rows: list[Row],
     names: list[str],
     batch: int,
     json_: bool,
-    sizes: dict[str, Any],
+    sizes: dict[str, Json],
 ) -> None:
     from kvcompress.evaluate.serving import model_shape
     from kvcompress.evaluate.workloads import WORKLOADS, make_workloads
@@ -138,8 +142,8 @@ def _run_workloads(
 
 
 def _run_harness(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     rows: list[Row],
     tasks: list[str],
     batch: int,
@@ -173,7 +177,7 @@ def _words(listed: str) -> list[str]:
     return [word.strip() for word in listed.split(",") if word.strip()]
 
 
-def _load(model: str, plan: Path | None, device: str) -> tuple[Any, Any, list[Row]]:
+def _load(model: str, plan: Path | None, device: str) -> Loaded:
     """The model, its tokenizer, and the plans to measure: a bundle brings its own."""
     from kvcompress.bundle.load import load
     from kvcompress.bundle.manifest import is_bundle

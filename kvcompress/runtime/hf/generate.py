@@ -37,7 +37,7 @@ class _Running:
     cache_prepared: bool = False
     prompt_fed: bool = False
 
-    def check_forward(self, model: Any, cache: Any) -> None:
+    def check_forward(self, model: PreTrainedModel, cache: object) -> None:
         """Refuse a forward for which transformers did not ask us.
 
         Raises:
