@@ -7,8 +7,8 @@ import pytest
 from kvcompress.runtime.check.probe import PROMPT, probe
 from kvcompress.runtime.hf import generate
 from kvcompress.runtime.hf.attach import attach
-from kvcompress.runtime.layer import layer
 from kvcompress.runtime.model.attached import attached
+from kvcompress.runtime.step import cpu
 from kvcompress.runtime.store.state import LayerSettings
 from tests.runtime.battery import FULL, plan_for
 from tests.runtime.models import build, refused
@@ -79,7 +79,7 @@ def test_a_wrong_cache_is_noticed(monkeypatch):
         LayerSettings, "sees", lambda self, query, key, start: key > query - (PROMPT - 1)
     )
     # the compiled step does not ask `sees`, so the tensor operations must be what is probed
-    monkeypatch.setattr(layer, "library", lambda: None)
+    monkeypatch.setattr(cpu, "refusal", lambda *_: "refused by the test")
     found = probe(build("llama"))
     assert not found.supported
     assert "logits differ by" in found.refused
