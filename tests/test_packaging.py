@@ -78,6 +78,7 @@ WITH_EXTRA = {
     "kvcompress/evaluate/harness_model.py",
     "kvcompress/kernels/triton_encode.py",
     "kvcompress/kernels/triton_tiles.py",
+    "kvcompress/kernels/triton_view.py",
 }
 
 

@@ -16,5 +16,5 @@ def test_a_forward_runs_through_few_files():
 def test_a_file_counts_once_one_of_its_functions_runs():
     from kvcompress.quant.codec import value_groups
 
-    assert files_of(lambda: value_groups("int8", 64)) == {"quant/codec.py"}
+    assert files_of(lambda: value_groups("int8", 64)) == {"quant/codec.py", "storage.py"}
     assert files_of(lambda: None) == set()
