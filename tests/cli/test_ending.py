@@ -190,7 +190,7 @@ def program(arguments, **settings):
     return subprocess.run(
         [sys.executable, "-m", "kvcompress", *map(str, arguments)],
         stderr=subprocess.PIPE,
-        timeout=120,
+        timeout=300,
         **settings,
     )
 

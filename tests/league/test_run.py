@@ -219,11 +219,11 @@ from kvcompress.league.crew import _end_with_parent
 def wait():
     threading.Thread(target=_end_with_parent, daemon=True).start()
     print("here", flush=True)
-    time.sleep(300)
+    time.sleep(900)
 
 if __name__ == "__main__":
     multiprocessing.get_context("spawn").Process(target=wait).start()
-    time.sleep(300)
+    time.sleep(900)
 """
 
 
@@ -235,7 +235,7 @@ def test_a_killed_league_leaves_no_process_behind(tmp_path):
     ) as parent:
         assert parent.stdout is not None and parent.stdout.readline() == "here\n"
         parent.kill()
-        assert parent.communicate(timeout=60)[0] == ""
+        assert parent.communicate(timeout=300)[0] == ""
 
 
 STOPPED = """
@@ -247,7 +247,7 @@ class Worker:
         pass
 
     def do(self, task):
-        time.sleep(300)
+        time.sleep(900)
 
 crew.Worker = Worker  # in the spawned processes too, which import this file
 
@@ -264,6 +264,6 @@ def test_a_stopped_league_waits_for_no_cell(tmp_path):
         [sys.executable, str(tmp_path / "stopped.py")],
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert "KeyboardInterrupt" in done.stderr

@@ -127,7 +127,7 @@ def _run(folder: Path) -> list[SimpleNamespace]:
         for rank in range(SIZE)
     ]
     try:
-        texts = [worker.communicate(timeout=120)[0] for worker in workers]
+        texts = [worker.communicate(timeout=300)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
