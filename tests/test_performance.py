@@ -130,7 +130,7 @@ def test_a_file_names_every_command_that_measured_a_cell(benchmark, tmp_path, de
     for command, name in zip(commands, ("64", "32", "64"), strict=True):
         monkeypatch.setattr(output.sys, "argv", ["decode.py", *output.shlex.split(command)])
         args = options.parse_args([*SMALL, "--results", str(tmp_path)])
-        book = output.Book("decode", args, ["32", "64"])
+        book = output.ResultBook("decode", args, ["32", "64"])
         book.get(name, lambda name=name: decode.cells[0].model_copy(update={"name": name}))
     written = Result.load(tmp_path / "decode.json")
     assert [cell.name for cell in written.cells] == ["32", "64"]

@@ -65,7 +65,7 @@ class Benchmark:
     def measure(self, args: argparse.Namespace) -> Result:
         """Every cell that was not measured before."""
         rounds = Rounds(args.rounds, args.steps, self.warm_rounds, args.buffer * 2**20)
-        book = Book(self.name, args, self.order)
+        book = ResultBook(self.name, args, self.order)
 
         def measured(name: str, make: Callable[[], Cases]) -> Cell:
             made, missing = make()
@@ -131,7 +131,7 @@ def note(text: str) -> None:
 
 
 @final
-class Book(AbstractCells[Cell]):
+class ResultBook(AbstractCells[Cell]):
     """One benchmark's `Result`, with the commands that measured its cells.
 
     Args:

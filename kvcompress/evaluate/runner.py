@@ -169,8 +169,9 @@ def even_batches(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
 
 
 def check_length(longest: int, limit: int, context_tokens: int, workload: str = "") -> None:
-    """Raises:
-    ValueError: where what is read and answered leaves the model's positions.
+    """
+    Raises:
+        ValueError: where what is read and answered leaves the model's positions.
     """
     if longest > limit:
         raise ValueError(
