@@ -6,6 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.checkpoint import load as checkpoint
+from kvcompress.checkpoint.compute import Dtype, computing_in, stored_dtype
 from kvcompress.checkpoint.load import Checkpoint, build, find, load_config, load_tokenizer
 from kvcompress.errors import CalibrationError, UnsupportedModelError
 
@@ -17,32 +18,39 @@ _SAMPLED: Final = 1024  # elements of each tensor that enter `weights_hash`
 
 
 def load_source(
-    model: str, device: str = "auto"
+    model: str, device: str = "auto", dtype: Dtype = "stored"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a directory or a hub name.
 
     Args:
         device: ``cpu``, ``cuda`` or ``auto``, which takes CUDA where there is one.
+        dtype: to compute in; ``auto`` is float32 where the device multiplies the stored one slower.
+            The plan of such a model is still that of the checkpoint: give `shape_of` the
+            `stored_dtype`.
 
     Raises:
         UnsupportedModelError: if there is no such model, or it is not a causal language model.
     """
     found, config = _causal(model)  # refuses before anything big is read
     tokenizer = load_tokenizer(found)
-    return _loaded(found, config, device), tokenizer
+    return _loaded(found, config, device, dtype), tokenizer
 
 
-def load_model(model: str, device: str = "auto") -> PreTrainedModel:
+def load_model(model: str, device: str = "auto", dtype: Dtype = "stored") -> PreTrainedModel:
     """As `load_source`, without a tokenizer."""
-    return _loaded(*_causal(model), device)
+    return _loaded(*_causal(model), device, dtype)
 
 
-def _loaded(found: Checkpoint, config: PretrainedConfig, device: str) -> PreTrainedModel:
+def _loaded(
+    found: Checkpoint, config: PretrainedConfig, device: str, dtype: Dtype
+) -> PreTrainedModel:
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return checkpoint.load_model(found, config, device_map=device)
+    loaded = checkpoint.load_model(found, config, device_map=device)
+    ready: PreTrainedModel = computing_in(loaded, dtype, found.name)
+    return ready
 
 
 def random_model(model: str, layers: int | None = None) -> Any:
@@ -109,12 +117,18 @@ def check_vocabulary(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over a sample of every parameter: tells a retrained model from the profiled one."""
+    """sha256 over a sample of every parameter: tells a retrained model from the profiled one.
+
+    Weights that were only converted to the dtype that the model computes in are the same weights.
+    """
     digest = hashlib.sha256()
+    stored = stored_dtype(model)
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        converted = parameter.is_floating_point() and bool((sample.to(stored) == sample).all())
+        dtype = stored if converted else parameter.dtype
+        digest.update(f"{name} {tuple(parameter.shape)} {dtype}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
 
