@@ -39,6 +39,11 @@ from kvcompress.plan import (
 from kvcompress.registry import SUMS
 from kvcompress.strict import YAML_LIMIT_BYTES, Json, NotStrictError, load_yaml, read_text
 
+# what a profile measures: kept attention (FastGen), losses of candidates (byte plans), formats of
+# every decoder layer's weights, scores of heads by repetition
+Part = Literal["recovery", "losses", "weights", "heads"]
+PARTS: Final[tuple[Part, ...]] = ("recovery", "losses", "weights", "heads")
+
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 # the query rows that vote where a recipe does not say, see `kvcompress.evict.score_queries`
@@ -262,6 +267,12 @@ Policy = Annotated[
 ]
 
 
+def reads_profile(policy: Policy) -> bool:
+    """Whether `policy` reads numbers that hold only for the settings they were measured with."""
+    shaped = isinstance(policy, LayersPolicy) and policy.shape != "calibrated"
+    return not (shaped or isinstance(policy, UniformPolicy))
+
+
 class Recipe(StrictModel):
     """Everything that one `kvcompress profile` and `export` need to be repeated."""
 
@@ -279,6 +290,24 @@ class Recipe(StrictModel):
         if self.keep.recall is not None and not full:
             raise ValueError("keep.recall drops nothing: give a uniform policy with full: true")
         return self
+
+    @property
+    def parts(self) -> set[Part]:
+        """What a profile has to measure for the policy."""
+        policy = self.policy
+        if not reads_profile(policy):
+            return set()
+        if isinstance(policy, FastGenPolicy):
+            return {"recovery"}
+        if isinstance(policy, DuoPolicy) and policy.ranked_by == "repetition":
+            return {"heads"}
+        counted = isinstance(policy, BytesPolicy) and policy.memory is not None
+        return {"losses", "weights"} if counted and self.weights == WHOLE else {"losses"}
+
+    def with_prompts(self, prompts: int) -> Recipe:
+        """The same on this number of calibration prompts."""
+        calibration = self.calibration.model_copy(update={"prompts": prompts})
+        return self.model_copy(update={"calibration": calibration})
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""

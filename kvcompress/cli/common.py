@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Final, final
+from typing import Annotated, Final, Literal, final
 
 import typer
 from pydantic import BaseModel
@@ -84,6 +84,13 @@ DeviceOption = Annotated[
     str,
     typer.Option(
         "--device", help="cpu, cuda, cuda:N, or auto: CUDA if there is one.", callback=usable_device
+    ),
+]
+DtypeOption = Annotated[
+    Literal["stored", "auto", "float32", "bfloat16", "float16"],
+    typer.Option(
+        "--dtype",
+        help="What to compute in; auto: float32 where this machine multiplies 16 bits slower.",
     ),
 ]
 MapOption = Annotated[

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from kvcompress.cli.common import DeviceOption, JsonOption, console, emit
+from kvcompress.cli.common import DeviceOption, DtypeOption, JsonOption, console, emit
 from kvcompress.cli.progress import progress
+from kvcompress.recipe import Part, Recipe, parse_bytes
+
+QUICK_PROMPTS: Final = 4
 
 
 def command(
@@ -22,26 +25,49 @@ def command(
         typer.Option("-d", "--data", help="A .txt, .jsonl, .parquet file or a datasets name."),
     ] = None,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    also: Annotated[
+        list[Part] | None,
+        typer.Option(help="Measure this too, for a later plan; may be given several times."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"Only {QUICK_PROMPTS} prompts: a first plan.")
+    ] = False,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Of this process, weights included, like 8GiB.")
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Measure each KV head of MODEL on calibration prompts, and plan what it keeps.
 
-    Stopped with Ctrl-C, the same command goes on where it was. Example:
+    Only what the recipe's policy reads is measured; `--also` adds more, to a finished profile too.
+    Stopped with Ctrl-C, the same command goes on where it was. Examples:
 
-        kvcompress profile kvcompress/demo/model -r recipes/fastgen.yaml -o runs/fastgen
+        kvcompress profile kvcompress/demo/model -r recipes/quarter.yaml -o runs/quarter
+
+        kvcompress profile kvcompress/demo/model -o runs/quarter --also recovery
     """
     from kvcompress.profile import report
     from kvcompress.profile.run import run_and_plan
     from kvcompress.profile.source import load_source
-    from kvcompress.profile.store import Profile
-    from kvcompress.recipe import Recipe
+    from kvcompress.profile.store import PROFILE_FILE, Profile
 
-    wanted = Recipe() if recipe is None else Recipe.load(recipe)
+    try:
+        limit = None if memory_limit is None else parse_bytes(memory_limit)
+    except ValueError as error:
+        raise typer.BadParameter(f"--memory-limit: {error}") from None
+    finished = recipe is None and (out / PROFILE_FILE).is_file()
+    if finished:
+        wanted = Profile.load(out).recipe
+    else:
+        wanted = Recipe() if recipe is None else Recipe.load(recipe)
     if data is not None:
         calibration = wanted.calibration.model_copy(update={"data": data})
         wanted = wanted.model_copy(update={"calibration": calibration})
+    if quick and not finished:
+        wanted = wanted.with_prompts(QUICK_PROMPTS)
     with progress(f"loading {model}"):
-        loaded, tokenizer = load_source(model, device)
+        loaded, tokenizer = load_source(model, device, dtype)
     with progress(f"profiling {model}", total=100) as step:
         plan = run_and_plan(
             loaded,
@@ -50,6 +76,8 @@ def command(
             out,
             progress=lambda done, total: step(round(100 * done / total)),
             name=model,
+            also=also or (),
+            memory_limit_bytes=limit,
         )
     console().print(f"profile and plan written to {out}")
     note = Profile.load(out).loss_note

@@ -109,6 +109,7 @@ def run(
             recipe,
             out / "profile",
             progress=lambda done, steps: percent(100 * done // steps),
+            also=["recovery"],
         )
     shape = shape_of(model.config, model.dtype)
     plans = demo_plans(profile, shape, recipe)

@@ -13,15 +13,16 @@ from kvcompress.league.scale import keeps_all
 from kvcompress.plan import Plan
 from kvcompress.profile.candidates import codes_nothing
 from kvcompress.profile.run import run
-from kvcompress.profile.solve import reads_profile, solve
+from kvcompress.profile.solve import solve
 from kvcompress.profile.store import PARAMS_FILE, Profile
-from kvcompress.recipe import Calibration, FastGenPolicy, Keep, Recipe
+from kvcompress.recipe import Calibration, FastGenPolicy, Keep, Part, Recipe, reads_profile
 from kvcompress.runtime.model.families import shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_CALIBRATION: Final = Calibration()
+_LEAGUE_PARTS: Final[tuple[Part, ...]] = ("losses", "heads")  # beside the recovery of FastGen
 _NEVER: Final = 1e30  # loss of a head that is not to be chosen
 
 
@@ -57,7 +58,10 @@ class Profiles:
         if name not in self._kept:
             where = self.folder / name
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._kept[name] = (run(self.model, self.tokenizer, wanted, where), where)
+            self._kept[name] = (
+                run(self.model, self.tokenizer, wanted, where, also=_LEAGUE_PARTS),
+                where,
+            )
         return self._kept[name]
 
     def base(self) -> tuple[Profile, Path]:

@@ -90,6 +90,7 @@ def layers_heads(profile: Profile, policy: LayersPolicy) -> tuple[Heads, str]:
 
 def calibrated_beta(profile: Profile, policy: LayersPolicy) -> float:
     """The shape with the smallest summed loss, read off the measured `frequent` curves."""
+    profile.need("losses", "a calibrated shape over layers")
     shape, setting = profile.shape, profile.settings[0]
     mean = policy.ratio
     if mean is None:
@@ -156,6 +157,7 @@ def static_curve_heads(profile: Profile, policy: StaticCurvePolicy) -> Heads:
     the mean, as in AdaKV (arXiv 2407.11550, section 4). Differs from the paper: AdaKV pools the
     scores of one request; here the losses of the profile decide once for all requests.
     """
+    profile.need("losses", "a static curve")
     shape, setting = profile.shape, profile.settings[0]
     curve = frequent_curve(setting, (policy.k_dtype, policy.v_dtype))
     floor = policy.floor * policy.ratio
@@ -194,10 +196,15 @@ def duo_heads(profile: Profile, policy: DuoPolicy) -> Heads:
     """
     shape, setting = profile.shape, profile.settings[0]
     if policy.ranked_by == "repetition":
+        profile.need("heads", "duo, ranked by repetition,")
         if not profile.repeat_heads:
-            raise PlanError("the profile has no scores of heads by repetition; profile again")
+            raise PlanError(
+                "the prompts are too short for scores of heads by repetition; profile "
+                "again with longer ones"
+            )
         need = profile.repeat_heads
     else:
+        profile.need("losses", "duo")
         column = bare_column(setting)
         need = tuple(tuple(head[column] for head in layer) for layer in setting.losses)
     places = [(layer, head) for layer in range(shape.layers) for head in range(shape.kv_heads)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
 from pydantic import ValidationError
 
@@ -9,7 +12,7 @@ from kvcompress.errors import PlanError
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import HeadPlan, Plan, WeightScheme, explain
 from kvcompress.profile.candidates import codes_nothing
-from kvcompress.profile.store import PATH, ExactSetting, Profile
+from kvcompress.profile.store import ExactSetting, Profile
 from kvcompress.recipe import Keep
 
 Heads = tuple[tuple[HeadPlan, ...], ...]
@@ -23,17 +26,25 @@ def assemble(
     predicted_loss: float | None,
     weights: tuple[WeightScheme, ...] = (),
 ) -> Plan:
-    """A plan of these heads. It carries the predicted loss only where that is in nats.
+    """A plan of these heads.
+
+    It carries the loss that the profiler measured, where it ran this very plan; else the predicted
+    one, where that is in nats.
 
     Raises:
         PlanError: if the heads and the settings do not go together.
     """
+    measured = None if weights else tried_nats(profile, keep, heads)
+    if measured is not None:
+        predicted_loss = measured
+    elif profile.loss_unit != "nats":
+        predicted_loss = None
     try:
         return Plan(
             model=profile.shape,
             heads=heads,
             target=target,
-            predicted_loss=predicted_loss if profile.loss_unit == "nats" else None,
+            predicted_loss=predicted_loss,
             weights=weights,
             **settings(profile, keep),  # type: ignore[arg-type]
         )
@@ -75,40 +86,68 @@ def summed_loss(setting: ExactSetting, heads: Heads) -> float | None:
 def expected(profile: Profile, loss: float) -> float:
     """A sum of losses as the KL in nats per token that it stands for.
 
-    Heads' losses are slopes of a path along which KL rises, slowly at first: the share of the whole
-    path that a plan's losses make up is where on the path it stands. Beyond its end KL goes on in
-    proportion. Larger losses never give a smaller figure. A profile without a path has the sum.
+    Heads' losses are slopes, taken one head at a time. What a plan costs in fact, the profiler has
+    measured for plans of several sizes. Between them, KL rises as a power of the summed loss; below
+    the smallest of them with the power of the first two, at most 2 (KL is quadratic where changes
+    are small); beyond the largest, in proportion. Larger losses never give a smaller figure. A
+    profile that tried no plan has the sum.
     """
-    whole = _whole_path(profile)
-    if not whole:
+    curve = _curve(profile)
+    if not curve or loss <= 0:
         return loss
-    share = loss / whole
-    nats = (0.0, *profile.path_nats)
-    if share > 1:
-        return nats[-1] * share
-    return float(np.interp(share, (0.0, *PATH, 1.0), nats))
+    losses, nats = curve
+    if loss < losses[0]:
+        return float(nats[0] * (loss / losses[0]) ** _power(losses, nats))
+    if loss > losses[-1]:
+        return float(nats[-1] * loss / losses[-1])
+    return float(np.exp(np.interp(np.log(loss), np.log(losses), np.log(nats))))
 
 
 def summed_nats(profile: Profile, nats: float) -> float:
     """The inverse of `expected`: the sum of losses that `nats` of KL stand for."""
-    whole = _whole_path(profile)
-    if not whole:
+    curve = _curve(profile)
+    if not curve or nats <= 0:
         return nats
-    path = (0.0, *profile.path_nats)
-    if nats > path[-1]:
-        return whole * nats / path[-1]
-    return whole * float(np.interp(nats, path, (0.0, *PATH, 1.0)))
+    losses, known = curve
+    if nats < known[0]:
+        return float(losses[0] * (nats / known[0]) ** (1 / _power(losses, known)))
+    if nats > known[-1]:
+        return float(losses[-1] * nats / known[-1])
+    return float(np.exp(np.interp(np.log(nats), np.log(known), np.log(losses))))
+
+
+def _curve(profile: Profile) -> tuple[list[float], list[float]] | None:
+    """Rising losses and nats of the plans that were tried; None where there are none."""
+    points = [(p.loss, p.nats) for p in profile.tried if p.loss]
+    losses: list[float] = []
+    nats: list[float] = []
+    for loss, there in sorted(points):
+        if there > (nats[-1] if nats else 0.0) and loss > (losses[-1] if losses else 0.0):
+            losses.append(loss)
+            nats.append(there)
+    return (losses, nats) if losses else None
+
+
+def _power(losses: list[float], nats: list[float]) -> float:
+    if len(losses) < 2:
+        return 1.0
+    rise = np.log(nats[1] / nats[0]) / np.log(losses[1] / losses[0])
+    return float(np.clip(rise, 1.0, 2.0))
+
+
+def plan_digest(keep: Keep, heads: Heads) -> str:
+    """sha256 of what decides which tokens a plan holds and in how many bits."""
+    shown = [[head.model_dump(mode="json") for head in row] for row in heads]
+    text = json.dumps([keep.model_dump(mode="json"), shown], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tried_nats(profile: Profile, keep: Keep, heads: Heads) -> float | None:
+    """KL of a plan that the profiler ran; None for one that it did not."""
+    digest = plan_digest(keep, heads)
+    return next((plan.nats for plan in profile.tried if plan.digest == digest), None)
 
 
 def bare_column(setting: ExactSetting) -> int:
     """Column of the head that holds sinks and recent tokens alone."""
     return next(i for i, head in enumerate(setting.candidates) if codes_nothing(head))
-
-
-def _whole_path(profile: Profile) -> float:
-    """Summed loss of bare heads everywhere; 0 where there is no path to lay it on."""
-    if not profile.path_nats or profile.path_nats[-1] <= 0:
-        return 0.0
-    own = profile.settings[0]
-    column = bare_column(own)
-    return sum(row[column] for layer in own.losses for row in layer)

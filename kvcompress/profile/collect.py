@@ -183,12 +183,14 @@ class RowSink(Protocol):
         """Rows ``[Hkv, G, T, S']`` of attention, the first of them row `first_row`."""
 
 
-def attend(given: LayerInput, sink: RowSink | None = None) -> Tensor:
+def attend(
+    given: LayerInput, sink: RowSink | None = None, rows_at_once: int = CHUNK_ROWS
+) -> Tensor:
     """Exact attention ``[Hkv, G, S, Dv]`` in float32, by chunks, each shown to `sink`."""
     query, key, value, softmax = given.query, given.key, given.value, given.softmax
     heads, groups, length, _ = query.shape
     out = query.new_empty(heads, groups, length, value.shape[-1])
-    edges = {*range(0, length, CHUNK_ROWS), length} | set(sink.snapshots_at if sink else ())
+    edges = {*range(0, length, rows_at_once), length} | set(sink.snapshots_at if sink else ())
     for low, high in pairwise(sorted(edges)):
         probability = softmax.logits(query[:, :, low:high], key[:, :high])
         hidden = ~softmax.visible(low, high - low, high, key.device)
@@ -200,6 +202,26 @@ def attend(given: LayerInput, sink: RowSink | None = None) -> Tensor:
     return out
 
 
+def collected(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    keep: Keep,
+    ids: list[int],
+    rotations: Sequence[Rotation | None] = (),
+    tensors: dict[int, dict[str, Tensor]] | None = None,
+    rows_at_once: int = CHUNK_ROWS,
+) -> list[LayerRows]:
+    """Every layer on one prompt, in order. Arguments as for `watching_rows`."""
+    found: dict[int, LayerRows] = {}
+
+    def note(rows: LayerRows) -> None:
+        found[rows.layer] = rows
+
+    with watching_rows(model, shape, keep, note, rotations, tensors, rows_at_once):
+        forward(model, ids)
+    return [found[layer] for layer in range(shape.layers)]
+
+
 @contextmanager
 def watching_rows(
     model: PreTrainedModel,
@@ -208,12 +230,14 @@ def watching_rows(
     observer: Callable[[LayerRows], None],
     rotations: Sequence[Rotation | None] = (),
     tensors: dict[int, dict[str, Tensor]] | None = None,
+    rows_at_once: int = CHUNK_ROWS,
 ) -> Iterator[None]:
     """Within the block, each forward of one unpadded prompt calls `observer` for every layer.
 
     Args:
         rotations: rotary embedding of each layer, for scorers that need it.
         tensors: per layer what was trained for the scorer.
+        rows_at_once: rows of attention that are held at a time.
 
     Raises:
         ValueError: where the scorer needs rotary embeddings and none are given.
@@ -234,19 +258,19 @@ def watching_rows(
             tensors=(tensors or {}).get(layer),
             hidden=inputs.pop(given.module) if needs_hidden else None,
         )
-        out = attend(given, scores)
+        out = attend(given, scores, rows_at_once)
         observer(
             LayerRows(
                 layer,
                 given.module,
                 given.softmax,
-                given.query[:, :, -rows:],
+                given.query[:, :, -rows:].clone(),  # a view would keep all rows
                 given.key,
                 given.value,
-                out[:, :, -rows:],
+                out[:, :, -rows:].clone(),
                 length - rows,
                 scores.ranks(),
-                residual.pop(layers[layer])[-rows:],
+                residual.pop(layers[layer])[-rows:].clone(),
             )
         )
         return out
@@ -294,7 +318,7 @@ def key_moments(
     return [found[layer] for layer in range(shape.layers)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def forward(model: PreTrainedModel, ids: list[int]) -> None:
     """Run one prompt through the decoder, without the head that makes logits."""
     tokens = torch.tensor([ids], device=model.device)

@@ -8,6 +8,8 @@ its window between two choices is left out until the next choice.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -60,16 +62,20 @@ class KeepMasks:
         """``[Hkv, W, S]``: the best `budget` tokens outside of the newest `window`."""
         alive = ~(classes | self.sink)
         chosen = []
-        for block, rank in enumerate(self.rows.ranks):
+        for block, order in enumerate(self._orders):
             newest = self.rows.prompt_tokens + block * BLOCK_ROWS - 1
             eligible = alive & (self.key <= newest - window)
             if self.rows.softmax.window is not None:
                 eligible = eligible & (self.key > newest - self.rows.softmax.window)
-            ranked = rank.masked_fill(~eligible, -torch.inf)
-            order = ranked.argsort(dim=-1, descending=True, stable=True)
-            best = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, order[:, :budget], True)
-            best = best & eligible
+            ranked = eligible.expand_as(order).gather(1, order)
+            best = ranked & (ranked.cumsum(-1) <= budget)
+            best = torch.zeros_like(best).scatter_(1, order, best)
             alive = alive & (best | ~eligible)
             chosen.append(best)
         blocks = torch.stack(chosen, dim=1)
         return blocks.repeat_interleave(BLOCK_ROWS, dim=1)[:, : self.count]
+
+    @cached_property
+    def _orders(self) -> list[Tensor]:
+        """``[Hkv, S]`` tokens of each block of rows, those of largest rank first."""
+        return [rank.argsort(dim=-1, descending=True, stable=True) for rank in self.rows.ranks]

@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress.plan import HeadPlan, ModelShape
-from kvcompress.profile.collect import LayerRows, forward, watching_rows
-from kvcompress.profile.losses import LossMeter
+from kvcompress.profile.collect import LayerRows, collected
+from kvcompress.profile.losses import Candidates, layer_losses
 from kvcompress.profile.masks import KeepMasks
-from kvcompress.profile.sensitivity import path_sensitivity
+from kvcompress.profile.memory import SCRATCH_BYTES, rows_at_once
+from kvcompress.profile.sensitivity import path_gradients
 from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.recipe import Keep
 
@@ -35,12 +36,13 @@ class Setup:
     """The settings of a measurement, the same for every prompt.
 
     Attributes:
-        ladder: FastGen's keep-sets, whose recovery is measured.
-        heads: candidates whose loss is measured.
-        fewer: further settings with fewer sinks and recent tokens, and their candidates.
+        ladder: FastGen's keep-sets, whose recovery is measured; may be empty.
+        losses: settings of sinks and recent tokens, each with the candidates whose loss is
+            measured; the recipe's own comes first. May be empty.
         params: key constants that stored keys are coded with, and the scorer's trained weights.
         gradients: whether losses are in nats, see `losses`.
         rotations: rotary embedding of each layer, for a scorer that needs it.
+        scratch_bytes: for rows of attention and their sums, see `memory`.
     """
 
     shape: ModelShape
@@ -48,11 +50,24 @@ class Setup:
     special_ids: tuple[int, ...]
     punct_ids: tuple[int, ...]
     ladder: tuple[HeadPlan, ...]
-    heads: tuple[HeadPlan, ...]
-    fewer: tuple[tuple[Keep, tuple[HeadPlan, ...]], ...]
+    losses: tuple[tuple[Keep, Candidates], ...]
     params: KVParams
     gradients: bool
     rotations: tuple[Rotation | None, ...] = ()
+    scratch_bytes: int = SCRATCH_BYTES
+
+    def classes(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """``[S]`` bool: special tokens, punctuation."""
+        ids = (self.special_ids, self.punct_ids)
+        special, punct = (torch.isin(tokens, _ids(those, tokens)) for those in ids)
+        return special, punct
+
+    def collect(self, model: PreTrainedModel, ids: list[int]) -> list[LayerRows]:
+        """Every layer on one prompt, ranked by the recipe's scorer."""
+        shape, keep = self.shape, self.keep
+        trained = {i: self.params.tensors_of(i) for i in range(shape.layers)}
+        rows = rows_at_once(self.scratch_bytes, shape.query_heads, len(ids))
+        return collected(model, shape, keep, ids, self.rotations, trained, rows)
 
 
 @dataclass(frozen=True)
@@ -61,51 +76,42 @@ class PromptResult:
 
     Attributes:
         recovery: ``[L, Hkv, len(ladder)]``.
-        loss: ``[L, Hkv, C]`` of `Setup.heads`, then of every entry of `Setup.fewer`.
-        shares: ``[2]`` share of special and of punctuation tokens.
-        path_nats: see `Sensitivity`.
+        loss: ``[L, Hkv, C]`` of every entry of `Setup.losses`, side by side.
     """
 
     recovery: Tensor
     loss: Tensor
-    shares: Tensor
-    path_nats: Tensor
 
 
 def measure_prompt(model: PreTrainedModel, setup: Setup, ids: list[int]) -> PromptResult:
-    tokens = torch.tensor(ids, device=model.device)
-    special = torch.isin(tokens, _ids(setup.special_ids, tokens))
-    punct = torch.isin(tokens, _ids(setup.punct_ids, tokens))
-    recovery: dict[int, Tensor] = {}
-    loss: dict[int, Tensor] = {}
-    path = path_sensitivity(model, setup.shape, setup.keep, ids, setup.gradients)
+    special, punct = setup.classes(torch.tensor(ids, device=model.device))
+    layers = setup.collect(model, ids)
+    gradients: list[Tensor] | list[None] = [None] * len(layers)
+    if setup.gradients and setup.losses:
+        gradients = path_gradients(model, setup.shape, setup.keep, ids, layers)
+    recovery, loss = [], []
+    with torch.no_grad():
+        for rows, gradient in zip(layers, gradients, strict=True):
+            recovery.append(_recovery(rows, KeepMasks(rows, setup.keep, special, punct), setup))
+            constants = setup.params.k_center[rows.layer], setup.params.k_scale[rows.layer]
+            settings = [
+                (candidates, KeepMasks(rows, keep, special, punct))
+                for keep, candidates in setup.losses
+            ]
+            found = layer_losses(rows, constants, gradient, settings, setup.scratch_bytes)
+            none = torch.empty(len(rows.key), 0)
+            loss.append(torch.cat([none, *(part.cpu() for part in found)], -1))
+    return PromptResult(torch.stack(recovery), torch.stack(loss))
 
-    def observe(rows: LayerRows) -> None:
-        masks = KeepMasks(rows, setup.keep, special, punct)
-        logits = rows.softmax.logits(rows.query, rows.key)
-        attention = logits.masked_fill_(~masks.visible, -torch.inf).softmax(-1)
-        reached = [head_recovery(kept_mass(attention, masks.kept(h))) for h in setup.ladder]
-        recovery[rows.layer] = torch.stack(reached, -1).cpu()
-        center = setup.params.k_center[rows.layer]
-        scale = setup.params.k_scale[rows.layer]
-        gradient = path.gradients[rows.layer] if path.gradients else None
-        meter = LossMeter(rows, center, scale, gradient)
-        found = [meter.measure(setup.heads, masks)]
-        for keep, heads in setup.fewer:
-            found.append(meter.measure(heads, KeepMasks(rows, keep, special, punct)))
-        loss[rows.layer] = torch.cat(found, -1).cpu()
 
-    trained = {i: setup.params.tensors_of(i) for i in range(setup.shape.layers)}
-    keep, rotations = setup.keep, setup.rotations
-    with watching_rows(model, setup.shape, keep, observe, rotations, trained):
-        forward(model, ids)
-    order = range(setup.shape.layers)
-    return PromptResult(
-        torch.stack([recovery[i] for i in order]),
-        torch.stack([loss[i] for i in order]),
-        torch.stack([special.float().mean(), punct.float().mean()]).cpu(),
-        path.path_nats.cpu(),
-    )
+def _recovery(rows: LayerRows, masks: KeepMasks, setup: Setup) -> Tensor:
+    """``[Hkv, len(ladder)]``"""
+    if not setup.ladder:
+        return torch.empty(len(rows.key), 0)
+    logits = rows.softmax.logits(rows.query, rows.key)
+    attention = logits.masked_fill_(~masks.visible, -torch.inf).softmax(-1)
+    reached = [head_recovery(kept_mass(attention, masks.kept(h))) for h in setup.ladder]
+    return torch.stack(reached, -1).cpu()
 
 
 def _ids(ids: tuple[int, ...], like: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from kvcompress.recipe import (
     Recipe,
     StaticCurvePolicy,
     UniformPolicy,
+    reads_profile,
 )
 
 # the settings of `Keep` that change the numbers of a profile; the others say how a plan is used
@@ -158,14 +159,10 @@ def _shown(value: object) -> str:
     return "null" if value is None else str(value)
 
 
-def reads_profile(policy: Policy) -> bool:
-    """Whether `policy` reads numbers that hold only for the settings they were measured with."""
-    shaped = isinstance(policy, LayersPolicy) and policy.shape != "calibrated"
-    return not (shaped or isinstance(policy, UniformPolicy))
-
-
 def _loss(profile: Profile, heads: Heads) -> float | None:
     """Predicted loss of a plan, None where it holds a head that the profile has not measured."""
+    if "losses" not in profile.parts:
+        return None
     loss = summed_loss(profile.settings[0], heads)
     return None if loss is None else expected(profile, loss)
 
@@ -173,6 +170,7 @@ def _loss(profile: Profile, heads: Heads) -> float | None:
 def _first_hits(profile: Profile, policy: FastGenPolicy) -> Heads:
     """FastGen: each head gets the first keep-set of the ladder that recovers enough, which is the
     cheapest."""
+    profile.need("recovery", "FastGen")
     ladder = fastgen_ladder(policy)
     if [keep_set(h) for h in ladder] != [keep_set(h) for h in profile.chain]:
         raise PlanError(

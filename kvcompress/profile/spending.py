@@ -60,6 +60,9 @@ def spend_bytes(
         PlanError: if the target cannot be met, with the bytes that are missing.
     """
     _check_context(profile, policy, keep)
+    profile.need("losses", "a byte target")
+    if policy.memory is not None and _open_weights(profile, weights):
+        profile.need("weights", "a memory target")
     target, wish = _target(profile, policy, weights)
     best: tuple[float, int, _Offer, list[Choice]] | None = None
     least: _Offer | None = None
@@ -150,6 +153,11 @@ def _offers(
             yield _Offer(own_keep, heads, mixed, every, len(choices), fixed + rest, shared)
 
 
+def _open_weights(profile: Profile, weights: WeightScheme | None) -> bool:
+    """Whether the planner is free to choose the weights' formats."""
+    return weights is None and profile.recipe.weights == "bf16"
+
+
 def _mixed_formats(
     profile: Profile, policy: BytesPolicy, weights: WeightScheme | None
 ) -> list[tuple[WeightScheme, ...]]:
@@ -159,8 +167,7 @@ def _mixed_formats(
     int8 not with nf4. Each format alone is offered too, because greedy steps as large as a layer
     can miss it.
     """
-    fixed = weights or (None if profile.recipe.weights == "bf16" else profile.recipe.weights)
-    if policy.memory is None or fixed is not None or not profile.weight_layers:
+    if policy.memory is None or not _open_weights(profile, weights) or not profile.weight_layers:
         return []
     allowed = policy.weight_schemes
     mixed: list[tuple[WeightScheme, ...]] = [(WHOLE, scheme) for scheme in ROUNDED]

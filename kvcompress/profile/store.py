@@ -1,5 +1,7 @@
 """The profile: a directory of measurements, from which plans are solved again and again.
 
+A profile has the parts that its recipe's policy reads, and those that were asked for beside.
+
 profile.json            this value; token ids of classes, but no calibration text
 kv_params.safetensors   key constants, see `kvcompress.quant.keystats`
 plan.json               the plan of the recipe's own policy
@@ -8,13 +10,14 @@ plan.json               the plan of the recipe's own policy
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from kvcompress.atomic import write_file
-from kvcompress.errors import ProfileError
+from kvcompress.errors import PlanError, ProfileError
 from kvcompress.plan import (
     ByteCount,
     HeadPlan,
@@ -28,14 +31,15 @@ from kvcompress.plan import (
     parsed,
 )
 from kvcompress.quant.keystats import KVParams
-from kvcompress.recipe import Recipe
-from kvcompress.strict import JSON_LIMIT_BYTES, NotStrictError, read_text
+from kvcompress.recipe import PARTS, Part, Recipe
+from kvcompress.strict import JSON_LIMIT_BYTES, NotStrictError, load_json, read_text
 
 PROFILE_FILE: Final = "profile.json"
 PARAMS_FILE: Final = "kv_params.safetensors"
 PLAN_FILE: Final = "plan.json"
-SCHEMA_VERSION: Final = 2  # 1 had losses without gradients only
-PATH: Final = (0.125, 0.375, 0.625, 0.875)  # of `Profile.path_nats`: middles of four equal pieces
+SCHEMA_VERSION: Final = 3  # 1 had losses without gradients only, 2 always all parts
+_OLD_PATH: Final = (0.125, 0.375, 0.625, 0.875, 1.0)  # of the way to bare heads, up to version 2
+
 
 Table = tuple[tuple[tuple[float, ...], ...], ...]  # [layer][KV head][candidate]
 
@@ -87,10 +91,28 @@ class LayerWeights(StrictModel):
     nats: dict[WeightScheme, float]
 
 
+class TriedPlan(StrictModel):
+    """A plan that the profiler ran on calibration prompts.
+
+    Attributes:
+        name: what the plan was to show.
+        digest: of its heads and their settings, see `assemble.plan_digest`.
+        loss: sum of its heads' losses; None where they were not measured.
+        nats: KL per token to the full cache, the mean over held-out rows and prompts.
+    """
+
+    name: str
+    digest: str = ""
+    loss: float | None
+    nats: float
+
+
 class Profile(StrictModel):
     """See the module docstring.
 
     Attributes:
+        parts: what was measured. `recovery` is FastGen's, `losses` are the byte planner's,
+            `weights` the formats of every decoder layer, `heads` KVzip's scores of heads.
         model: path or name that was profiled.
         weight_bytes: bytes of the model's weights in each scheme.
         special_share, punct_share: share of a prompt's tokens in each class, a high quantile.
@@ -102,8 +124,7 @@ class Profile(StrictModel):
         candidates: the heads that the byte planner chooses from.
         losses: loss of each candidate, see `kvcompress.profile.losses`.
         loss_unit: ``nats`` of KL per predicted token, or ``residual``; see `losses`.
-        path_nats: KL per token at the points `PATH` of the way from the full cache to bare heads,
-            and at its end, see `sensitivity`.
+        tried: plans that were run, which say what a sum of losses costs in fact.
         fewer: candidates and losses with fewer sinks and recent tokens than the recipe's.
         weight_layers: per decoder layer; empty where the model came quantized.
         loss_note: why losses are not in nats, empty where they are.
@@ -115,7 +136,8 @@ class Profile(StrictModel):
             made before it was noted.
     """
 
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
+    parts: tuple[Part, ...]
     model: str
     shape: ModelShape
     recipe: Recipe
@@ -128,13 +150,13 @@ class Profile(StrictModel):
     special_share: Annotated[float, Field(ge=0.0, le=1.0)]
     punct_share: Annotated[float, Field(ge=0.0, le=1.0)]
     rotations: tuple[str, ...]
-    chain: tuple[HeadPlan, ...]
-    recovery: Table
-    recovery_l1: Table
-    candidates: tuple[HeadPlan, ...]
-    losses: Table
+    chain: tuple[HeadPlan, ...] = ()
+    recovery: Table = ()
+    recovery_l1: Table = ()
+    candidates: tuple[HeadPlan, ...] = ()
+    losses: Table = ()
     loss_unit: Literal["nats", "residual"] = "residual"
-    path_nats: tuple[float, ...] = ()
+    tried: tuple[TriedPlan, ...] = ()
     fewer: tuple[ExactSetting, ...] = ()
     weight_layers: tuple[LayerWeights, ...] = ()
     loss_note: str = ""
@@ -150,12 +172,23 @@ class Profile(StrictModel):
             *(("losses", setting.losses, setting.candidates) for setting in self.settings),
         ]
         for name, table, columns in tables:
+            if not (table or columns or name.split("_")[0] in self.parts):
+                continue
             sizes = {(len(layer), len(row)) for layer in table for row in layer}
             if len(table) != self.shape.layers or sizes != {(self.shape.kv_heads, len(columns))}:
                 raise ValueError(f"{name} does not cover every layer, KV head and candidate")
-        if self.path_nats and len(self.path_nats) != len(PATH) + 1:
-            raise ValueError(f"path_nats has {len(self.path_nats)} entries, not {len(PATH) + 1}")
         return self
+
+    def need(self, part: Part, wanted: str) -> None:
+        """
+        Raises:
+            PlanError: where `part` was not measured, with the command that adds it.
+        """
+        if part not in self.parts:
+            raise PlanError(
+                f"{wanted} reads {part}, which the profile did not measure; add it: "
+                f"kvcompress profile {self.model} --also {part} -o DIR, with the profile's own DIR"
+            )
 
     @property
     def settings(self) -> tuple[ExactSetting, ...]:
@@ -192,7 +225,7 @@ class Profile(StrictModel):
             what = "unfinished, run the same profile command again" if begun else "no profile there"
             raise ProfileError(f"{directory}: {what}; give a directory that `profile` has written")
         try:
-            return parsed(cls, read_text(path, JSON_LIMIT_BYTES))
+            return parsed(cls, _of_this_version(read_text(path, JSON_LIMIT_BYTES)))
         except NotStrictError as error:
             raise ProfileError(f"{path}: {error}; profile again") from None
 
@@ -212,6 +245,25 @@ class Profile(StrictModel):
         if self.params_sha256 not in (None, file_sha256(path)):
             raise ProfileError(f"{path}: not the key constants of this profile; profile again")
         return params
+
+
+def _of_this_version(text: str) -> str:
+    """A profile of version 1 or 2 in today's words; anything else as it is.
+
+    All parts were measured then, and `path_nats` was the KL on the way to bare heads.
+    """
+    data = load_json(text.encode())
+    if not isinstance(data, dict) or data.get("schema_version") not in (1, 2):
+        return text
+    nats = data.pop("path_nats", None) or []
+    try:
+        bare = data["candidates"].index(HeadPlan().model_dump(mode="json"))
+        whole = sum(row[bare] for layer in data["losses"] for row in layer)
+        points = zip(_OLD_PATH, nats, strict=bool(nats))
+        tried = [{"name": "path", "loss": share * whole, "nats": there} for share, there in points]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        raise NotStrictError("its tables do not belong together") from None
+    return json.dumps({**data, "parts": PARTS, "tried": tried, "schema_version": SCHEMA_VERSION})
 
 
 def file_sha256(path: Path) -> str:

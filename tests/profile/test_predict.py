@@ -3,21 +3,46 @@
 import pytest
 
 from kvcompress.plan import HeadPlan
-from kvcompress.profile.assemble import expected, summed_loss
+from kvcompress.profile.assemble import (
+    assemble,
+    expected,
+    plan_digest,
+    summed_loss,
+    summed_nats,
+)
+from kvcompress.profile.store import TriedPlan
 from tests.profile.test_solve import HEADS, LAYERS, PROFILE
 
-BARE = ((HeadPlan(),) * HEADS,) * LAYERS
-MEASURED = PROFILE.model_copy(update={"path_nats": (0.01, 0.2, 0.9, 2.0, 3.0)})
+CURVE = ((0.5, 0.001), (2.0, 0.008), (3.0, 0.007), (4.0, 0.04), (10.0, 0.2))
+MEASURED = PROFILE.model_copy(
+    update={"tried": tuple(TriedPlan(name="", loss=x, nats=y) for x, y in CURVE)}
+)
 
 
-def test_losses_are_read_off_the_path():
-    whole = summed_loss(MEASURED, BARE)
-    assert whole == pytest.approx(111.01)
+def test_losses_are_read_off_the_plans_that_were_tried():
+    for loss, nats in (CURVE[0], CURVE[1], CURVE[3], CURVE[4]):
+        assert expected(MEASURED, loss) == pytest.approx(nats)
+        assert summed_nats(MEASURED, nats) == pytest.approx(loss)
+    # in between as a power, past a point that noise put too low
+    assert expected(MEASURED, 8**0.5) == pytest.approx((0.008 * 0.04) ** 0.5)
+    assert expected(MEASURED, 0.25) == pytest.approx(0.001 * 0.5**1.5)  # 8 times for 4 times
+    assert expected(MEASURED, 20.0) == pytest.approx(0.4)
     assert expected(MEASURED, 0.0) == 0.0
-    assert expected(MEASURED, 0.375 * whole) == pytest.approx(0.2)
-    assert expected(MEASURED, 0.25 * whole) == pytest.approx((0.01 + 0.2) / 2)
-    assert expected(MEASURED, whole) == pytest.approx(3.0)
-    assert expected(MEASURED, 2 * whole) == pytest.approx(6.0)
+    losses = [0.01 * 1.1**i for i in range(80)]
+    found = [expected(MEASURED, loss) for loss in losses]
+    assert found == sorted(found)
+    assert [summed_nats(MEASURED, nats) for nats in found] == pytest.approx(losses)
+
+
+def test_a_plan_that_was_tried_has_its_own_loss():
+    heads = ((HeadPlan(full=True),) * HEADS,) * LAYERS
+    keep = PROFILE.recipe.keep
+    own = TriedPlan(name="own", digest=plan_digest(keep, heads), loss=None, nats=0.125)
+    known = MEASURED.model_copy(update={"tried": (*MEASURED.tried, own)})
+    assert assemble(known, keep, heads, "", 0.5).predicted_loss == 0.125
+    assert assemble(MEASURED, keep, heads, "", 0.5).predicted_loss == 0.5
+    other = keep.model_copy(update={"sink_tokens": 2})
+    assert assemble(known, other, heads, "", 0.5).predicted_loss == 0.5
 
 
 def test_losses_without_gradients_are_summed():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from kvcompress.errors import CalibrationError, PlanError, ProfileError
 from kvcompress.plan import Plan
 from kvcompress.profile import report
-from kvcompress.profile import run as profiler
+from kvcompress.profile import parts as profiler
 from kvcompress.profile.run import run, run_and_plan
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import Profile
@@ -27,7 +27,7 @@ RECIPE = Recipe(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, llama, tiny_tokenizer):
     out = tmp_path_factory.mktemp("profiles") / "p"
-    return out, run_and_plan(llama, tiny_tokenizer, RECIPE, out)
+    return out, run_and_plan(llama, tiny_tokenizer, RECIPE, out, also=["recovery"])
 
 
 def test_a_profile_directory_is_complete(finished, llama):
@@ -96,18 +96,27 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(
 
     monkeypatch.setattr(profiler, "measure_prompt", counted)
     with pytest.raises(KeyboardInterrupt):
-        run(llama, tiny_tokenizer, RECIPE, tmp_path / "p")
+        run(llama, tiny_tokenizer, RECIPE, tmp_path / "p", also=["recovery"])
     with pytest.raises(ProfileError, match="unfinished, run the same profile command again"):
         Profile.load(tmp_path / "p")
     kept = sorted(p.name for p in (tmp_path / "p" / "prompts").iterdir())
-    assert [name for name in kept if "keys" not in name] == ["0000.safetensors", "0001.safetensors"]
+    assert [name for name in kept if "keys" not in name] == [
+        f"000{i}.recovery+losses.safetensors" for i in range(2)
+    ]
 
     measured.clear()
     steps = []
-    profile = run(llama, tiny_tokenizer, RECIPE, tmp_path / "p", lambda *s: steps.append(s))
+    profile = run(
+        llama,
+        tiny_tokenizer,
+        RECIPE,
+        tmp_path / "p",
+        lambda *s: steps.append(s),
+        also=["recovery"],
+    )
     assert len(measured) == 1
     assert profile == Profile.load(finished[0])
-    assert steps[-1] == (74, 74) and steps == sorted(steps)
+    assert steps[-1] == (28, 28) and steps == sorted(steps)
     left, right = (load_file(p / "kv_params.safetensors") for p in (tmp_path / "p", finished[0]))
     assert all(torch.equal(left[name], right[name]) for name in left)
 
@@ -119,9 +128,10 @@ def test_a_torn_step_is_measured_again(tmp_path, finished, llama, tiny_tokenizer
     with monkeypatch.context() as patch:
         patch.setattr(profiler, "measure_prompt", stop)
         with pytest.raises(StopError):
-            run(llama, tiny_tokenizer, RECIPE, tmp_path / "p")
-    (tmp_path / "p" / "prompts" / "0000.safetensors").write_bytes(b"torn")
-    assert run(llama, tiny_tokenizer, RECIPE, tmp_path / "p") == Profile.load(finished[0])
+            run(llama, tiny_tokenizer, RECIPE, tmp_path / "p", also=["recovery"])
+    (tmp_path / "p" / "prompts" / "0000.recovery+losses.safetensors").write_bytes(b"torn")
+    profile = run(llama, tiny_tokenizer, RECIPE, tmp_path / "p", also=["recovery"])
+    assert profile == Profile.load(finished[0])
 
 
 def snapshot(directory):
@@ -168,14 +178,14 @@ def test_an_infeasible_target_keeps_the_profile(tmp_path, llama, tiny_tokenizer)
 def test_every_family_is_profiled(tmp_path, tiny_tokenizer, family):
     recipe = Recipe(calibration=Calibration(prompts=1, tokens=192))
     plan = run_and_plan(model_of(family), tiny_tokenizer, recipe, tmp_path / "p")
-    assert plan.predicted_loss is not None and plan.predicted_loss > 0
+    assert plan.predicted_loss is not None and plan.predicted_loss >= 0
 
 
 def test_missing_and_damaged_profiles(tmp_path, finished):
     with pytest.raises(ProfileError, match="no profile there"):
         Profile.load(tmp_path)
     data = json.loads((finished[0] / "profile.json").read_text())
-    (tmp_path / "profile.json").write_text(json.dumps(data | {"schema_version": 3}))
+    (tmp_path / "profile.json").write_text(json.dumps(data | {"schema_version": 4}))
     with pytest.raises(ProfileError, match="schema_version"):
         Profile.load(tmp_path)
     (tmp_path / "profile.json").write_text(json.dumps(data | {"losses": data["losses"][:1]}))
@@ -215,4 +225,4 @@ def test_the_progress_counts_all_work_and_ends_with_the_saved_profile(
     steps = [0, *(done for done, _ in told)]
     # no kind of work is left to the end: only the saving itself comes after the last count
     jumps = [b - a for a, b in zip(steps, steps[1:], strict=False)]
-    assert min(jumps) > 0 and jumps[-1] == 1 and max(jumps) == 16
+    assert min(jumps) > 0 and jumps[-1] == 1 and max(jumps) == 3

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from kvcompress.profile.collect import attend, held_out_rows
+from kvcompress.profile.collect import attend, collected, held_out_rows
 from kvcompress.profile.hf import attention_through
-from kvcompress.profile.sensitivity import path_sensitivity, why_no_gradients
-from kvcompress.profile.store import PATH
+from kvcompress.profile.sensitivity import PATH, path_gradients, why_no_gradients
 from kvcompress.recipe import Keep
 from kvcompress.runtime.model.families import shape_of
 from tests.profile.conftest import model_of
@@ -47,7 +46,7 @@ def test_gradients_are_what_small_changes_do(family):
     shape = shape_of(model.config, torch.float32)
     ids = torch.randint(3, 259, (150,), generator=torch.Generator().manual_seed(2)).tolist()
     rows = held_out_rows(len(ids))
-    found = path_sensitivity(model, shape, KEEP, ids)
+    found = path_gradients(model, shape, KEEP, ids, collected(model, shape, KEEP, ids))
     full, seen = whole_prompt(model, shape, ids, 0.0)
 
     generator = torch.Generator().manual_seed(3)
@@ -56,7 +55,7 @@ def test_gradients_are_what_small_changes_do(family):
         step = torch.zeros_like(out)
         step[:, :, -rows:] = torch.randn(out[:, :, -rows:].shape, generator=generator)
         change.append(step)
-    expected, path = 0.0, []
+    expected = 0.0
     for alpha in PATH:
         values = []
         for sign in (-1, 1):
@@ -64,12 +63,9 @@ def test_gradients_are_what_small_changes_do(family):
             other, _ = whole_prompt(model, shape, ids, alpha, nudge)
             values.append(float((full.exp() * (full - other)).sum()))
         expected += (values[1] - values[0]) / 2e-3 / len(PATH)
-        there, _ = whole_prompt(model, shape, ids, alpha)
-        path.append(float((full.exp() * (full - there)).sum()) / rows)
-    sizes = zip(found.gradients, change, strict=True)
+    sizes = zip(found, change, strict=True)
     got = sum(float((u * step[:, :, -rows:]).sum()) for u, step in sizes)
     assert got == pytest.approx(expected, rel=0.02)  # float32 attention, finite differences
-    assert found.path_nats[:-1].tolist() == pytest.approx(path, rel=0.02)
 
 
 def test_sensitivities_add_up_to_the_whole_path(llama):
@@ -77,14 +73,16 @@ def test_sensitivities_add_up_to_the_whole_path(llama):
     shape = shape_of(llama.config, torch.float32)
     ids = torch.randint(3, 259, (150,), generator=torch.Generator().manual_seed(4)).tolist()
     rows = held_out_rows(len(ids))
-    found = path_sensitivity(llama, shape, KEEP, ids)
-    _, seen = whole_prompt(llama, shape, ids, 0.0)
+    found = path_gradients(llama, shape, KEEP, ids, collected(llama, shape, KEEP, ids))
+    full, seen = whole_prompt(llama, shape, ids, 0.0)
+    end, _ = whole_prompt(llama, shape, ids, 1.0)
+    whole = float((full.exp() * (full - end)).sum()) / rows
     total = sum(
         float((u * (bare - out)[:, :, -rows:]).sum())
-        for u, (out, bare) in zip(found.gradients, seen, strict=True)
+        for u, (out, bare) in zip(found, seen, strict=True)
     )
     # four points of the path, and bare outputs that move a little along it
-    assert total / rows == pytest.approx(float(found.path_nats[-1]), rel=0.15)
+    assert total / rows == pytest.approx(whole, rel=0.15)
 
 
 def test_a_model_without_a_backward_pass_is_told_apart(llama, monkeypatch):

@@ -17,7 +17,7 @@ from kvcompress.profile.candidates import (
 from kvcompress.profile.options import policy_from_options
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import ExactSetting, Profile, Provenance
-from kvcompress.recipe import BytesPolicy, FastGenPolicy, Keep, Recipe, UniformPolicy
+from kvcompress.recipe import PARTS, BytesPolicy, FastGenPolicy, Keep, Recipe, UniformPolicy
 from kvcompress.runtime.layer.relative import check_relative
 
 LAYERS, HEADS = 2, 2
@@ -54,6 +54,7 @@ def profile_of(recipe=None, recovery=None) -> Profile:
         for _ in range(LAYERS)
     )
     return Profile(
+        parts=PARTS,
         model="by hand",
         shape=SHAPE,
         recipe=recipe,
@@ -275,7 +276,7 @@ def test_more_bytes_never_predict_worse_over_all_settings(first, second):
     assert plans[1].predicted_loss <= plans[0].predicted_loss
 
 
-PARTS = (
+NARROWER = (
     {"dtypes": (("model", "model"),)},
     {"dtypes": (("int8", "int8"),)},
     {"keep_sets": "full"},
@@ -284,7 +285,7 @@ PARTS = (
 )
 
 
-@pytest.mark.parametrize("part", PARTS, ids=str)
+@pytest.mark.parametrize("part", NARROWER, ids=str)
 @pytest.mark.parametrize("ratio", [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 40])
 def test_joint_is_never_worse_than_a_part_of_it(ratio, part):
     dtypes = (("model", "model"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"))
