@@ -210,7 +210,9 @@ def main() -> None:
         policy=FastGenPolicy(kind="fastgen"),
     )
     with tempfile.TemporaryDirectory() as folder:
-        profile = run(model, tokenizer, recipe, Path(folder) / "profile")
+        profile = run(
+            model, tokenizer, recipe, Path(folder) / "profile", also=["losses", "recovery"]
+        )
         params = profile.load_params(Path(folder) / "profile")
     stated = conditions(arguments.samples) | {"recipe": recipe.model_dump(mode="json")}
     done = Book(arguments.json, stated)

@@ -92,7 +92,7 @@ def recovery(model: Any, tokenizer: Any, shape: Any) -> dict[str, Any]:
         plans = [plan_for(shape, share, scorer, rows) for share in RATIOS]
         heads = tuple(plan.heads[0][0] for plan in plans)
         keep = Keep(scorer=plans[0].scorer, score_rows=rows)
-        setup = Setup(shape, keep, (), (), heads, heads, (), params, gradients=False)
+        setup = Setup(shape, keep, (), (), heads, (), params, gradients=False)
         results = [measure_prompt(model, setup, ids) for ids in prompts]
         reached = torch.stack([r.recovery for r in results]).mean((0, 1, 2))
         found[label(scorer, rows)] = {"recovery": [round(float(x), 4) for x in reached]}

@@ -62,7 +62,7 @@ def main() -> None:
 def planned(model: Any, tokenizer: Any) -> tuple[Plan, KVParams]:
     """The plan that a profile of the shipped model solves, and the key constants it measured."""
     recipe = demo_recipe(CONTEXT, PROMPTS)
-    profile = take_profile(model, tokenizer, recipe, RUNS / "profile")
+    profile = take_profile(model, tokenizer, recipe, RUNS / "profile", also=["losses"])
     policy = BytesPolicy(kind="bytes", keep_ratio=KEEP_RATIO, context=CONTEXT)
     plan = solve(profile, policy, recipe.keep)
     return plan, load_params(RUNS / "profile" / "kv_params.safetensors", plan)

@@ -118,7 +118,7 @@ def test_pooling_over_the_model_never_predicts_worse_than_within_layers():
 
 def test_duo_by_repetition_needs_its_scores():
     policy = DuoPolicy(kind="duo", ranked_by="repetition", full_share=0.5)
-    with pytest.raises(PlanError, match="no scores of heads by repetition; profile again"):
+    with pytest.raises(PlanError, match="too short for scores of heads by repetition"):
         solve(PROFILE, policy)
     known = PROFILE.model_copy(update={"repeat_heads": ((0.1, 0.9), (0.5, 0.2))})
     assert [[h.full for h in row] for row in solve(known, policy).heads] == [

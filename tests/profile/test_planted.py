@@ -14,7 +14,7 @@ from kvcompress.profile.collect import forward, watching_rows
 from kvcompress.profile.measure import l1_distance
 from kvcompress.profile.run import run
 from kvcompress.profile.solve import solve
-from kvcompress.recipe import Calibration, DuoPolicy, FastGenPolicy, Keep, Recipe
+from kvcompress.recipe import PARTS, Calibration, DuoPolicy, FastGenPolicy, Keep, Recipe
 from kvcompress.runtime.model.families import shape_of
 from kvcompress.runtime.names import as_argument
 from tests.profile import planted
@@ -54,7 +54,7 @@ def profiled(request, tokenizer, recipe, tmp_path_factory):
     """(layout, model, profile)."""
     layout = LAYOUTS[request.param]
     model, out = planted.model(layout), tmp_path_factory.mktemp("profiles") / "p"
-    return layout, model, run(model, tokenizer, recipe, out), out
+    return layout, model, run(model, tokenizer, recipe, out, also=PARTS), out
 
 
 def query_heads(layout):
@@ -232,7 +232,7 @@ def test_generation_goes_on_as_with_a_full_cache(profiled, tokenizer):
 def soft_profile(tokenizer, recipe, tmp_path_factory):
     """Of heads that spread much of their attention over what they do not look for."""
     out = tmp_path_factory.mktemp("profiles") / "soft"
-    return run(planted.model(class_logit=7.0), tokenizer, recipe, out)
+    return run(planted.model(class_logit=7.0), tokenizer, recipe, out, also=PARTS)
 
 
 @pytest.mark.parametrize("reading", ["mass", "l1"])

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from kvcompress.errors import CalibrationError, PlanError, ProfileError
 from kvcompress.plan import Plan
-from kvcompress.profile import report
 from kvcompress.profile import parts as profiler
+from kvcompress.profile import report
 from kvcompress.profile.run import run, run_and_plan
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import Profile

@@ -5,6 +5,8 @@ import torch
 
 from kvcompress.accounting import kv_bytes, prefill_bytes
 from kvcompress.errors import PlanError
+from kvcompress.profile import weights
+from kvcompress.profile.hf import decoder_layers
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import LayerWeights
 from kvcompress.profile.weights import layer_modules, measure_weights, rounded, weight_sizes
@@ -127,3 +129,44 @@ def test_roundings_are_those_of_their_definition():
     nf4 = FORMATS["nf4"].roundtrip(weight)
     assert nf4[0, :3].tolist() == pytest.approx([1.0, -0.5250730514526367, 0.0])
     assert nf4[1].tolist() == pytest.approx([0.2] * 64)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+def test_layers_below_the_rounded_one_are_not_run_again(family):
+    """Resumed from any layer, a model gives what it gives when it runs whole."""
+    model = model_of(family).eval()
+    ids = torch.randint(3, 259, (100,), generator=torch.Generator().manual_seed(6)).tolist()
+    decoder = decoder_layers(model, 2)
+    run = weights._Run(model, decoder, ids)
+    assert run.resumes
+    calls = []
+    handles = [layer.register_forward_pre_hook(lambda m, a: calls.append(m)) for layer in decoder]
+    with rounded(layer_modules(model, 2)[1], "nf4"):
+        resumed = run.nats(1)
+        run.resumes = False
+        whole = run.nats(1)
+    for handle in handles:
+        handle.remove()
+    assert resumed == pytest.approx(whole, rel=1e-4, abs=1e-7) and whole > 0
+    assert not any("forward" in vars(layer) for layer in decoder)
+
+
+def test_a_model_that_cannot_be_resumed_runs_whole(monkeypatch):
+    """One that hands more from layer to layer than what the layers return."""
+    model = model_of("llama").eval()
+    decoder = decoder_layers(model, 2)
+    seen = {}
+    first, second = decoder
+
+    def note(module, args, output):
+        seen["noise"] = torch.randn_like(output)
+
+    hook = first.register_forward_hook(note)
+    other = second.register_forward_pre_hook(
+        lambda module, args: (args[0] + seen.pop("noise", 9.0), *args[1:])
+    )
+    torch.manual_seed(0)
+    run = weights._Run(model, decoder, list(range(3, 103)))
+    hook.remove()
+    other.remove()
+    assert not run.resumes
