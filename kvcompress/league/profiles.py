@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
 
 from kvcompress.errors import PlanError
+from kvcompress.evaluate.serving import saved_dtype
 from kvcompress.evict.scorers import scorer
 from kvcompress.league.scale import keeps_all
 from kvcompress.plan import Plan
@@ -47,7 +48,7 @@ class Profiles:
         self.max_position = shape_of(model.config, model.dtype).max_position
         self._kept: dict[str, tuple[Profile, Path]] = {}
         if given is not None:
-            profile = Profile.load(given)
+            profile = self._in_files_dtype(Profile.load(given))
             self._kept[_name(measured_recipe(profile.recipe))] = (profile, given)
 
     def of(self, recipe: Recipe) -> tuple[Profile, Path]:
@@ -57,8 +58,15 @@ class Profiles:
         if name not in self._kept:
             where = self.folder / name
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._kept[name] = (run(self.model, self.tokenizer, wanted, where), where)
+            profile = run(self.model, self.tokenizer, wanted, where)
+            self._kept[name] = (self._in_files_dtype(profile), where)
         return self._kept[name]
+
+    def _in_files_dtype(self, profile: Profile) -> Profile:
+        """Plans are sized in the dtype of the model's files, whatever it runs in."""
+        size = saved_dtype(self.model).itemsize
+        shape = profile.shape.model_copy(update={"model_dtype_bytes": size})
+        return profile.model_copy(update={"shape": shape})
 
     def base(self) -> tuple[Profile, Path]:
         """The one whose key constants serve every plan."""
