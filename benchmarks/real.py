@@ -20,7 +20,7 @@ import reference_check
 from pages.real_page import write_page
 
 from kvcompress.cli.progress import progress
-from kvcompress.league.entries import Entry, Skipped, choose, make_entries, read_recipes
+from kvcompress.league.entries import Entry, Skipped, make_entries, read_recipes
 from kvcompress.league.result import League
 from kvcompress.league.run import Hall, failures, machine_words, run_league
 from kvcompress.league.verdicts import judge
@@ -78,7 +78,7 @@ QUICK: Final = Amount(
 def entries_of(amount: Amount) -> tuple[list[Entry], list[Skipped]]:
     """The league's entries with the calibration of `amount`, and FastGen at its own bytes."""
     found, skipped = make_entries(read_recipes(ROOT / "recipes"), others=fastgen(amount))
-    wanted = choose(found, [*amount.entries, *(entry.name for entry in fastgen(amount))])
+    wanted = [e for e in found if e.role in ("reference", "own") or e.name in amount.entries]
     return [_calibrated(entry, amount.calibration) for entry in wanted], skipped
 
 

@@ -26,8 +26,8 @@ VISIBLE: Final = 6  # questions that stand in the prompt of `facts_visible`
 SPANS: Final = 12  # quotations asked of one document
 _TOLD: Final = 3  # facts of the first turn
 _SHOTS: Final = 2  # notes that are told again before one is asked for
-_QUOTED_WORDS: Final = 12
-_SPAN_WORDS: Final = 5
+_QUOTED_WORDS: Final = 20
+_SPAN_WORDS: Final = 8
 _CHAINS: Final = 6  # asked behind one prompt of worked chains
 
 
@@ -106,8 +106,9 @@ def _verbatim(draw: Draw) -> Drawn:
     questions = []
     for start in draw.rng.sample(range(len(words) - length), min(SPANS, len(words) - length)):
         quoted = " ".join(words[start : start + _QUOTED_WORDS])
-        following = " ".join(["", *words[start + _QUOTED_WORDS : start + length]])
-        questions.append(Question(f"\n\nIt says: {quoted}", following, start / len(words)))
+        first, *more = (f" {word}" for word in words[start + _QUOTED_WORDS : start + length])
+        rest = tuple(("", word) for word in more)
+        questions.append(Question(f"\n\nIt says: {quoted}", first, start / len(words), rest))
     return Drawn(text, questions)
 
 
@@ -175,7 +176,7 @@ REAL: Final[dict[str, Workload]] = {
     ),
     "verbatim": Workload(
         "R7",
-        "the next five words of a quotation from the document",
+        "the next eight words of a quotation from the document",
         _verbatim,
         SPANS,
         source="prose",
