@@ -144,7 +144,7 @@ league: .venv-league/.built
 
 # Pretrained models at equal bytes: results and docs/real-models.md. Stopped, it goes on where it was.
 # REAL names directories of models; WITH has more words for the script, such as --quick.
-REAL ?= $(addprefix $(HOME)/.cache/kvcompress/models/,smollm2-135m-instruct qwen2.5-coder-0.5b-instruct)
+REAL ?= $(addprefix $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvcompress/models/,smollm2-135m qwen2.5-coder-0.5b)
 real: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/real.py $(REAL:%=--model %) --jobs $(JOBS) $(WITH)
 

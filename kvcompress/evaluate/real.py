@@ -22,10 +22,10 @@ from kvcompress.tasks.facts import (
     pass_keys,
 )
 
-VISIBLE: Final = 6  # questions that stand in the prompt of `facts_visible`
 SPANS: Final = 12  # quotations asked of one document
 _TOLD: Final = 3  # facts of the first turn
 _SHOTS: Final = 2  # notes that are told again before one is asked for
+_LAST_WORD: Final = " is"  # of a question about a fact
 _QUOTED_WORDS: Final = 20
 _SPAN_WORDS: Final = 8
 _CHAINS: Final = 6  # asked behind one prompt of worked chains
@@ -88,14 +88,13 @@ def _next_turn(draw: Draw) -> Drawn:
 
 
 def _visible(draw: Draw) -> Drawn:
-    """Some questions stand behind the document and are compressed with it; then comes the answer
-    to each of them."""
+    """As `_facts` with one question, of which only the last word comes after compression."""
     notes = facts(draw.rng, draw.sizes.facts)
-    chosen = notes[_SHOTS : _SHOTS + VISIBLE]
-    listed = "".join(f"\n{asked(note.question)}" for note in chosen)
-    drawn = _completed(draw, notes, room=draw.count_tokens(listed))
-    stems = tuple(note.question for note in chosen)
-    return Drawn(drawn.prompt + listed, [q for q in drawn.questions if q.text.endswith(stems)])
+    room = (_SHOTS + 1) * max(draw.count_tokens(note.line) for note in notes)
+    drawn = _completed(draw, notes, room=room)
+    question = draw.rng.choice(drawn.questions)
+    seen, last, _ = question.text.rpartition(_LAST_WORD)
+    return Drawn(drawn.prompt + seen, [Question(last, question.answer, question.depth)])
 
 
 def _verbatim(draw: Draw) -> Drawn:
@@ -141,9 +140,9 @@ REAL: Final[dict[str, Workload]] = {
     ),
     "facts_visible": Workload(
         "R2",
-        "facts in prose, compressed with the questions",
+        "facts in prose, compressed with the question",
         _visible,
-        VISIBLE,
+        1,
         source="prose",
         fed=True,
     ),
