@@ -22,13 +22,13 @@ from kvcompress.tasks.facts import (
     pass_keys,
 )
 
-SPANS: Final = 12  # quotations asked of one document
+SPANS: Final = 16  # quotations asked of one document
 _TOLD: Final = 3  # facts of the first turn
 _SHOTS: Final = 2  # notes that are told again before one is asked for
 _LAST_WORD: Final = " is"  # of a question about a fact
 _QUOTED_WORDS: Final = 20
 _SPAN_WORDS: Final = 8
-_CHAINS: Final = 6  # asked behind one prompt of worked chains
+_CHAINS: Final = 16  # asked behind one prompt of worked chains
 
 
 def _facts(draw: Draw) -> Drawn:
