@@ -89,6 +89,8 @@ def test_the_page_names_the_model_and_ranks_what_the_full_cache_can_do(benchmark
     assert "| facts | 20 | 30 % | 1.700 | not ranked |" in text
     assert "**On the Pareto front: 1 of 1**" in text  # symbols alone
     assert "as the full cache itself scores below 60%: facts (30.0 %)." in text
+    # 17 right of 20 against 13: 0.2 nats, and four of twenty samples differ
+    assert "| symbols | 1/8 | 1.150 | h2o-lift 1.350 | -0.200 [" in text
     assert "| T=0.95 | 20.0 % | 0.400 | 0.0200 |" in text
     assert "| symbols | nats | 0.50000 | 0.25000 | +2.5e-01 |" in text
     assert (tmp_path / "docs" / "real-models" / "some-model" / "overview.svg").is_file()

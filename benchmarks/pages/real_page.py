@@ -13,8 +13,9 @@ from kvcompress.evaluate.workloads import KNOWN
 from kvcompress.evaluate.workloads_table import RANKED_FROM
 from kvcompress.league.result import Cell, League, point_name
 from kvcompress.league.tables import LEGEND, TableRow, kl_rows, mean_rows, score_rows
-from kvcompress.league.verdicts import Verdicts, judge, share
+from kvcompress.league.verdicts import Verdicts, fits, judge, share
 from kvcompress.measure.cells import Record
+from kvcompress.measure.stats import paired
 from kvcompress.measure.tables import markdown
 from pages.league_plots import draw_all
 from pages.league_words import verdict_lines
@@ -55,6 +56,7 @@ def _model(league: League, verdicts: Verdicts, data: Record, pictures: str) -> l
     lines = [f"## {league.conditions.model}", ""]
     lines += [f"![Score against bytes]({pictures}/overview.png)", "", *_full(league)]
     lines += [f"### Verdicts, {league.conditions.model}", "", *verdict_lines(verdicts), LEGEND, ""]
+    lines += _likelihood(league)
     for name in league.workloads:
         lines += [f"### {KNOWN[name].axis} {name}: {KNOWN[name].summary}", ""]
         lines += _table(score_rows(league, verdicts, name))
@@ -86,6 +88,48 @@ def _full(league: League) -> list[str]:
 
 def _nats(league: League, workload: str) -> list[str]:
     return _table(mean_rows(league, workload, lambda outcome: outcome.answer_nats))
+
+
+def _likelihood(league: League) -> list[str]:
+    """The planned entry against the best other one that fits, by nats of the true answers."""
+    roles = {row.name: row.role for row in league.rows}
+    rivals = ("published", "baseline", "quantization")
+    rows = []
+    for workload in league.workloads:
+        cells = [c for c in league.cells if c.workload == workload and c.outcome is not None]
+        for point in league.points:
+            ours = next((c for c in cells if c.entry == "planned" and c.point == point), None)
+            others = [c for c in cells if roles[c.entry] in rivals and fits(c, point)]
+            here = [c for c in others if c.point in (point, None)]
+            if ours is None or not here:
+                continue
+            best = min(here, key=_mean_nats)
+            gap, (low, high) = paired(_nats_of(ours), _nats_of(best), league.conditions.seed)
+            who = "planned" if high < 0 else best.entry if low > 0 else "not clear"
+            shown = f"{gap:+.3f} [{low:+.3f}, {high:+.3f}]"
+            told = [f"{_mean_nats(ours):.3f}", f"{best.entry} {_mean_nats(best):.3f}"]
+            rows.append([workload, point_name(point), *told, shown, who])
+    if not rows:
+        return []
+    heads = ["workload", "bytes", "planned", "best of the others", "difference, 95 %", "better"]
+    return [
+        f"### By likelihood, {league.conditions.model}",
+        "",
+        "Nats per token of the true answers, or of the text; fewer are better. Codes of all tokens "
+        "take part where they fit.",
+        "",
+        markdown(heads, rows, tight=True),
+        "",
+    ]
+
+
+def _nats_of(cell: Cell) -> tuple[float, ...]:
+    assert cell.outcome is not None
+    return cell.outcome.answer_nats or ()
+
+
+def _mean_nats(cell: Cell) -> float:
+    return fmean(_nats_of(cell))
 
 
 def _fastgen(league: League) -> list[str]:
