@@ -57,8 +57,8 @@ class Amount:
 
 OF_CODERS: Final = ("symbols", "arithmetic", "code")  # of models with `coder` in their name
 WHOLE: Final = Amount(
-    ("facts", "symbols", "next_turn", "arithmetic", "own_text", "prose", "code"),
-    samples=48,
+    ("facts", "symbols", "next_turn", "arithmetic", "own_text", "code"),
+    samples=32,
     windows=4,
     points=POINTS,
     entries=ENTRIES,
