@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH_PIP ?=
 TRITON := $(shell uname -s | grep -q Linux && echo triton)
 
-.PHONY: demo test quick test-slow setup setup-run lint format types peak-memory under-eviction league peers \
+.PHONY: demo test quick test-slow setup setup-run lint format types peak-memory under-eviction league peers real \
 	heavy-hitters fastgen test-parity test-compat test-newest test-offline check-install lock \
 	train-demo-model clean bench-decode bench-kernel bench-prefill bench-fixed-memory bench-scaling \
 	bench-host-overhead bench-vllm performance-page
@@ -141,6 +141,12 @@ league: .venv-league/.built
 	OMP_NUM_THREADS=1 $(LEAGUE_BIN)/kvcompress league kvcompress/demo/model -o runs/league --jobs $(JOBS)
 	cp runs/league/league.json $(LEAGUE)
 	$(LEAGUE_BIN)/python benchmarks/league_page.py
+
+# Pretrained models at equal bytes: results and docs/real-models.md. Stopped, it goes on where it was.
+# REAL names directories of models; WITH has more words for the script, such as --quick.
+REAL ?= $(addprefix $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvcompress/models/,smollm2-135m qwen2.5-coder-0.5b)
+real: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/real.py $(REAL:%=--model %) --jobs $(JOBS) $(WITH)
 
 # The same situations on kvpress, in an environment of its own, and on kvcompress: results and docs/peers.md.
 PEERS := benchmarks/peers

@@ -18,7 +18,7 @@ from pages.league_plots import draw_all
 from pages.league_words import verdict_lines
 
 from kvcompress.atomic import write_file
-from kvcompress.evaluate.workloads import WORKLOADS
+from kvcompress.evaluate.workloads import KNOWN
 from kvcompress.league.entries import BITS_ONLY
 from kvcompress.league.result import Cell, League, point_name
 from kvcompress.league.tables import LEGEND, TableRow, kl_rows, score_rows
@@ -75,7 +75,7 @@ def write_pages(league: League, verdicts: Verdicts, page: Path, notes: str = "")
 
 def title(workload: str) -> str:
     """``D1 hidden: question unknown while ...``."""
-    known = WORKLOADS.get(workload)
+    known = KNOWN.get(workload)
     return workload if known is None else f"{known.axis} {workload}: {known.summary}"
 
 
@@ -116,7 +116,7 @@ def _text(league: League) -> list[str]:
     """KL to the full cache, on the workloads that the model is made for."""
     lines = []
     for workload in league.workloads:
-        known = WORKLOADS.get(workload)
+        known = KNOWN.get(workload)
         measured = any(
             cell.outcome is not None and cell.outcome.kl_nats is not None
             for cell in league.cells
@@ -147,7 +147,7 @@ def _predicted(league: League) -> list[str]:
             continue
         if cell.entry not in foreseen:
             continue
-        known = WORKLOADS.get(cell.workload)
+        known = KNOWN.get(cell.workload)
         if known is None or not known.beyond:
             mean, (low, high) = interval(done.kl_nats, league.conditions.seed)
             rows.append(

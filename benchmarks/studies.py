@@ -19,7 +19,7 @@ from kvcompress.accounting import kv_bytes
 from kvcompress.evaluate.quality import Outcome, measure
 from kvcompress.evaluate.report import Answered
 from kvcompress.evaluate.serving import serving
-from kvcompress.evaluate.session import Session
+from kvcompress.evaluate.session import Session, answer_logits
 from kvcompress.evaluate.suite import Suite, make_suite
 from kvcompress.evaluate.text import text_losses
 from kvcompress.measure import machine
@@ -144,17 +144,15 @@ def answer_log_probabilities(
 ) -> list[tuple[Tensor, list[int]]]:
     """Per (question, answer): log-probabilities ``[n, vocabulary]`` where the answer's n tokens are
     due, and these tokens; all fed at once, each behind a copy of the cache of `ids`."""
-    session.prefill([ids])
-    session.select([0] * len(asked))
     encoded = [
         [tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair] for pair in asked
     ]
-    longest = max(len(question) + len(answer) for question, answer in encoded)
-    fed = [q + a + [session.pad_id] * (longest - len(q) - len(a)) for q, a in encoded]
-    scores = session.feed(torch.tensor(fed)).float().log_softmax(-1)
+    logits = session.prefill([ids]).expand(len(asked), -1)
+    session.select([0] * len(asked))
+    found = answer_logits(session, logits, [[(question, answer)] for question, answer in encoded])
     return [
-        (scores[row, len(q) - 1 : len(q) - 1 + len(a)].clone(), a)
-        for row, (q, a) in enumerate(encoded)
+        (scores.float().log_softmax(-1), answer)
+        for scores, (_, answer) in zip(found, encoded, strict=True)
     ]
 
 

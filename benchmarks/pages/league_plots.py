@@ -60,8 +60,8 @@ def _draw(axes: Axes, league: League, workload: str, labelled: bool) -> None:
     roles = {row.name: row.role for row in league.rows}
     lines: dict[str, list[Cell]] = {}
     for cell in league.cells:
-        # the bytes of a recall tier lie in two places: it is in the tables
-        drawn = cell.outcome is not None and roles[cell.entry] != "recall"
+        # the bytes of a recall tier lie in two places, and `own` is ranked nowhere: in the tables
+        drawn = cell.outcome is not None and roles[cell.entry] not in ("recall", "own")
         if cell.workload == workload and drawn:
             lines.setdefault(cell.entry, []).append(cell)
     published = [row.name for row in league.rows if row.role == "published"]

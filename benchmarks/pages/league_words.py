@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from kvcompress.evaluate.workloads_table import RANKED_FROM
 from kvcompress.league.result import point_name
 from kvcompress.league.verdicts import RETAINED, PointVerdict, Standing, Verdicts, Versus
 
@@ -12,7 +13,7 @@ EIGHTH: Final = 1 / 8
 
 def verdict_lines(verdicts: Verdicts) -> list[str]:
     """The verdict section, as Markdown lines."""
-    found = [v for v in verdicts.points if v.planned]
+    found = [v for v in verdicts.points if v.planned and v.ranked]
     if not found:
         return ["No planned entry took part, so there is nothing to say about one.", ""]
     return [
@@ -21,6 +22,7 @@ def verdict_lines(verdicts: Verdicts) -> list[str]:
         *_joint(found),
         *_losses(found),
         *_baselines(verdicts),
+        *_not_ranked(verdicts),
     ]
 
 
@@ -133,7 +135,7 @@ def _losses(found: list[PointVerdict]) -> list[str]:
 def _baselines(verdicts: Verdicts) -> list[str]:
     """Who is labelled a baseline how often."""
     counts: dict[str, list[int]] = {}
-    for v in verdicts.points:
+    for v in filter(lambda v: v.ranked, verdicts.points):
         for standing in v.standings:
             if standing.label is not None:
                 tally = counts.setdefault(standing.entry, [0, 0])
@@ -151,6 +153,19 @@ def _baselines(verdicts: Verdicts) -> list[str]:
     if often:
         lines.append(f"Not above it in half of the pairs or more: {', '.join(often)}.")
     return ["**Labelled `baseline`:** " + " ".join(lines), ""] if lines else []
+
+
+def _not_ranked(verdicts: Verdicts) -> list[str]:
+    """Workloads that the full cache itself fails."""
+    scores = {v.workload: v.reference for v in verdicts.points if not v.ranked}
+    told = [f"{name} ({_percent(score)})" for name, score in scores.items()]
+    if not told:
+        return []
+    return [
+        f"**Not ranked,** as the full cache itself scores below {RANKED_FROM:.0%}: "
+        f"{', '.join(told)}.",
+        "",
+    ]
 
 
 def _own(verdict: PointVerdict) -> str:

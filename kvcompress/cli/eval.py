@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +37,9 @@ def command(
         str,
         typer.Option(
             help="In place of the tasks: all, or of hidden, second_turn, long_span, beyond, "
-            "long_generation and instructions, with commas between."
+            "long_generation and instructions, or for real models of facts, facts_visible, "
+            "multi_key, passkey, symbols, next_turn, verbatim, arithmetic, own_text, prose, code "
+            "and chat, with commas between; real takes all of the latter."
         ),
     ] = "",
     harness: Annotated[
@@ -58,7 +61,8 @@ def command(
         int, typer.Option(min=0, help="Text windows for KL and perplexity; 0 for none.")
     ] = 8,
     text: Annotated[
-        Path | None, typer.Option(help="Held-out text; the demo model's by default.")
+        Path | None,
+        typer.Option(help="Held-out text; by default the demo model's, or what Python carries."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Rows evaluated together.")] = 16,
@@ -70,8 +74,6 @@ def command(
     Example: `kvcompress eval bundle --samples 48 --context 900`, or `kvcompress eval bundle
     --workloads hidden,second_turn`
     """
-    from kvcompress.tasks.documents import HELD_OUT
-
     if harness:
         refuse_unread(arguments, "with --harness", "tasks", "workloads", *_DRAWN)
     elif workloads:
@@ -86,7 +88,7 @@ def command(
         "samples": samples,
         "context_tokens": context,
         "windows": windows,
-        "text": text or HELD_OUT,
+        "text": text,
         "seed": seed,
     }
     if harness:
@@ -109,9 +111,11 @@ def _run_tasks(
     from kvcompress.evaluate.compare import compare
     from kvcompress.evaluate.suite import make_suite
     from kvcompress.evaluate.table import breakdown, comparison
+    from kvcompress.tasks.documents import HELD_OUT
 
     with progress("drawing questions"):
-        suite = make_suite(tokenizer, tasks=tasks, batch_rows=batch, **sizes)
+        given = {**sizes, "text": sizes["text"] or HELD_OUT}
+        suite = make_suite(tokenizer, tasks=tasks, batch_rows=batch, **given)
     with progress("evaluating", 1 + len(rows)) as finished:
         reports = list(compare(model, tokenizer, suite, rows, finished))
     emit(reports if json_ else comparison(reports), json_)
@@ -128,14 +132,18 @@ def _run_workloads(
     json_: bool,
     sizes: dict[str, Json],
 ) -> None:
+    from kvcompress.evaluate.real import REAL
     from kvcompress.evaluate.serving import model_shape
     from kvcompress.evaluate.workloads import WORKLOADS, make_workloads
+    from kvcompress.evaluate.workloads_run import own_continuation
     from kvcompress.evaluate.workloads_table import compare_workloads, workload_table
 
-    names = list(WORKLOADS) if names == ["all"] else names
+    groups = {"all": list(WORKLOADS), "real": list(REAL)}
+    names = [name for each in names for name in groups.get(each, [each])]
+    go_on = partial(own_continuation, model)
     limit = model_shape(model).max_position
     with progress("drawing questions"):
-        suites = make_workloads(tokenizer, names=names, max_position=limit, **sizes)
+        suites = make_workloads(tokenizer, names=names, max_position=limit, go_on=go_on, **sizes)
     with progress("evaluating", len(suites) * (1 + len(rows))) as finished:
         found = list(compare_workloads(model, tokenizer, suites, rows, finished, batch))
     emit(found if json_ else workload_table(found), json_)

@@ -32,7 +32,8 @@ def command(
         str, typer.Option(help="Shares of the bf16 KV bytes, with commas between.")
     ] = POINTS,
     workloads: Annotated[
-        str, typer.Option(help="Names of workloads with commas between; all of them by default.")
+        str,
+        typer.Option(help="Names with commas between; by default those of the shipped model."),
     ] = "",
     only: Annotated[
         str, typer.Option(help="Names or roles of entries; the reference is always there.")
@@ -49,6 +50,12 @@ def command(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with a model.")] = 1,
     device: DeviceOption = "auto",
+    float32: Annotated[
+        bool,
+        typer.Option(
+            "--float32", help="Compute in float32, faster on CPUs without 16-bit arithmetic."
+        ),
+    ] = False,
     machine: Annotated[str, typer.Option(help="The machine in words, for the file.")] = "",
     any_code: Annotated[
         bool, typer.Option(help="Keep cells that other code of this package measured.")
@@ -107,6 +114,7 @@ def command(
         given=profile,
         any_code=any_code,
         finished=finished,
+        float32=float32,
     )
     hall = Hall(
         setup,
@@ -129,7 +137,7 @@ def command(
 
 def _show(league: League, json_: bool, data: Path | None = None) -> None:
     """The verdicts and the league, or a table for each workload; both in `data`, if it is given."""
-    from kvcompress.evaluate.workloads import WORKLOADS
+    from kvcompress.evaluate.workloads import KNOWN
     from kvcompress.league.tables import LEGEND, score_rows
     from kvcompress.league.verdicts import judge
     from kvcompress.measure.tables import terminal
@@ -146,7 +154,7 @@ def _show(league: League, json_: bool, data: Path | None = None) -> None:
             {heading: text.replace("**", "*") for heading, text in row.items()}
             for row in score_rows(league, verdicts, name)
         ]
-        title = f"{WORKLOADS[name].axis} {name}: {WORKLOADS[name].summary}"
+        title = f"{KNOWN[name].axis} {name}: {KNOWN[name].summary}"
         caption = LEGEND.replace("**Bold**", "*") if name == league.workloads[-1] else None
         emit(terminal(rows, title=title, caption=caption), json_)
 
@@ -156,15 +164,15 @@ def _words(text: str) -> list[str]:
 
 
 def _workloads(text: str) -> tuple[str, ...]:
-    from kvcompress.evaluate.workloads import WORKLOADS
+    from kvcompress.evaluate.workloads import KNOWN, WORKLOADS
     from kvcompress.league.result import LeagueError
 
     names = _words(text) or list(WORKLOADS)
-    wrong = sorted(set(names) - set(WORKLOADS))
+    wrong = sorted(set(names) - set(KNOWN))
     if wrong:
-        known = ", ".join(WORKLOADS)
+        known = ", ".join(KNOWN)
         raise LeagueError(f"--workloads {', '.join(wrong)}: choose from {known}")
-    return tuple(name for name in WORKLOADS if name in names)
+    return tuple(name for name in KNOWN if name in names)
 
 
 def _points(text: str) -> tuple[float, ...]:

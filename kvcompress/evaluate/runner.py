@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcompress.evaluate.answers import Grader
 from kvcompress.evaluate.serving import cache_bytes, host_bytes
-from kvcompress.evaluate.session import Dialogue, Session, converse
+from kvcompress.evaluate.session import Dialogue, Session, Turn, answer_logits, converse
 from kvcompress.evaluate.text import window_logits
 from kvcompress.measure.caches import storage_bytes
 
@@ -58,16 +58,18 @@ class Runner:
         self.batch_rows = 1 if apart else batch_rows
         self.chunk_tokens, self.apart = chunk_tokens, apart
         self._held: dict[int, tuple[float, float]] = {}
+        self._window_held: dict[int, tuple[float, float]] = {}
 
     @property
     def held_bytes(self) -> int:
-        """Of a document's row when its first question comes, mean over documents."""
-        return round(fmean(device for device, _ in self._held.values()))
+        """Of a document's row when its first question comes, mean over documents; of a window's
+        prefix where there are none."""
+        return round(fmean(device for device, _ in (self._held or self._window_held).values()))
 
     @property
     def host_bytes(self) -> int:
         """As `held_bytes`, of the host memory of a recall tier."""
-        return round(fmean(host for _, host in self._held.values()))
+        return round(fmean(host for _, host in (self._held or self._window_held).values()))
 
     def session(self) -> Session:
         return Session(self.model, self.new_cache(), self.grader.pad_id)
@@ -85,18 +87,37 @@ class Runner:
             batches: places in `asked` that are answered together; None: by document.
         """
         numbers = [number for number, _ in asked]
-        rows = len(asked) if self.apart else self.batch_rows
+        for places, session, logits in self._copies(documents, numbers, batches):
+            converse(session, logits, [asked[p][1] for p in places], self.grader.ends)
+
+    def feed_answers(
+        self, documents: Sequence[Document], asked: Sequence[tuple[int, Sequence[Turn]]]
+    ) -> list[Tensor]:
+        """As `ask`, with questions and true answers fed: the logits where the answers are due."""
+        numbers = [number for number, _ in asked]
+        found: dict[int, Tensor] = {}
+        for places, session, logits in self._copies(documents, numbers):
+            answers = answer_logits(session, logits, [asked[p][1] for p in places])
+            found |= dict(zip(places, answers, strict=True))
+        return [found[place] for place in range(len(asked))]
+
+    def _copies(
+        self,
+        documents: Sequence[Document],
+        numbers: Sequence[int],
+        batches: Iterable[Sequence[int]] | None = None,
+    ) -> Iterator[tuple[Sequence[int], Session, Tensor]]:
+        """Places in `numbers`, a session with a row for each, the logits behind their documents."""
+        rows = len(numbers) if self.apart else self.batch_rows
         for batch in batches or document_batches(numbers, rows, alone=self.apart):
             read = sorted({numbers[place] for place in batch})
             session, logits = self._read(documents, read)
             if self.apart:
-                for place in batch:
-                    converse(session.twin(), logits, [asked[place][1]], self.grader.ends)
+                yield from (([place], session.twin(), logits) for place in batch)
                 continue
             chosen = [read.index(numbers[place]) for place in batch]
             session.select(chosen)
-            dialogues = [asked[place][1] for place in batch]
-            converse(session, logits[chosen], dialogues, self.grader.ends)
+            yield batch, session, logits[chosen]
 
     def text_logits(
         self, windows: Tensor | None, context_tokens: int, feed_tokens: int
@@ -111,7 +132,17 @@ class Runner:
             feed_tokens=feed_tokens,
             batch_rows=self.batch_rows,
             chunk_tokens=self.chunk_tokens,
+            read=self._weigh_window,
         )
+
+    def _weigh_window(self, session: Session, places: range) -> None:
+        """Bytes of windows count where there is no document to ask about."""
+        self._window_held |= dict.fromkeys(places, self._weigh(session, len(places)))
+
+    def _weigh(self, session: Session, rows: int) -> tuple[float, float]:
+        cache = session.cache
+        held = storage_bytes(cache.layers) if self.apart else cache_bytes(cache)
+        return held / rows, host_bytes(cache) / rows
 
     def _read(
         self, documents: Sequence[Document], numbers: Sequence[int]
@@ -124,10 +155,7 @@ class Runner:
         for token in forced.split(1, dim=1):
             if token.numel():
                 logits = session.feed(token)[:, -1]
-        cache = session.cache
-        held = storage_bytes(cache.layers) if self.apart else cache_bytes(cache)
-        each = held / len(read), host_bytes(cache) / len(read)
-        self._held |= dict.fromkeys(numbers, each)
+        self._held |= dict.fromkeys(numbers, self._weigh(session, len(read)))
         return session, logits
 
 

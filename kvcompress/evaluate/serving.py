@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from kvcompress.accounting import kv_bytes
 from kvcompress.plan import ModelShape, Plan
 
 if TYPE_CHECKING:
+    import torch
     from transformers import Cache, PreTrainedModel
 
     from kvcompress.quant.keystats import KVParams
@@ -65,3 +67,21 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     from kvcompress.runtime.model.families import shape_of
 
     return shape_of(model.config, model.dtype)
+
+
+def wider_bytes(model: PreTrainedModel, plan: Plan | None, tokens: int) -> int:
+    """What a row of `tokens` holds beyond what it would hold in the dtype of the model's files.
+
+    A compressed cache differs in sinks and recent tokens alone.
+    """
+    from kvcompress.checkpoint.compute import stored_dtype
+
+    wide, saved = model.dtype.itemsize, stored_dtype(model).itemsize
+    if wide == saved:
+        return 0
+    if plan is None:
+        full = model_shape(model).bf16_kv_bytes(tokens, 1)
+        return full * (wide - saved) // 2
+    shapes = [plan.model.model_copy(update={"model_dtype_bytes": size}) for size in (wide, saved)]
+    held = [kv_bytes(plan.model_copy(update={"model": each}), tokens, 1) for each in shapes]
+    return held[0] - held[1]

@@ -16,6 +16,8 @@ from kvcompress.runtime.names import as_argument
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
+Turn = tuple[Sequence[int], Sequence[int]]
+
 
 @final
 class Session:
@@ -56,13 +58,17 @@ class Session:
         return logits[:, -1]
 
     @torch.inference_mode()
-    def feed(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, T, vocabulary]`` behind each of the further `tokens` ``[B, T]``."""
+    def feed(self, tokens: Tensor, keep: int = 0) -> Tensor:
+        """Logits ``[B, T, vocabulary]`` behind each of the further `tokens` ``[B, T]``.
+
+        Args:
+            keep: only behind so many of the last of them; 0: behind all.
+        """
         count = tokens.shape[1]
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
         positions = self.lengths[:, None] + torch.arange(count, device=tokens.device)
         self.lengths = self.lengths + count
-        return self._forward(tokens, positions, keep=0)
+        return self._forward(tokens, positions, keep=keep)
 
     @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
@@ -174,3 +180,41 @@ def continuation_logits(
     for piece in tokens[:, :-1].split(feed_tokens, dim=1):
         parts.append(session.feed(piece))
     return torch.cat(parts, dim=1)
+
+
+def answer_logits(session: Session, logits: Tensor, rows: Sequence[Sequence[Turn]]) -> list[Tensor]:
+    """Questions with their true answers, all rows fed at once; what is padded comes behind them.
+
+    Args:
+        session: of no use after, as it holds what was fed.
+        logits: ``[B, vocabulary]`` behind what each row holds now.
+        rows: per row its turns, (forced tokens, tokens of the true answer) each.
+
+    Returns:
+        Per row ``[N, vocabulary]`` on the CPU, where each of its answers' N tokens is due.
+    """
+    fed, due = [], []
+    for turns in rows:
+        tokens, places = fed_tokens(turns)
+        fed.append(tokens)
+        due.append(places)
+    longest = max(map(len, fed))
+    padded = torch.tensor([row + [session.pad_id] * (longest - len(row)) for row in fed])
+    skipped = max(0, min(min(places) for places in due) - 1)  # before it no row has an answer
+    behind = session.feed(padded.to(logits.device), keep=longest - skipped)
+    found = []
+    for row, places in enumerate(due):
+        scores = [logits[row] if p == 0 else behind[row, p - 1 - skipped] for p in places]
+        found.append(torch.stack(scores).cpu())
+    return found
+
+
+def fed_tokens(turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+    """All tokens of `turns` in a row, and the places of the answers' tokens among them."""
+    tokens: list[int] = []
+    places: list[int] = []
+    for forced, answer in turns:
+        tokens += forced
+        places += range(len(tokens), len(tokens) + len(answer))
+        tokens += answer
+    return tokens, places

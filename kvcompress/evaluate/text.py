@@ -37,6 +37,7 @@ def window_logits(
     feed_tokens: int,
     batch_rows: int,
     chunk_tokens: int | None = None,
+    read: Callable[[Session, range], object] = lambda session, places: None,
 ) -> Tensor:
     """Logits ``[W, C, vocabulary]`` on the CPU of the last C tokens of every window.
 
@@ -45,11 +46,14 @@ def window_logits(
         windows: ``[W, context_tokens + C]``; the first `context_tokens` are prefilled.
         feed_tokens: tokens of the continuation that go through the cache in one forward.
         chunk_tokens: feed the prefix in parts of so many tokens; None feeds it at once.
+        read: told each session that holds the prefixes of the windows at so many places.
     """
-    parts = []
-    for rows in windows.split(batch_rows):
+    parts: list[Tensor] = []
+    for start in range(0, len(windows), batch_rows):
+        rows = windows[start : start + batch_rows]
         running = session()
         logits = running.prefill(rows[:, :context_tokens].tolist(), chunk_tokens)
+        read(running, range(start, start + len(rows)))
         rest = rows[:, context_tokens:].to(logits.device)
         parts.append(continuation_logits(running, logits, rest, feed_tokens).cpu())
     return torch.cat(parts)

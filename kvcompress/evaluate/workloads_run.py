@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kvcompress.errors import KVCompressError, PositionRangeWarning, UnsupportedModelError
 from kvcompress.evaluate.answers import Grader
+from kvcompress.evaluate.drawing import WorkloadSample, WorkloadSuite
 from kvcompress.evaluate.runner import Runner, check_length
-from kvcompress.evaluate.serving import model_shape, serving
-from kvcompress.evaluate.session import Dialogue
+from kvcompress.evaluate.serving import model_shape, serving, wider_bytes
+from kvcompress.evaluate.session import Dialogue, Session, Turn
 from kvcompress.evaluate.text import text_losses
-from kvcompress.evaluate.workloads import WorkloadSuite
 from kvcompress.evaluate.workloads_report import WorkloadOutcome
 from kvcompress.plan import Plan
 
@@ -74,35 +77,35 @@ def run_workload(
     itself = plan is None and rival is None
     if reference is None and not itself:
         reference = reference_logits(model, tokenizer, suite, batch_rows=batch_rows)
-    asked = [
-        (sample.document, Dialogue([(grader.encode(q.text), grader.limit(q.answer))]))
-        for sample in suite.samples
-        for q in sample.questions
-    ]
+    score = _fed if suite.fed else _generated
     with _running(model, suite, plan, params) as new_cache:
         make = new_cache if rival is None else rival.make
         apart = rival is not None
-        runner = Runner(model, grader, make, batch_rows, suite.chunk_tokens, apart)
-        runner.ask(suite.documents, asked)
+        rows = max([batch_rows, *_questions_each(suite).values()]) if suite.fed else batch_rows
+        runner = Runner(model, grader, make, rows, suite.chunk_tokens, apart)
+        scores = score(runner, suite)
         logits = reference
         if reference is None or not itself:
             logits = runner.text_logits(suite.windows, suite.context_tokens, suite.feed_tokens)
     kl, perplexity, flips = _per_window(suite, logits, reference)
-    hits, output_tokens = _answers(suite, grader, [dialogue.answers[0] for _, dialogue in asked])
-    seen = fmean(len(each.prompt) + len(each.generated) for each in suite.documents)
+    if not suite.samples:
+        scores = _of_windows(suite, perplexity, flips)
+    lengths = [len(each.prompt) + len(each.generated) for each in suite.documents]
+    seen = round(fmean(lengths or [suite.context_tokens]))
     target = None if plan is None else plan.target
     return WorkloadOutcome(
         workload=suite.workload,
         target=target if rival is None else rival.target,
         context_tokens=suite.context_tokens,
         seed=suite.seed,
-        hits=hits,
-        output_tokens=output_tokens,
+        hits=scores.hits,
+        output_tokens=scores.tokens,
+        answer_nats=scores.nats,
         kl_nats=kl,
         perplexity=perplexity,
         flips=flips,
-        kv_bytes=runner.held_bytes,
-        kv_bytes_bf16=shape.bf16_kv_bytes(round(seen), 1),
+        kv_bytes=runner.held_bytes - (0 if apart else wider_bytes(model, plan, seen)),
+        kv_bytes_bf16=shape.bf16_kv_bytes(seen, 1),
         host_bytes=runner.host_bytes,
     )
 
@@ -120,16 +123,88 @@ def reference_logits(
         return runner.text_logits(suite.windows, suite.context_tokens, suite.feed_tokens)
 
 
-def _answers(
-    suite: WorkloadSuite, grader: Grader, answers: list[list[int]]
-) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Per sample the share of its questions that are answered right, and the tokens generated."""
-    hits, output_tokens, given = [], [], iter(answers)
+@torch.inference_mode()
+def own_continuation(model: PreTrainedModel, prefixes: Tensor, tokens: int) -> Tensor:
+    """The likeliest ``[W, tokens]`` behind `prefixes` ``[W, T]``, one window at a time, with
+    transformers' own cache; an end of the text ends nothing."""
+    found = []
+    with serving(model, None, None) as new_cache:
+        for row in prefixes.to(model.device):
+            session = Session(model, new_cache(), pad_id=0)
+            step = session.prefill([row.tolist()]).argmax(-1, keepdim=True)
+            steps = [step]
+            while len(steps) < tokens:
+                step = session.feed(step)[:, -1].argmax(-1, keepdim=True)
+                steps.append(step)
+            found.append(torch.cat(steps, dim=1).cpu())
+    return torch.cat(found)
+
+
+class _Scores(NamedTuple):
+    """See `WorkloadOutcome`."""
+
+    hits: tuple[float, ...]
+    tokens: tuple[int, ...]
+    nats: tuple[float, ...] | None = None
+
+
+def _generated(runner: Runner, suite: WorkloadSuite) -> _Scores:
+    """The model answers by itself."""
+    grader = runner.grader
+    asked = [
+        (sample.document, Dialogue([(grader.encode(q.text), grader.limit(q.answer))]))
+        for sample in suite.samples
+        for q in sample.questions
+    ]
+    runner.ask(suite.documents, asked)
+    given = iter([dialogue.answers[0] for _, dialogue in asked])
+    hits, output_tokens = [], []
     for sample in suite.samples:
         own = [(next(given), question.answer) for question in sample.questions]
         hits.append(fmean(float(grader.is_right(tokens, answer)) for tokens, answer in own))
         output_tokens.append(sum(len(tokens) for tokens, _ in own))
-    return tuple(hits), tuple(output_tokens)
+    return _Scores(tuple(hits), tuple(output_tokens))
+
+
+def _fed(runner: Runner, suite: WorkloadSuite) -> _Scores:
+    """The true answers are fed; each (text, answer) of a question counts as one."""
+    turns = [turns_of(sample, runner.grader) for sample in suite.samples]
+    asked = [(s.document, each) for s, each in zip(suite.samples, turns, strict=True)]
+    hits, tokens, nats = [], [], []
+    for row, logits in zip(turns, runner.feed_answers(suite.documents, asked), strict=True):
+        true = torch.tensor([token for _, answer in row for token in answer])
+        right = iter((logits.argmax(-1) == true).tolist())
+        hits.append(fmean(all([next(right) for _ in answer]) for _, answer in row))
+        tokens.append(len(true))
+        nats.append(-logits.double().log_softmax(-1).gather(1, true[:, None]).mean().item())
+    return _Scores(tuple(hits), tuple(tokens), tuple(nats))
+
+
+def turns_of(sample: WorkloadSample, grader: Grader) -> list[Turn]:
+    """(forced tokens, tokens of the true answer) of all that is asked as one."""
+    pairs = [pair for q in sample.questions for pair in ((q.text, q.answer), *q.more)]
+    return [(grader.encode(text), grader.encode(answer)) for text, answer in pairs]
+
+
+def _of_windows(
+    suite: WorkloadSuite,
+    perplexity: tuple[float, ...] | None,
+    flips: tuple[float, ...] | None,
+) -> _Scores:
+    """Where there is text alone.
+
+    Raises:
+        ValueError: where there is none of it either.
+    """
+    if perplexity is None or flips is None or suite.windows is None:
+        raise ValueError(f"{suite.workload}: is about windows of text: ask for at least one")
+    tokens = suite.windows.shape[1] - suite.context_tokens
+    nats = tuple(map(math.log, perplexity))
+    return _Scores(tuple(1 - share for share in flips), (tokens,) * len(nats), nats)
+
+
+def _questions_each(suite: WorkloadSuite) -> Counter[int]:
+    return Counter(sample.document for sample in suite.samples)
 
 
 def _per_window(
@@ -148,9 +223,12 @@ def _longest(suite: WorkloadSuite, grader: Grader) -> int:
     longest = 0 if suite.windows is None else suite.windows.shape[1]
     for sample in suite.samples:
         document = suite.documents[sample.document]
-        for question in sample.questions:
-            asked = len(grader.encode(question.text)) + grader.limit(question.answer)
-            longest = max(longest, len(document.prompt) + len(document.generated) + asked)
+        turns = turns_of(sample, grader) if suite.fed else []
+        asked = [sum(len(text) + len(answer) for text, answer in turns)]
+        if not suite.fed:
+            questions = sample.questions
+            asked = [len(grader.encode(q.text)) + grader.limit(q.answer) for q in questions]
+        longest = max(longest, len(document.prompt) + len(document.generated) + max(asked))
     return longest
 
 

@@ -16,7 +16,10 @@ from kvcompress.recipe import BytesPolicy, FastGenPolicy, Recipe, UniformPolicy
 # recall: every token kept, most of them in host memory; shown beside the others, not ranked.
 # baseline: sinks and recent tokens, random, key norm. published: one eviction system. planned:
 # tokens and bits together under a byte target. part: the same planner with one of the two alone.
-Role = Literal["reference", "quantization", "baseline", "published", "planned", "part", "recall"]
+# own: at the bytes that its own rule takes, not ranked.
+Role = Literal[
+    "reference", "quantization", "baseline", "published", "planned", "part", "recall", "own"
+]
 Storage = Literal["int8", "int4", "recipe"]
 STORAGES: Final[tuple[Storage, ...]] = get_args(Storage)
 
@@ -34,6 +37,7 @@ _ORDER: Final[tuple[Role, ...]] = (
     "quantization",
     "part",
     "recall",
+    "own",
     "published",
 )
 

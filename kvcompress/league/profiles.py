@@ -48,7 +48,7 @@ class Profiles:
         self.max_position = shape_of(model.config, model.dtype).max_position
         self._kept: dict[str, tuple[Profile, Path]] = {}
         if given is not None:
-            profile = Profile.load(given)
+            profile = self._in_files_dtype(Profile.load(given))
             self._kept[_name(measured_recipe(profile.recipe))] = (profile, given)
 
     def of(self, recipe: Recipe) -> tuple[Profile, Path]:
@@ -58,10 +58,8 @@ class Profiles:
         if name not in self._kept:
             where = self.folder / name
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._kept[name] = (
-                run(self.model, self.tokenizer, wanted, where, also=_LEAGUE_PARTS),
-                where,
-            )
+            profile = run(self.model, self.tokenizer, wanted, where, also=_LEAGUE_PARTS)
+            self._kept[name] = (profile, where)
         return self._kept[name]
 
     def base(self) -> tuple[Profile, Path]:

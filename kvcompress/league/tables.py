@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Final
 
+from kvcompress.evaluate.workloads_report import WorkloadOutcome
 from kvcompress.league.entries import Role
 from kvcompress.league.result import Cell, League, Row, point_name
 from kvcompress.league.tune import TOLERANCE
@@ -20,6 +21,7 @@ _ORDER: Final[tuple[Role, ...]] = (
     "published",
     "quantization",
     "recall",
+    "own",
     "baseline",
 )
 LEGEND: Final = (
@@ -35,7 +37,7 @@ def score_rows(league: League, verdicts: Verdicts, workload: str) -> list[TableR
     standings = {
         (standing.entry, verdict.point): standing
         for verdict in verdicts.points
-        if verdict.workload == workload
+        if verdict.workload == workload and verdict.ranked
         for standing in verdict.standings
     }
 
@@ -47,12 +49,23 @@ def score_rows(league: League, verdicts: Verdicts, workload: str) -> list[TableR
 
 def kl_rows(league: League, workload: str) -> list[TableRow]:
     """Mean KL in nats per token."""
+    rows = mean_rows(league, workload, lambda outcome: outcome.kl_nats)
+    references = {row.name for row in league.rows if row.role == "reference"}
+    return [
+        dict.fromkeys(row, "") | {"entry": row["entry"]} if row["entry"] in references else row
+        for row in rows
+    ]
+
+
+def mean_rows(
+    league: League, workload: str, of: Callable[[WorkloadOutcome], Sequence[float] | None]
+) -> list[TableRow]:
+    """Means of what `of` takes from an outcome; empty where that is None."""
 
     def text(row: Row, cell: Cell) -> str:
         assert cell.outcome is not None
-        if cell.outcome.kl_nats is None or row.role == "reference":
-            return ""
-        return f"{fmean(cell.outcome.kl_nats):.4f}" + _own_bytes(cell)
+        values = of(cell.outcome)
+        return "" if values is None else f"{fmean(values):.4f}" + _own_bytes(cell)
 
     return _rows(league, workload, text)
 

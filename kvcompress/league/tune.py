@@ -34,7 +34,7 @@ from kvcompress.recipe import (
 )
 
 TOLERANCE: Final = 0.02  # of the target: what counts as equal bytes
-OWN_BYTES: Final = frozenset({"quantization", "recall"})  # roles that no target changes
+OWN_BYTES: Final = frozenset({"quantization", "recall", "own"})  # roles that no target changes
 _OVER: Final = 0.005  # measured bytes may lie this far above the target, as prompts differ
 _PROBES: Final = 8  # plans measured for one target at most
 _HALVINGS: Final = 40

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Literal
 
+from kvcompress.evaluate.workloads_table import ranks
 from kvcompress.league.entries import Role
 from kvcompress.league.result import Cell, League
 from kvcompress.league.tune import TOLERANCE
@@ -77,6 +78,7 @@ class PointVerdict(StrictModel):
 
     Attributes:
         reference: score of the full cache.
+        ranked: that is high enough for the others to mean something, see `ranks`.
         baseline: best trivial baseline, empty if none ran.
         planned: the best planned entry, empty if none ran; the next ones are about it.
         on_front: it is `front` or `tied`.
@@ -90,6 +92,7 @@ class PointVerdict(StrictModel):
     workload: str
     point: float
     reference: float | None
+    ranked: bool = True
     baseline: str
     standings: tuple[Standing, ...]
     planned: str = ""
@@ -128,7 +131,7 @@ def judge_point(
         cells: all measured cells of the workload; those of other points matter for the front.
     """
     # a recall tier holds most of its bytes in host memory: equal bytes would not be equal
-    cells = [c for c in cells if roles[c.entry] != "recall"]
+    cells = [c for c in cells if roles[c.entry] not in ("recall", "own")]
     reference = next((c for c in cells if roles[c.entry] == "reference"), None)
     here = [c for c in cells if c.point == point]
     fixed = [c for c in cells if roles[c.entry] == "quantization" and fits(c, point)]
@@ -142,6 +145,7 @@ def judge_point(
         workload=workload,
         point=point,
         reference=None if reference is None else score(reference),
+        ranked=ranks(workload, None if reference is None else score(reference)),
         baseline="" if baseline is None else baseline.entry,
         standings=tuple(sorted(standings, key=lambda s: -s.score)),
     )

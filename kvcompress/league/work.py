@@ -46,6 +46,7 @@ class Setup:
         given: a finished profile to use where it fits.
         calibration: of the profile that has the constants of every plan.
         fewer: further arguments of `make_workloads`, for documents of another make.
+        float32: compute in float32; bytes stay those of the model's own dtype.
         any_code: accept cells that other code of this package measured.
         finished: take the cells that are there and measure no other.
     """
@@ -62,6 +63,7 @@ class Setup:
     finished: bool = False
     calibration: Calibration = Calibration()
     fewer: tuple[tuple[str, Any], ...] = ()
+    float32: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,8 @@ class Worker:
 
         self.setup = setup
         self.model, self.tokenizer = load_source(setup.model, setup.device)
+        if setup.float32:
+            self.model.float()
         folder = setup.out / "profiles"
         self.profiles = Profiles(self.model, self.tokenizer, folder, setup.given, setup.calibration)
         self.cells = cell_store(setup.out / "cells", setup.any_code)
@@ -139,9 +143,10 @@ class Worker:
 
     @cached_property
     def shape(self) -> ModelShape:
+        from kvcompress.checkpoint.compute import stored_dtype
         from kvcompress.runtime.model.families import shape_of
 
-        return shape_of(self.model.config, self.model.dtype)
+        return shape_of(self.model.config, stored_dtype(self.model))
 
     @cached_property
     def weights(self) -> str:
@@ -161,6 +166,7 @@ class Worker:
     def suite(self, workload: str) -> tuple[WorkloadSuite, str]:
         """The workload's suite and its hash."""
         from kvcompress.evaluate.workloads import make_workloads
+        from kvcompress.evaluate.workloads_run import own_continuation
 
         if workload not in self._suites:
             (suite,) = make_workloads(
@@ -170,6 +176,7 @@ class Worker:
                 context_tokens=self.setup.context_tokens,
                 max_position=self.shape.max_position,
                 seed=self.setup.seed,
+                go_on=partial(own_continuation, self.model),
                 **dict(self.setup.fewer),
             )
             self._suites[workload] = (suite, suite_hash(suite))
@@ -270,7 +277,7 @@ class Worker:
         import warnings
 
         from kvcompress.errors import PositionRangeWarning
-        from kvcompress.evaluate.serving import cache_bytes, serving
+        from kvcompress.evaluate.serving import cache_bytes, serving, wider_bytes
         from kvcompress.evaluate.session import Session
         from kvcompress.profile.calibration import load_prompts
 
@@ -285,7 +292,8 @@ class Worker:
             warnings.simplefilter("ignore", PositionRangeWarning)
             session = Session(self.model, new_cache(), rows[0][0])
             session.prefill(rows, chunk)
-            return round(cache_bytes(session.cache) / len(rows))
+            held = round(cache_bytes(session.cache) / len(rows))
+            return held - wider_bytes(self.model, plan, length_tokens)
 
     def _place_name(self, task: PlaceTask) -> str:
         told = (

@@ -71,6 +71,7 @@ VALUES = {
     "machine": "mine",
     "any_code": None,
     "finished": None,
+    "float32": None,
     "render": "league.json",
     "peers": "static",
     "rounds": "2",
