@@ -20,7 +20,7 @@ from kvcompress.atomic import write_file
 from kvcompress.errors import CalibrationError
 from kvcompress.plan import ROUNDED, ModelShape, Plan
 from kvcompress.profile import surrogate
-from kvcompress.profile.calibration import data_hash, load_prompts
+from kvcompress.profile.calibration import data_hash, read_prompts
 from kvcompress.profile.candidates import (
     candidates,
     fastgen_ladder,
@@ -30,6 +30,7 @@ from kvcompress.profile.candidates import (
     small_candidates,
 )
 from kvcompress.profile.collect import held_out_rows, key_moments
+from kvcompress.profile.kinds import far_back_note
 from kvcompress.profile.measure import (
     PromptResult,
     Setup,
@@ -94,7 +95,8 @@ def run(
         ProfileError: if `out_dir` holds a profile by other settings, or something else.
     """
     check(model)
-    prompts = load_prompts(recipe.calibration, tokenizer)
+    read = read_prompts(recipe.calibration, tokenizer)
+    prompts = [prompt.ids for prompt in read]
     check_vocabulary(model, tokenizer, prompts)
     shape = shape_of(model.config, model.dtype)
     if recipe.calibration.tokens > shape.max_position:
@@ -136,6 +138,7 @@ def run(
         tokenizer_hash=tokenizer_hash(tokenizer),
         weight_bytes=weight_bytes(model),
         params_sha256=file_sha256(kept),
+        calibration_note=far_back_note(read),
         **found,  # type: ignore[arg-type]
     )
     profile.save(place.directory)
@@ -325,7 +328,7 @@ def _table(values: Tensor) -> Table:
 
 def _provenance(model: PreTrainedModel, recipe: Recipe, prompts: list[list[int]]) -> Provenance:
     return Provenance(
-        data=recipe.calibration.data,
+        data=recipe.calibration.words(),
         data_hash=data_hash(prompts),
         weights_hash=weights_hash(model),
         prompts=len(prompts),

@@ -39,6 +39,7 @@ VALUES = {
     "device": "cuda:1",
     "recipe": "recipe.yaml",
     "data": "data.txt",
+    "mix": "notes=1",
     "memory": "1MiB",
     "keep_ratio": "0.5",
     "recovery": "0.5",
