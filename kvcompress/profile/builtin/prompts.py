@@ -15,16 +15,11 @@ from typing import TYPE_CHECKING, Final
 
 from kvcompress.profile.builtin import questions
 from kvcompress.profile.builtin.real_text import code, prose
-from kvcompress.profile.builtin.writing import (
-    Write,
-    as_conversation,
-    as_reading,
-    as_source,
-    speaks,
-)
+from kvcompress.profile.builtin.writing import Write, as_conversation, as_reading, as_source
 from kvcompress.profile.collect import held_out_rows
 from kvcompress.profile.kinds import Kind, Prompt
 from kvcompress.recipe import Calibration
+from kvcompress.runtime.model.chat import has_template
 from kvcompress.tasks.documents import Note, lay_out
 from kvcompress.tokenizer import ids_after, opening_ids
 
@@ -97,7 +92,7 @@ def _asking(
     tokenizer: PreTrainedTokenizerBase,
     encode: Callable[[str], list[int]],
 ) -> _Asking:
-    spoken = speaks(tokenizer)
+    spoken = has_template(tokenizer)
 
     def shuffled(document: str, notes: list[Note]) -> list[Note]:
         return rng.sample(notes, len(notes))

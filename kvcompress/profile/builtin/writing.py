@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from kvcompress.errors import CalibrationError, KVCompressError
-from kvcompress.runtime.model.chat import conversation_text
+from kvcompress.runtime.model.chat import conversation_text, has_template
 from kvcompress.tasks.documents import Note
 
 if TYPE_CHECKING:
@@ -15,11 +15,6 @@ if TYPE_CHECKING:
 
 Write = Callable[[str, Sequence[Note]], str]  # a document and the questions asked about it
 PARTS: Final = 4  # turns over which a conversation spreads its document
-
-
-def speaks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model's makers gave it a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def as_reading(tokenizer: PreTrainedTokenizerBase, request: str) -> Write:
@@ -65,7 +60,7 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str
     Raises:
         CalibrationError: if the chat template refuses them or leaves out what they say.
     """
-    if not speaks(tokenizer):
+    if not has_template(tokenizer):
         return "".join(f"User: {asked}\nAssistant: {told}\n\n" for asked, told in turns)
     roles = ("user", "assistant")
     messages = [
