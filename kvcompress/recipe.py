@@ -73,7 +73,7 @@ class Calibration(StrictModel):
 
     Attributes:
         data: one of `BUILTIN`, a .txt, .jsonl or .parquet file, or the name of a `datasets` data
-            set; every prompt comes from it.
+            set, or ``NAME:CONFIGURATION``; every prompt comes from it.
         mix: in place of `data`, several of these and the share of the prompts that each gives.
         text_column: column or key that holds the text, for everything but .txt.
         split: of a `datasets` data set.

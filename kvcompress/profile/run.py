@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -336,5 +337,9 @@ def _provenance(model: PreTrainedModel, recipe: Recipe, prompts: list[list[int]]
         held_out_rows=held_out_rows(len(prompts[0])),
         device=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."),
-        versions={"torch": torch.__version__, "transformers": version("transformers")},
+        versions={
+            "python": python_version(),  # whose documentation the built-in prompts are made of
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
     )

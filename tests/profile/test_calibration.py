@@ -213,6 +213,20 @@ def test_a_data_set_is_read_by_its_name_as_far_as_needed(tiny_tokenizer, monkeyp
     assert prompts != load(tiny_tokenizer, "some/set", seed=1, **settings)
 
 
+def test_a_data_set_may_have_a_configuration(tiny_tokenizer, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*names, split, streaming):
+        asked.append(names)
+        return Stream([], TEXTS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load(tiny_tokenizer, "some/set:small", text_column="body")
+    assert asked == [("some/set", "small")]
+
+
 def test_a_data_set_that_cannot_be_loaded(tiny_tokenizer, monkeypatch):
     import datasets
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from kvcompress.errors import KVCompressError
@@ -10,6 +11,8 @@ from kvcompress.errors import KVCompressError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# put before a template, it shadows the function that tells the date
+_A_DAY: Final = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 _TWO: Final = ("Yes.", "42 of them")  # two first messages of a user that share no beginning
 
 
@@ -66,6 +69,9 @@ def conversation_text(
 ) -> str:
     """The whole conversation.
 
+    A template may write today's date. A conversation that is only read is written as of one day, so
+    that calibration sees the same text tomorrow.
+
     Where the template has no system role, the system message goes to the head of the first user
     message, as the makers of such models advise.
 
@@ -76,13 +82,14 @@ def conversation_text(
         KVCompressError: if the tokenizer has no chat template, or its template refuses the roles.
     """
     turns = [dict(message) for message in messages]
+    write = partial(_written, tokenizer, to_answer=to_answer, today=to_answer)
     try:
-        return _written(tokenizer, turns, to_answer)
+        return write(turns)
     except KVCompressError:
         if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
             raise
         asked = _user(f"{turns[0]['content']}\n\n{turns[1]['content']}")
-        return _written(tokenizer, [asked, *turns[2:]], to_answer)
+        return write([asked, *turns[2:]])
 
 
 def _user(text: str) -> dict[str, str]:
@@ -90,13 +97,22 @@ def _user(text: str) -> dict[str, str]:
 
 
 def _written(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], to_answer: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    to_answer: bool = False,
+    today: bool = True,
 ) -> str:
     if not has_template(tokenizer):
         raise KVCompressError("the tokenizer has no chat template; give text in place of messages")
+    template: str | None = None  # the tokenizer's own
+    if not today and "strftime_now" in str(tokenizer.chat_template):
+        template = f"{_A_DAY}{tokenizer.get_chat_template()}"
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=to_answer
+            messages,
+            tokenize=False,
+            chat_template=template,
+            add_generation_prompt=to_answer,
         )
         return str(text)
     except Exception as error:  # a template is a program and may raise anything
