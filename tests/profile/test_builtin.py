@@ -1,5 +1,6 @@
 """Built-in prompts for real models: exact lengths, answers in the text, hidden questions."""
 
+import random
 import re
 import sys
 
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer
 
 from kvcompress.errors import CalibrationError, CalibrationWarning
 from kvcompress.profile.builtin import questions, real_text
-from kvcompress.profile.builtin.prompts import ORDER, real_prompts
+from kvcompress.profile.builtin.prompts import ORDER, _plain, real_prompts
 from kvcompress.profile.calibration import read_prompts
 from kvcompress.profile.collect import held_out_rows
 from kvcompress.profile.kinds import RECALL, Prompt, far_back_note
@@ -96,6 +97,15 @@ def test_every_length_has_prompts_and_short_ones_are_text(tokenizer, tokens):
         assert kinds == set(ORDER[:4])
 
 
+def test_plain_text_begins_anew_after_its_end(tiny_tokenizer):
+    def encode(text):
+        return tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    ids = _plain(random.Random(0), "one\ntwo\nthree\n", 100, encode)
+    assert len(ids) == 100
+    assert tiny_tokenizer.decode(ids).strip("\n") in "one\ntwo\nthree\n" * 9
+
+
 def test_prompts_follow_the_seed(tiny_tokenizer):
     def made(seed, data="builtin"):
         return read_prompts(
@@ -148,8 +158,6 @@ def test_a_template_that_fails_is_one_line(tiny_tokenizer, monkeypatch, template
 
 
 def test_signatures_are_of_functions_with_one_definition():
-    import random
-
     source = (
         "def one(a, b=2):\n    pass\n\ndef two(a):\n\n    def twice(a, b):\n  def twice(c, d):\n"
     )

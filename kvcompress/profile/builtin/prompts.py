@@ -26,8 +26,10 @@ from kvcompress.tokenizer import ids_after, opening_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# of eight prompts, and again; every first four have what is asked most and plain text
 ORDER: Final[tuple[Kind, ...]] = (
-    *("facts", "code", "chat", "text", "facts", "quote", "code", "text"),
+    *("facts", "code", "chat", "text"),
+    *("facts", "quote", "code", "text"),
 )
 _SENTENCE: Final = r"\w['\")]*\.\s+"  # what a planted fact may follow
 _STATEMENT: Final = r"\n\n {0,4}"  # and a constant: a blank line, where little is indented
@@ -169,9 +171,12 @@ def _fitting(
 def _plain(
     rng: random.Random, text: str, length: int, encode: Callable[[str], list[int]]
 ) -> list[int]:
-    """`length` tokens of `text` from the beginning of a line on; after its end comes its start."""
+    """`length` tokens of `text` from the beginning of a line on; it begins anew after its end."""
     start = text.find("\n", rng.randrange(len(text))) + 1
     around, characters = text[start:] + text[:start], 4 * length
-    while len(ids := encode(around[:characters])) <= length and characters < len(around):
+    while True:
+        times = 1 + characters // len(around)
+        ids = encode((around * times)[:characters])
+        if len(ids) > length:  # the last token may be half a word
+            return ids[:length]
         characters *= 2
-    return ids[:length]
