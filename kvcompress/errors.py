@@ -35,3 +35,7 @@ class PositionRangeWarning(UserWarning):
 
 class UntestedReleaseWarning(UserWarning):
     """The installed transformers is newer than every release that was tested."""
+
+
+class CalibrationWarning(UserWarning):
+    """Built-in calibration is made of other text than it should be."""

@@ -50,6 +50,11 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 ESTIMATED_ROWS: Final = 64
 ESTIMATED_STRIDE: Final = 32
 
+# calibration prompts that need no data: for the model at hand, those of them that recall, the demo
+# model's
+BUILTIN: Final = ("builtin", "recall", "notes")
+_ROUNDED_SHARES: Final = 0.011  # three thirds may be written as 0.33
+
 _UNITS: Final = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -72,7 +77,9 @@ class Calibration(StrictModel):
     """Which prompts the profile runs.
 
     Attributes:
-        data: ``builtin``, a .txt, .jsonl or .parquet file, or the name of a `datasets` data set.
+        data: one of `BUILTIN`, a .txt, .jsonl or .parquet file, or the name of a `datasets` data
+            set, or ``NAME:CONFIGURATION``; every prompt comes from it.
+        mix: in place of `data`, several of these and the share of the prompts that each gives.
         text_column: column or key that holds the text, for everything but .txt.
         split: of a `datasets` data set.
         prompts: number of prompts to run.
@@ -80,11 +87,34 @@ class Calibration(StrictModel):
     """
 
     data: str = "builtin"
+    mix: dict[str, Share] | None = None
     text_column: str = "text"
     split: str = "train"
     prompts: Annotated[int, Field(gt=0, le=2**20)] = 16
     tokens: Annotated[int, Field(ge=64, le=TOKENS_LIMIT)] = 1024
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _sources_are_clear(self) -> Self:
+        if self.mix is None:
+            return self
+        if self.data != "builtin":
+            raise ValueError("give data or mix, not both")
+        if "" in self.mix:
+            raise ValueError("mix: a source has no name")
+        if abs(sum(self.mix.values()) - 1) > _ROUNDED_SHARES:
+            raise ValueError(f"mix: the shares add up to {sum(self.mix.values()):.4g}, not to 1")
+        return self
+
+    def sources(self) -> dict[str, float]:
+        """Where prompts come from, and the share of them that each source gives."""
+        return {self.data: 1.0} if self.mix is None else dict(self.mix)
+
+    def words(self) -> str:
+        """`sources` in one line."""
+        if self.mix is None:
+            return self.data
+        return " + ".join(f"{share:.4g} {source}" for source, share in self.mix.items())
 
 
 class Keep(StrictModel):

@@ -1,4 +1,4 @@
-"""What a plan has to know of a tokenizer: its classes of tokens, how a text opens, which it is."""
+"""What profile and plan have to know of a tokenizer: classes of tokens, openings, which it is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REPEAT: Final = "\n\nRepeat the previous context exactly.\n"  # KVzip, section 3.2
+CALIBRATION_KEY: Final = "kvcompress_calibration"  # in tokenizer_config.json
 _PUNCTUATION: Final = frozenset(string.punctuation)
 
 
@@ -53,3 +54,14 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if whole[start : start + len(bare)] == bare:
             return list(whole[:start])
     return []
+
+
+def ids_after(tokenizer: PreTrainedTokenizerBase, text: str, opening: list[int]) -> list[int]:
+    """Ids of `text` without its opening, which a chat template may have written."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids[len(opening) :] if opening and ids[: len(opening)] == opening else ids
+
+
+def own_calibration(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The built-in prompts that the tokenizer's own files ask for; empty where they name none."""
+    return str(getattr(tokenizer, "init_kwargs", {}).get(CALIBRATION_KEY, ""))

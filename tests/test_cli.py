@@ -278,7 +278,7 @@ def test_plan_solves_again_without_profiling(run: Run, profile: Path, tmp_path: 
     assert Plan.load(out).model == Plan.load(profile).model
 
 
-@pytest.mark.parametrize("command", ["plan", "export", "inspect", "verify", "generate"])
+@pytest.mark.parametrize("command", ["plan", "export", "inspect", "verify", "generate", "chat"])
 def test_a_folder_that_is_not_there(run: Run, tmp_path: Path, command: str) -> None:
     extra = {
         "plan": ("--recovery", "0.9", "-o", tmp_path / "x"),

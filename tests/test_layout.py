@@ -70,7 +70,7 @@ MAY_IMPORT = {
 # The rooms of the runtime: each may import those before it.
 ROOMS = (
     *("names", "torch_modes", "store", "prompt", "step", "model", "layer", "recall", "saved"),
-    *("cache", "static", "hf", "check", "complete", "families"),
+    *("cache", "static", "hf", "check", "complete", "conversation", "families"),
 )
 PUBLIC = {
     "Budget",

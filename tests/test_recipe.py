@@ -6,7 +6,14 @@ import pytest
 import yaml
 
 from kvcompress.errors import RecipeError
-from kvcompress.recipe import BytesPolicy, FastGenPolicy, Recipe, UniformPolicy, parse_bytes
+from kvcompress.recipe import (
+    BytesPolicy,
+    Calibration,
+    FastGenPolicy,
+    Recipe,
+    UniformPolicy,
+    parse_bytes,
+)
 from kvcompress.registry import SUMS
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -21,6 +28,27 @@ REQUIRED = {
     "quarter",
     "eighth",
 }
+
+
+def test_a_mix_of_calibration_sources_is_checked():
+    def mixed(text):
+        return Recipe.from_yaml(f"calibration: {{{text}}}").calibration
+
+    found = mixed("mix: {recall: 0.5, my.jsonl: 0.5}")
+    assert found.sources() == {"recall": 0.5, "my.jsonl": 0.5}
+    assert found.words() == "0.5 recall + 0.5 my.jsonl"
+    assert Calibration(data="my.jsonl").sources() == {"my.jsonl": 1.0}
+    assert Calibration(data="my.jsonl").words() == "my.jsonl"
+    assert mixed("mix: {a.txt: 0.33, b.txt: 0.33, c.txt: 0.33}").mix is not None
+    for text, message in [
+        ("mix: {a.txt: 0.5, b.txt: 0.4}", r"calibration: mix: the shares add up to 0.9, not to 1"),
+        ("mix: {}", "add up to 0, not to 1"),
+        ("mix: {a.txt: 1.5}", r"calibration.mix.a.txt: Input should be less than or equal to 1"),
+        ("data: a.txt, mix: {b.txt: 1.0}", "give data or mix, not both"),
+        ("mix: {a.txt: 0.5, a.txt: 0.5}", "duplicate key"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            mixed(text)
 
 
 def test_required_recipes_are_shipped():

@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvcompress.tasks.documents import count_notes, hop_notes, recall_notes
 from kvcompress.tasks.words import COUNT_WORDS, KEY_WORDS, VALUE_WORDS
+from kvcompress.tokenizer import CALIBRATION_KEY
 
 VOCAB_SIZE = 1536
 TRAINED_TOKENS = 1024
@@ -90,6 +91,7 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         padding_side="left",
         model_max_length=TRAINED_TOKENS,
+        **{CALIBRATION_KEY: "notes"},
     )
 
 

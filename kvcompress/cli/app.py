@@ -11,6 +11,7 @@ import typer
 from kvcompress import __version__
 from kvcompress.cli import (
     bench,
+    chat,
     demo,
     doctor,
     ending,
@@ -32,6 +33,7 @@ COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "inspect": inspect.command,
     "eval": evaluate.command,
     "generate": generate.command,
+    "chat": chat.command,
     "league": league.command,
     "doctor": doctor.command,
     "bench": bench.command,

@@ -15,7 +15,7 @@ from kvcompress.cli.words import completed
 def command(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="Directory made by kvcompress export.")],
-    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to go on from.")],
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="What to answer, or go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token, more samples.")
@@ -23,12 +23,19 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     protect: Annotated[
         list[str] | None,
-        typer.Option(help="Tokens of the prompt that are never evicted, like 0:128; repeatable."),
+        typer.Option(
+            help="Tokens of the written prompt that are never evicted, like 0:128; repeatable."
+        ),
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Go on from the text; no chat template writes it.")
+    ] = False,
     device: MapOption = "cpu",
     json_: JsonOption = False,
 ) -> None:
-    """Complete one prompt with the compressed cache, token by token on stdout.
+    """Answer one prompt with the compressed cache, token by token on stdout.
+
+    Where the tokenizer has a chat template, it writes the prompt as the first turn of a user.
 
     Example: `kvcompress generate bundle -p "Once upon a time" --max-new-tokens 50`
     """
@@ -49,6 +56,7 @@ def command(
         seed=seed,
         stream=not json_,
         protect=spans,
+        raw=raw,
     )
     if json_:
         emit(result, json_)

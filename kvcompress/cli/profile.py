@@ -22,7 +22,15 @@ def command(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("-d", "--data", help="A .txt, .jsonl, .parquet file or a datasets name."),
+        typer.Option(
+            "-d",
+            "--data",
+            help="A .txt, .jsonl, .parquet file or a datasets name, for half of the prompts.",
+        ),
+    ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(help="SOURCE=SHARE: what gives which share of the prompts; repeatable."),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -48,6 +56,7 @@ def command(
         kvcompress profile kvcompress/demo/model -o runs/quarter --also recovery
     """
     from kvcompress.profile import report
+    from kvcompress.profile.calibration import asked_for
     from kvcompress.profile.run import run_and_plan
     from kvcompress.profile.source import load_source
     from kvcompress.profile.store import PROFILE_FILE, Profile
@@ -61,9 +70,8 @@ def command(
         wanted = Profile.load(out).recipe
     else:
         wanted = Recipe() if recipe is None else Recipe.load(recipe)
-    if data is not None:
-        calibration = wanted.calibration.model_copy(update={"data": data})
-        wanted = wanted.model_copy(update={"calibration": calibration})
+    calibration = asked_for(wanted.calibration, data, mix or ())
+    wanted = wanted.model_copy(update={"calibration": calibration})
     if quick and not finished:
         wanted = wanted.with_prompts(QUICK_PROMPTS)
     with progress(f"loading {model}"):
@@ -80,8 +88,10 @@ def command(
             memory_limit_bytes=limit,
         )
     console().print(f"profile and plan written to {out}")
-    note = Profile.load(out).loss_note
-    if note:
-        console().print(f"losses are measured without gradients: {note}")
+    profile = Profile.load(out)
+    if profile.loss_note:
+        console().print(f"losses are measured without gradients: {profile.loss_note}")
+    if profile.calibration_note:
+        console().print(f"note: {profile.calibration_note}")
     size = report.planned_size(wanted)
     emit(report.summary(plan, *size) if json_ else report.table(plan, *size), json_)

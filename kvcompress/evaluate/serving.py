@@ -10,7 +10,6 @@ from kvcompress.accounting import kv_bytes
 from kvcompress.plan import ModelShape, Plan
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Cache, PreTrainedModel
 
     from kvcompress.quant.keystats import KVParams

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,8 +19,9 @@ from kvcompress.atomic import write_file
 from kvcompress.checkpoint.compute import stored_dtype
 from kvcompress.errors import CalibrationError
 from kvcompress.plan import Plan
-from kvcompress.profile.calibration import data_hash, load_prompts
+from kvcompress.profile.calibration import data_hash, read_prompts
 from kvcompress.profile.collect import held_out_rows
+from kvcompress.profile.kinds import far_back_note
 from kvcompress.profile.memory import scratch_bytes
 from kvcompress.profile.parts import Job, Progress, Steps, begin, measure_parts
 from kvcompress.profile.solve import solve
@@ -61,7 +63,8 @@ def run(
             memory limit is too small.
     """
     check(model)
-    prompts = load_prompts(recipe.calibration, tokenizer)
+    read = read_prompts(recipe.calibration, tokenizer)
+    prompts = [prompt.ids for prompt in read]
     check_vocabulary(model, tokenizer, prompts)
     shape = shape_of(model.config, stored_dtype(model))
     if recipe.calibration.tokens > shape.max_position:
@@ -96,6 +99,7 @@ def run(
         profile = measure_parts(job, begun, missing)
     finally:
         model.train(was_training)
+    profile = profile.model_copy(update={"calibration_note": far_back_note(read)})
     profile.save(place.directory)
     place.clear()
     steps.finish()
@@ -121,7 +125,7 @@ def run_and_plan(
 
 def _provenance(model: PreTrainedModel, recipe: Recipe, prompts: list[list[int]]) -> Provenance:
     return Provenance(
-        data=recipe.calibration.data,
+        data=recipe.calibration.words(),
         data_hash=data_hash(prompts),
         weights_hash=weights_hash(model),
         prompts=len(prompts),
@@ -129,5 +133,9 @@ def _provenance(model: PreTrainedModel, recipe: Recipe, prompts: list[list[int]]
         held_out_rows=held_out_rows(len(prompts[0])),
         device=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."),
-        versions={"torch": torch.__version__, "transformers": version("transformers")},
+        versions={
+            "python": python_version(),  # whose documentation the built-in prompts are made of
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
     )

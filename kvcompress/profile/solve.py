@@ -121,10 +121,12 @@ def _check_calibration(profile: Profile, recipe: Recipe) -> None:
     if "calibration" not in recipe.model_fields_set:
         return
     asked, used = recipe.calibration, profile.recipe.calibration
+    names = asked.model_fields_set - {"data", "mix"}
+    told = [(name, getattr(used, name), getattr(asked, name)) for name in sorted(names)]
+    if names != asked.model_fields_set:
+        told.insert(0, ("data", used.words(), asked.words()))
     wrong = [
-        f"calibration.{name} {getattr(used, name)}, the recipe says {getattr(asked, name)}"
-        for name in sorted(asked.model_fields_set)
-        if getattr(asked, name) != getattr(used, name)
+        f"calibration.{name} {was}, the recipe says {now}" for name, was, now in told if was != now
     ]
     if wrong:
         raise PlanError(

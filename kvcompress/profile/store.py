@@ -128,6 +128,7 @@ class Profile(StrictModel):
         fewer: candidates and losses with fewer sinks and recent tokens than the recipe's.
         weight_layers: per decoder layer; empty where the model came quantized.
         loss_note: why losses are not in nats, empty where they are.
+        calibration_note: what no calibration prompt shows, see `kinds.far_back_note`.
         repeat_ids: token ids of a request to repeat the text, for scorers that need it.
         surrogate_r2: ``[layer][KV head]`` R² of the trained surrogate on prompts that it was not
             trained on; None for other scorers.
@@ -160,6 +161,7 @@ class Profile(StrictModel):
     fewer: tuple[ExactSetting, ...] = ()
     weight_layers: tuple[LayerWeights, ...] = ()
     loss_note: str = ""
+    calibration_note: str = ""
     surrogate_r2: tuple[tuple[float, ...], ...] | None = None
     repeat_heads: tuple[tuple[float, ...], ...] = ()
     params_sha256: Text | None = None

@@ -116,8 +116,10 @@ def _data_set(calibration: Calibration) -> Iterator[tuple[str, Entry]]:
     import datasets
 
     name = calibration.data
+    place, _, config = name.partition(":")
+    known = (place, config) if config else (place,)
     try:
-        rows = datasets.load_dataset(name, split=calibration.split, streaming=True)
+        rows = datasets.load_dataset(*known, split=calibration.split, streaming=True)
         rows = rows.shuffle(seed=calibration.seed, buffer_size=_SHUFFLED_ROWS)
         for number, row in enumerate(rows, 1):
             yield f"{name}: row {number}", row

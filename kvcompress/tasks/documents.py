@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -204,6 +206,7 @@ def lay_out(
     filler: str,
     context_tokens: int,
     count_tokens: Callable[[str], int],
+    after: str = "",
 ) -> tuple[str, list[Note], list[float]]:
     """Spread `notes` over a document of about `context_tokens` tokens, ordinary text between them.
 
@@ -211,6 +214,8 @@ def lay_out(
         filler: text to cut the pieces between notes from; a random place of it is used, and it is
             repeated where the document is longer.
         count_tokens: length of a string in tokens.
+        after: pattern of the end of a text that a note may follow, as of a sentence; the note then
+            stands in its paragraph, indented as what follows. Empty: a line of its own, anywhere.
 
     Returns:
         The document, the notes in the order in which they stand in it, and the depth of each.
@@ -228,12 +233,17 @@ def lay_out(
         )
     cuts = [(place + rng.random()) / len(order) for place in range(len(order))]
     words = _pieces(rng, filler, context_tokens)
+    allowed = [0, *(n for n, word in enumerate(words, 1) if re.search(rf"{after}\Z", word))]
 
     def assemble(used: int) -> list[str]:
-        ends = [round(cut * used) for cut in cuts]
-        parts, start = [], 0
+        ends = [_nearest(allowed, round(cut * used), used) for cut in cuts]
+        parts: list[str] = []
+        start = 0
         for note, end in zip(order, ends, strict=True):
-            parts += [_paragraph(words[start:end]), note.line]
+            if after:
+                parts += _planted(words, start, end, note.line)
+            else:
+                parts += [_paragraph(words[start:end]), note.line]
             start = end
         return [*parts, _paragraph(words[start:used])]
 
@@ -250,13 +260,32 @@ def lay_out(
     return context, order, [start / len(context) for start in starts]
 
 
+def _nearest(allowed: Sequence[int], wanted: int, last: int) -> int:
+    """The first of `allowed` from `wanted` on, or the one before it where that is beyond `last`."""
+    place = bisect_left(allowed, wanted)
+    return allowed[place] if place < len(allowed) and allowed[place] <= last else allowed[place - 1]
+
+
+def _planted(words: Sequence[str], start: int, end: int, line: str) -> tuple[str, str]:
+    """The words as they are and the line, then again the white space that was before it."""
+    last = words[end - 1] if end else "\n"
+    gap = last[len(last.rstrip()) :]
+    return "".join(words[start:end]), line.rstrip("\n") + gap[max(0, gap.rfind("\n")) :]
+
+
 def _paragraph(words: Sequence[str]) -> str:
     return "".join(words).rstrip() + "\n" if words else ""
 
 
+@lru_cache(4)
+def _words(text: str) -> tuple[str, ...]:
+    """Each with its white space."""
+    return tuple(re.findall(r"\S+\s*", text))
+
+
 def _pieces(rng: random.Random, filler: str, count: int) -> list[str]:
     """`count` consecutive words of `filler`, each with its white space, from a random one on."""
-    words = re.findall(r"\S+\s*", filler)
+    words = _words(filler)
     if not words:
         return []
     start = rng.randrange(len(words))

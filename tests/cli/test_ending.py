@@ -24,6 +24,7 @@ REQUIRED = {
     "verify": ["b"],
     "eval": ["m"],
     "generate": ["b", "-p", "text"],
+    "chat": ["b"],
     "league": ["m", "-o", "out"],
     "bench": ["m"],
 }

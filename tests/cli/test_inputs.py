@@ -48,6 +48,7 @@ READ = {
     "inspect X": ".json",
     "verify X": "",
     "generate X -p text": "",
+    "chat X": "",
     "inspect X --verify": "",
     "doctor X": ".json",
     "doctor X ": "",

@@ -27,6 +27,7 @@ MODES = {
     "verify": ["b"],
     "eval": ["m", "m --workloads hidden", "m --harness task --plan plan.json"],
     "generate": ["b -p text", "b -p text --temperature 1"],
+    "chat": ["b", "b --temperature 1"],
     "league": ["m -o out --recipes recipes", "--render league.json"],
     "doctor": ["", "plan.json", "m", "m --random-weights"],
     "bench": ["m"],
@@ -39,6 +40,7 @@ VALUES = {
     "device": "cuda:1",
     "recipe": "recipe.yaml",
     "data": "data.txt",
+    "mix": "notes=1",
     "memory": "1MiB",
     "keep_ratio": "0.5",
     "recovery": "0.5",
@@ -59,6 +61,8 @@ VALUES = {
     "text": "text.txt",
     "seed": "9",
     "prompt": "another",
+    "raw": None,
+    "system": "Be brief.",
     "max_new_tokens": "3",
     "temperature": "0.5",
     "protect": "0:3",
@@ -155,6 +159,7 @@ def observed(monkeypatch, tmp_path, capfd):
     watch("evaluate.harness.run_harness", last=True)
     watch("bundle.load.load", ("model", "tokenizer"))
     watch("runtime.complete.complete", last=True)
+    watch("runtime.conversation.Conversation", last=True)
     watch("league.run.machine_words", lambda device: f"a machine with {device}")
     watch("league.run.run_league", "a league")
     watch("league.result.League.load", "a league")

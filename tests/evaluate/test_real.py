@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from kvcompress.accounting import kv_bytes
+from kvcompress.checkpoint.compute import stored_dtype
 from kvcompress.evaluate.real import REAL
-from kvcompress.evaluate.serving import saved_dtype, wider_bytes
+from kvcompress.evaluate.serving import wider_bytes
 from kvcompress.evaluate.session import Session, answer_logits
 from kvcompress.evaluate.workloads import KNOWN, WORKLOADS, make_workloads
 from kvcompress.evaluate.workloads_run import own_continuation, run_workload
@@ -199,7 +200,7 @@ def test_own_text_needs_the_model(tiny_tokenizer):
 def test_bytes_are_those_of_the_files_dtype(tiny_llama, tiny_tokenizer):
     wide = copy.deepcopy(tiny_llama)
     wide.config.dtype = torch.bfloat16
-    assert saved_dtype(wide) == torch.bfloat16 and saved_dtype(tiny_llama) == torch.float32
+    assert stored_dtype(wide) == torch.bfloat16 and stored_dtype(tiny_llama) == torch.float32
     head = HeadPlan(local=Budget(tokens=40))
     plan = uniform(shape_of(wide.config, torch.bfloat16), head, recent_tokens=8)
     sizes = {"windows": 1, "context_tokens": 100, "continuation_tokens": 4}

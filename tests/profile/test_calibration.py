@@ -4,10 +4,11 @@ import json
 import random
 
 import pytest
+from transformers import AutoTokenizer
 
 from kvcompress.errors import CalibrationError
-from kvcompress.profile.builtin import calibration_text
-from kvcompress.profile.calibration import data_hash, load_prompts
+from kvcompress.profile.builtin.real_text import calibration_text
+from kvcompress.profile.calibration import asked_for, data_hash, load_prompts, read_prompts
 from kvcompress.profile.collect import held_out_rows
 from kvcompress.recipe import Calibration
 from kvcompress.tokenizer import opening_ids, punct_ids, special_ids
@@ -20,8 +21,8 @@ def load(tokenizer, data, **settings):
     return load_prompts(Calibration(data=str(data), **settings), tokenizer)
 
 
-def test_builtin_prompts_end_in_answered_questions(tiny_tokenizer):
-    prompts = load(tiny_tokenizer, "builtin", prompts=8, tokens=1024)
+def test_notes_end_in_answered_questions(tiny_tokenizer):
+    prompts = load(tiny_tokenizer, "notes", prompts=8, tokens=1024)
     assert {len(p) for p in prompts} == {1024} and {p[0] for p in prompts} == {0}
     texts = [tiny_tokenizer.decode(p[1:]) for p in prompts]
     for number, text in enumerate(texts):
@@ -43,6 +44,90 @@ def test_prompts_follow_the_seed(tiny_tokenizer):
         data_hash(load(tiny_tokenizer, "builtin", tokens=512, seed=seed)) for seed in (1, 1, 2)
     )
     assert first == again != other
+
+
+def test_the_demo_model_names_notes_and_has_those_it_always_had(demo_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_dir)
+    builtin, notes = load(tokenizer, "builtin", tokens=512), load(tokenizer, "notes", tokens=512)
+    assert builtin == notes
+    # as made before there were others, so that profiles of this model stay comparable
+    assert data_hash(load(tokenizer, "builtin", prompts=16, tokens=1024)) == (
+        "1b781aa0d882e655afc430e9175c9a15b69287684de6687b3da84cce4687eb86"
+    )
+    kinds = [
+        [p.kind for p in read_prompts(Calibration(data=data, prompts=8, tokens=256), tokenizer)]
+        for data in ("builtin", "recall")
+    ]
+    assert kinds == [["notes", "notes", "notes", "text"] * 2, ["notes"] * 8]
+
+
+def test_a_tokenizer_that_names_unknown_prompts_is_refused(tiny_tokenizer, monkeypatch):
+    monkeypatch.setitem(tiny_tokenizer.init_kwargs, "kvcompress_calibration", "poems")
+    with pytest.raises(CalibrationError, match="is 'poems'; this version knows 'notes'"):
+        load(tiny_tokenizer, "builtin")
+
+
+@pytest.mark.parametrize(
+    ("mix", "prompts", "order"),
+    [
+        ({"notes": 0.5, "FILE": 0.5}, 4, "nono"),
+        ({"FILE": 0.75, "notes": 0.25}, 8, "oonooono"),
+        ({"FILE": 1.0}, 3, "ooo"),
+        ({"notes": 0.99, "FILE": 0.01}, 4, "nnon"),
+        ({"notes": 0.33, "FILE": 0.33, "recall": 0.33}, 3, "not"),
+    ],
+)
+def test_a_mix_shares_out_the_prompts_and_alternates(tiny_tokenizer, tmp_path, mix, prompts, order):
+    path = str(write(tmp_path / "data.txt", TEXTS))
+    mix = {source.replace("FILE", path): share for source, share in mix.items()}
+    settings = {"prompts": prompts, "tokens": 192}  # bytes: too short for recall, which is text
+    found = read_prompts(Calibration(mix=mix, **settings), tiny_tokenizer)
+    assert [prompt.kind[0] for prompt in found] == list(order)
+    assert {len(prompt.ids) for prompt in found} == {192}
+    notes = [prompt.ids for prompt in found if prompt.kind == "notes"]
+    assert notes == load(tiny_tokenizer, "notes", **settings)[: len(notes)]
+
+
+def test_a_mix_of_more_sources_than_prompts_is_refused(tiny_tokenizer):
+    with pytest.raises(CalibrationError, match="calibration.prompts is 1, calibration.mix has 2"):
+        load_prompts(Calibration(mix={"notes": 0.5, "x.txt": 0.5}, prompts=1), tiny_tokenizer)
+
+
+def test_too_little_text_of_ones_own_in_a_mix_says_how_many_prompts_it_gives(
+    tiny_tokenizer, tmp_path
+):
+    (tmp_path / "short.txt").write_text("x" * 600)  # three prompts of 191
+    calibration = Calibration(mix={"notes": 0.5, str(tmp_path / "short.txt"): 0.5}, tokens=192)
+    with pytest.raises(CalibrationError, match="8 prompts of 192 .* set calibration.prompts to 6"):
+        load_prompts(calibration, tiny_tokenizer)
+
+
+def test_what_a_command_line_says_of_sources():
+    was = Calibration(data="old.txt", prompts=4)
+
+    def sources(data=None, mix=()):
+        found = asked_for(was, data, mix)
+        assert found.prompts == 4
+        return found.sources()
+
+    assert sources() == {"old.txt": 1}
+    assert sources("new.txt") == {"recall": 0.5, "new.txt": 0.5}
+    assert sources("notes") == {"notes": 1}
+    assert sources(mix=["builtin=0.25", "a=b.jsonl=0.75"]) == {"builtin": 0.25, "a=b.jsonl": 0.75}
+    assert sources(mix=["new.txt=1"]) == {"new.txt": 1}
+    for mix, message in [
+        (["new.txt"], "write SOURCE=SHARE"),
+        (["new.txt=half"], "write SOURCE=SHARE"),
+        (["new.txt=0.5"], "add up to 0.5, not to 1"),
+        (["=1"], "a source has no name"),
+        (["new.txt=nan"], "a finite number"),
+    ]:
+        with pytest.raises(
+            ValueError if "write" not in message else CalibrationError, match=message
+        ):
+            sources(mix=mix)
+    with pytest.raises(CalibrationError, match="give --data or --mix, not both"):
+        sources("new.txt", ["new.txt=1"])
 
 
 def test_calibration_text_is_not_the_held_out_text(demo_model_dir):
@@ -126,6 +211,20 @@ def test_a_data_set_is_read_by_its_name_as_far_as_needed(tiny_tokenizer, monkeyp
     assert asked == {"name": "some/set", "split": "validation", "streaming": True}
     assert sum(map(len, read)) < 2 * 64 * 64
     assert prompts != load(tiny_tokenizer, "some/set", seed=1, **settings)
+
+
+def test_a_data_set_may_have_a_configuration(tiny_tokenizer, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*names, split, streaming):
+        asked.append(names)
+        return Stream([], TEXTS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load(tiny_tokenizer, "some/set:small", text_column="body")
+    assert asked == [("some/set", "small")]
 
 
 def test_a_data_set_that_cannot_be_loaded(tiny_tokenizer, monkeypatch):

@@ -51,16 +51,28 @@ def test_profile_then_plan(model_dir, tmp_path, capsys):
     assert Plan.load(plan).target.startswith("0.5 of the bf16")
 
 
-def test_data_option_replaces_the_recipe_s(model_dir, tmp_path, capsys):
-    (tmp_path / "r.yaml").write_text(RECIPE)
+def test_data_is_added_to_recall_prompts_or_stands_alone(model_dir, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("prompts: 1", "prompts: 2"))
     out = tmp_path / "p"
     command = ("profile", model_dir, "-r", tmp_path / "r.yaml", "-o", out, "-d")
     assert kvcompress(*command, tmp_path / "gone.txt") == 2
     assert "gone.txt: no such file" in capsys.readouterr().err
     assert not out.exists()
     (tmp_path / "text.txt").write_text("Some words of my own. " * 20)
-    assert kvcompress(*command, tmp_path / "text.txt") == 0
-    assert Profile.load(out).provenance.data == str(tmp_path / "text.txt")
+    text = str(tmp_path / "text.txt")
+    assert kvcompress(*command[:-1], "-d", text, "--mix", f"{text}=1") == 2
+    assert "give --data or --mix, not both" in capsys.readouterr().err
+    assert kvcompress(*command, text) == 0
+    assert Profile.load(out).provenance.data == f"0.5 recall + 0.5 {text}"
+    assert Profile.load(out).recipe.calibration.mix == {"recall": 0.5, text: 0.5}
+    capsys.readouterr()
+    alone = (*command[:4], "-o", tmp_path / "alone", "--mix", f"{text}=1")
+    assert kvcompress(*alone) == 0
+    note = Profile.load(tmp_path / "alone").calibration_note
+    assert note.startswith(
+        "no calibration prompt is known to need what stands far above (2 of your"
+    )
+    assert f"note: {note}" in capsys.readouterr().err.replace("\n", " ")
 
 
 def saved(path, config, model=None):

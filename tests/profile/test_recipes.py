@@ -73,6 +73,10 @@ def test_what_a_recipe_says_of_calibration_must_be_what_was_measured(profiles):
     )
     with pytest.raises(PlanError, match=said):
         solve_recipe(rich, other)
+    mixed = Recipe.from_yaml(policy + "calibration: {mix: {builtin: 0.5, my.txt: 0.5}}")
+    said = r"calibration.data builtin, the recipe says 0.5 builtin \+ 0.5 my.txt; leave"
+    with pytest.raises(PlanError, match=said):
+        solve_recipe(rich, mixed)
 
 
 def test_weights_of_a_recipe_count_against_its_memory_target(profiles):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvcompress.errors import KVCompressError
-from kvcompress.runtime.model.chat import system_span
+from kvcompress.runtime.model.chat import conversation_text, system_span
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -23,6 +23,15 @@ def test_the_span_ends_where_the_user_speaks(tiny_tokenizer):
     text = "<s><system>Answer in one word.</s><user>"
     assert ids == "<s><system>Answer in one word.</s>"
     assert span == range(len(tiny_tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def test_a_date_is_of_one_day_where_nobody_answers(tiny_tokenizer, monkeypatch):
+    dated = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", dated)
+    asked = [{"role": "user", "content": "Why?"}]
+    assert conversation_text(tiny_tokenizer, asked) == "26 Jul 2024Why?"
+    today = conversation_text(tiny_tokenizer, asked, to_answer=True)
+    assert today.endswith("Why?") and "2024" not in today
 
 
 def test_without_a_system_message_or_a_template_it_says_so(tiny_tokenizer):

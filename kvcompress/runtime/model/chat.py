@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from kvcompress.errors import KVCompressError
@@ -10,6 +11,8 @@ from kvcompress.errors import KVCompressError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# put before a template, it shadows the function that tells the date
+_A_DAY: Final = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 _TWO: Final = ("Yes.", "42 of them")  # two first messages of a user that share no beginning
 
 
@@ -29,7 +32,7 @@ def system_span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
         system.append(dict(message))
     if not system:
         raise KVCompressError("no system message leads the conversation; nothing to protect")
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer):
         raise KVCompressError(
             "the tokenizer has no chat template; give the range of tokens to protect by hand"
         )
@@ -54,36 +57,64 @@ def system_span(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     return range(same)
 
 
+def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model's makers say how a conversation is written."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
 def conversation_text(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    to_answer: bool = False,
 ) -> str:
     """The whole conversation.
 
+    A template may write today's date. A conversation that is only read is written as of one day, so
+    that calibration sees the same text tomorrow.
+
     Where the template has no system role, the system message goes to the head of the first user
     message, as the makers of such models advise.
+
+    Args:
+        to_answer: end where the assistant begins to answer.
 
     Raises:
         KVCompressError: if the tokenizer has no chat template, or its template refuses the roles.
     """
     turns = [dict(message) for message in messages]
+    write = partial(_written, tokenizer, to_answer=to_answer, today=to_answer)
     try:
-        return _written(tokenizer, turns)
+        return write(turns)
     except KVCompressError:
         if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
             raise
         asked = _user(f"{turns[0]['content']}\n\n{turns[1]['content']}")
-        return _written(tokenizer, [asked, *turns[2:]])
+        return write([asked, *turns[2:]])
 
 
 def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    if not getattr(tokenizer, "chat_template", None):
+def _written(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    to_answer: bool = False,
+    today: bool = True,
+) -> str:
+    if not has_template(tokenizer):
         raise KVCompressError("the tokenizer has no chat template; give text in place of messages")
+    template: str | None = None  # the tokenizer's own
+    if not today and "strftime_now" in str(tokenizer.chat_template):
+        template = f"{_A_DAY}{tokenizer.get_chat_template()}"
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            chat_template=template,
+            add_generation_prompt=to_answer,
+        )
+        return str(text)
     except Exception as error:  # a template is a program and may raise anything
         reason = " ".join(str(error).split())[:200]
         raise KVCompressError(f"the chat template refuses the conversation ({reason})") from None

@@ -1,4 +1,6 @@
-"""The built-in calibration set: recall documents that end in questions with answers, and text.
+"""Calibration prompts of the demo model: notes between text, asked for at the end, and text.
+
+They have the form that this model was trained on, see `kvcompress.tasks.documents`.
 
 Three prompts in four are recall documents, because only a question shows which heads look far back;
 plain text shows the rest. The rows that are measured are the last of each prompt, so questions and
@@ -11,10 +13,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from kvcompress.profile.builtin.real_text import calibration_text
 from kvcompress.profile.collect import held_out_rows
+from kvcompress.profile.kinds import Kind, Prompt
 from kvcompress.recipe import Calibration
 from kvcompress.tasks.documents import Note, lay_out, recall_notes
 from kvcompress.tokenizer import opening_ids
@@ -26,10 +29,14 @@ _WORDS_TO_RECALL = (2, 6, 16)
 _MOST_NOTES = 40
 
 
-def builtin_prompts(
-    calibration: Calibration, tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """See the module docstring; every prompt has `calibration.tokens` tokens."""
+def note_prompts(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, texts: bool = True
+) -> list[Prompt]:
+    """See the module docstring; every prompt has `calibration.tokens` tokens.
+
+    Args:
+        texts: whether plain text is among them.
+    """
     opening = opening_ids(tokenizer)
     fresh = calibration.tokens - len(opening)
     filler = calibration_text()
@@ -42,19 +49,14 @@ def builtin_prompts(
     prompts = []
     for number in range(calibration.prompts):
         rng = random.Random(calibration.seed * 1_000_003 + number)
-        if number % 4 == 3:
+        kind: Kind = "text" if texts and number % 4 == 3 else "notes"
+        if kind == "text":
             start = rng.randrange(len(text_ids))
             ids = [text_ids[(start + i) % len(text_ids)] for i in range(fresh)]
         else:
             ids = _recall(rng, filler, fresh, encode, hidden=number % 4 != 1)
-        prompts.append(opening + ids)
+        prompts.append(Prompt(opening + ids, kind))
     return prompts
-
-
-def calibration_text() -> str:
-    """Ordinary text that shares no line with the demo model's held-out text."""
-    text = files("kvcompress.profile").joinpath("calibration_text.txt")
-    return text.read_text(encoding="utf-8")
 
 
 def _recall(

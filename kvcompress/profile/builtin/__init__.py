@@ -1,0 +1,1 @@
+"""The calibration prompts that need no data of the user's."""
