@@ -48,7 +48,7 @@ class Profiles:
         self.max_position = shape_of(model.config, model.dtype).max_position
         self._kept: dict[str, tuple[Profile, Path]] = {}
         if given is not None:
-            profile = self._in_files_dtype(Profile.load(given))
+            profile = Profile.load(given)
             self._kept[_name(measured_recipe(profile.recipe))] = (profile, given)
 
     def of(self, recipe: Recipe) -> tuple[Profile, Path]:
