@@ -98,9 +98,10 @@ def _visible(draw: Draw) -> Drawn:
 
 
 def _verbatim(draw: Draw) -> Drawn:
-    """Some words of the document are quoted, and its next ones have to follow."""
-    text, _ = draw.lay_out([], draw.sizes.context_tokens)
-    words = text.split(" ")
+    """Some words of the document are quoted, and its next ones have to follow. It is one line, as
+    most tokenizers join spaces and line ends: a word then has the same tokens wherever it begins.
+    """
+    words = draw.lay_out([], draw.sizes.context_tokens)[0].split()
     length = _QUOTED_WORDS + _SPAN_WORDS
     questions = []
     for start in draw.rng.sample(range(len(words) - length), min(SPANS, len(words) - length)):
@@ -108,7 +109,7 @@ def _verbatim(draw: Draw) -> Drawn:
         first, *more = (f" {word}" for word in words[start + _QUOTED_WORDS : start + length])
         rest = tuple(("", word) for word in more)
         questions.append(Question(f"\n\nIt says: {quoted}", first, start / len(words), rest))
-    return Drawn(text, questions)
+    return Drawn(" ".join(words), questions)
 
 
 def _arithmetic(draw: Draw) -> Drawn:
