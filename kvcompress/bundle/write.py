@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 _NEEDS: Final = ("torch>=2.9", "transformers>=5.17")
 _SHARD: Final = "5GB"
+_UNPACKED: Final = "unpacked"  # inside of what is being written, so that nothing of it stays behind
 _FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CALIBRATION_KEYS: Final = ("dataset", "tokenizer")  # where GPTQ-like configs keep their texts
 
@@ -129,9 +130,14 @@ def export(
     _check_space(target, job)
     with _one_line(target), atomic.directory(target) as staged:
         _check_target(target, overwrite)  # another export may have written it meanwhile
+        unpacked = staged / _UNPACKED
+        if job.source.is_unpacked:
+            note(f"unpacking {job.source.id} to 16 bits")
+            job = replace(job, source=job.source.in_16_bits(unpacked))
         note(f"loading {job.source.id} and storing its weights as {job.format.name}")
         _check_weights(Path(profile), job)
         expected, found = _write_weights(job, staged, device_map)
+        shutil.rmtree(unpacked, ignore_errors=True)
         gc.collect()  # the fresh process needs the memory
         note("writing the plan, the model card and the manifest")
         _write_rest(job, staged, found)
