@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "errors": set(),
     "tokenizer": set(),
     "strict": set(),
-    "checkpoint": {"errors", "strict"},
+    "checkpoint": {"errors", "strict", "kernels.linear.speed"},
     "head_plan": {"storage"},
     "storage": set(),
     "rules": {"head_plan"},

@@ -37,14 +37,17 @@ def load(
     return attach(model, checked.plan, checked.params), checked.tokenizer
 
 
-def serve(model: PreTrainedModel, bundle: Bundle) -> None:
-    """Let the compiled kernels serve the weights, where there are any."""
+def serve(model: PreTrainedModel, bundle: Bundle | None = None) -> None:
+    """Let the CPU's fast products serve the weights, where there are any.
+
+    Args:
+        bundle: what the weights came from; None where they are not packed.
+    """
     from kvcompress.kernels.cpu.library import library
     from kvcompress.kernels.linear.bits16 import serve_16_bit
     from kvcompress.kernels.linear.int8 import serve_bitsandbytes
 
-    if library() is None:
-        return
-    if bundle.manifest.weights.format == "int8":
+    packed = bundle is not None and bundle.manifest.weights.format == "int8"
+    if packed and library() is not None:
         serve_bitsandbytes(model)
     serve_16_bit(model)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kvcompress.bundle.manifest import SUFFIXES
 from kvcompress.checkpoint import load as checkpoint
 from kvcompress.checkpoint.load import Checkpoint, DeviceMap
+from kvcompress.checkpoint.unpack import is_unpacked, unpack
 from kvcompress.errors import BundleError, UnsupportedModelError
 from kvcompress.strict import NotStrictError, load_yaml, read_text
 
@@ -45,6 +46,21 @@ class Source:
     skeleton: PreTrainedModel
     legal: tuple[Path, ...]
     license: dict[str, str]
+
+    @property
+    def is_unpacked(self) -> bool:
+        """Whether loading the weights unpacks them, which takes long and yields 16 bits."""
+        return is_unpacked(self.checkpoint, self.config)
+
+    def in_16_bits(self, folder: Path) -> Source:
+        """The same, of weights that were unpacked into `folder`.
+
+        Raises:
+            BundleError: as `load`.
+        """
+        with as_bundle_error():
+            plain = unpack(self.checkpoint, self.config, self.tokenizer, folder)
+            return replace(self, checkpoint=plain, config=checkpoint.load_config(plain))
 
     def load(self, device_map: DeviceMap, **options: Any) -> PreTrainedModel:
         """The model with its weights; `options` are further ones of `from_pretrained`.
@@ -80,9 +96,11 @@ def find(model: Path | str) -> Source:
         found = checkpoint.find(model)
         config = checkpoint.load_config(found)
         tokenizer = checkpoint.load_tokenizer(found)
-    if getattr(config, "quantization_config", None) is not None:
+    packed = getattr(config, "quantization_config", None) is not None
+    if packed and not is_unpacked(found, config):
         raise BundleError(
-            f"{location}: its weights are quantized already; give the model in 16 or 32 bits"
+            f"{location}: its weights are quantized already; give the model in 16 or 32 bits, "
+            "in fp8, or a .gguf file"
         )
     legal = {path for pattern in _LEGAL for path in found.folder.glob(pattern)}
     return Source(

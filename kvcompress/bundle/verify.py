@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from kvcompress.bundle.expected import Expected, check_parts_written
 from kvcompress.bundle.load import serve
 from kvcompress.bundle.read import Bundle, load_weights, open_bundle
 from kvcompress.errors import BundleError, KVCompressError
 from kvcompress.plan import HeadPlan, Plan, uniform
 from kvcompress.runtime.check.compare import (
+    allowed,
     distance,
     fixed_ids,
     generated,
     same_text_steps,
-    tolerance,
 )
+from kvcompress.runtime.check.stored import listen, stored_problem
 from kvcompress.runtime.names import as_argument, cache_of
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class VerifyReport:
         plan_error: the bundle's own plan against transformers' own cache; not a fault if large.
         generate_error: as lossless_error, through `model.generate` on a model made ready as `load`
             does.
+        allowed_error: what the errors above were held to, but plan_error: what rounding explains in
+            this model.
     """
 
     path: str
@@ -63,6 +67,7 @@ class VerifyReport:
     lossless_error: float
     plan_error: float
     generate_error: float
+    allowed_error: float
 
 
 def verify(
@@ -71,20 +76,29 @@ def verify(
     """Check hashes and schema, then run the bundle.
 
     Args:
-        expected: a safetensors file with the `logits` of `check_logits` before the save.
+        expected: a file of `Expected`, what the bundle was to hold.
 
     Raises:
         BundleError: for the first thing that is wrong.
     """
     bundle = open_bundle(path)
     model = load_weights(bundle, device_map)
-    reload_error = None if expected is None else _reload_error(bundle, model, expected)
+    wanted = None if expected is None else Expected.load(expected)
+    if wanted is not None:
+        check_parts_written(bundle, model, wanted)
+    limit = allowed(model, lambda: _decode(model, cache=None))
+    reload_error = None
+    if wanted is not None:
+        reload_error = distance(check_logits(model), wanted.logits)
+        _demand(bundle, limit, reload_error, "the reloaded model")
     plain, written = _decode(model, cache=None), _generate(bundle, model)
     everything = HeadPlan(full=True, k_dtype="model", v_dtype="model")
     lossless = uniform(bundle.plan.model, everything, max_position=bundle.plan.max_position)
     with _attached(model, lossless, None):
         lossless_error = distance(_decode_compressed(bundle, model), plain)
-    _demand(bundle, model, lossless_error, "a compressed cache that keeps everything")
+    _demand(bundle, limit, lossless_error, "a compressed cache that keeps everything")
+    for plan, params in ((lossless, None), (bundle.plan, bundle.params)):
+        _demand_stored(bundle, model, plan, params)
     with _attached(model, bundle.plan, bundle.params):
         plan_error = distance(_decode_compressed(bundle, model), plain)
     serve(model, bundle)
@@ -92,7 +106,7 @@ def verify(
         again = _generate(bundle, model)
     same = same_text_steps(again[0], written[0])
     generate_error = distance(again[1][:same], written[1][:same])
-    _demand(bundle, model, generate_error, "generate with a cache that keeps everything")
+    _demand(bundle, limit, generate_error, "generate with a cache that keeps everything")
     with _attached(model, bundle.plan, bundle.params):
         _generate(bundle, model)
     return VerifyReport(
@@ -103,6 +117,7 @@ def verify(
         lossless_error=lossless_error,
         plan_error=plan_error,
         generate_error=generate_error,
+        allowed_error=limit,
     )
 
 
@@ -173,20 +188,31 @@ def _demand_finite(bundle: Bundle, logits: Tensor) -> None:
         raise BundleError(f"{bundle.path}: the model gives logits that are not finite")
 
 
-def _reload_error(bundle: Bundle, model: PreTrainedModel, expected: Path) -> float:
-    from safetensors.torch import load_file
+def _demand_stored(
+    bundle: Bundle, model: PreTrainedModel, plan: Plan, params: KVParams | None
+) -> None:
+    """What the cache of a plan holds of a prompt is what the model computed.
 
-    error = distance(check_logits(model), load_file(expected)["logits"])
-    _demand(bundle, model, error, "the reloaded model")
-    return error
+    Raises:
+        BundleError: naming the layer.
+    """
+    from kvcompress.runtime.cache.new import new_cache
+
+    ids = fixed_ids(model, CHECK_TOKENS)
+    with torch.inference_mode(), _attached(model, plan, params):
+        cache = new_cache(model)
+        given = listen(cache)
+        model(input_ids=ids, **as_argument(cache), use_cache=True)
+    problem = stored_problem(cache, given)
+    if problem is not None:
+        raise BundleError(f"{bundle.path}: {problem}; profile again or report this as a bug")
 
 
-def _demand(bundle: Bundle, model: PreTrainedModel, error: float, what: str) -> None:
-    limit = tolerance(model.dtype)
+def _demand(bundle: Bundle, limit: float, error: float, what: str) -> None:
     if not error <= limit:
         raise BundleError(
             f"{bundle.path}: logits of {what} differ by {error:.3g} of their size, allowed are "
-            f"{limit:g}; export again with other weights and report this as a bug"
+            f"{limit:.3g}; export again with other weights and report this as a bug"
         )
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -21,6 +21,7 @@ import kvcompress
 from kvcompress import atomic
 from kvcompress.bundle import files, manifest, mixed, source
 from kvcompress.bundle.card import model_card, size
+from kvcompress.bundle.expected import Expected
 from kvcompress.bundle.manifest import BaseModelEntry, Manifest, WeightsEntry, is_bundle
 from kvcompress.bundle.source import Source
 from kvcompress.bundle.verify import VerifyReport, check_logits
@@ -39,12 +40,11 @@ from kvcompress.recipe import BytesPolicy, Recipe, WeightScheme
 from kvcompress.tokenizer import tokenizer_hash
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from kvcompress.checkpoint.load import DeviceMap
 
 _NEEDS: Final = ("torch>=2.9", "transformers>=5.17")
 _SHARD: Final = "5GB"
+_UNPACKED: Final = "unpacked"  # inside of what is being written, so that nothing of it stays behind
 _FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CALIBRATION_KEYS: Final = ("dataset", "tokenizer")  # where GPTQ-like configs keep their texts
 
@@ -129,9 +129,14 @@ def export(
     _check_space(target, job)
     with _one_line(target), atomic.directory(target) as staged:
         _check_target(target, overwrite)  # another export may have written it meanwhile
+        unpacked = staged / _UNPACKED
+        if job.source.is_unpacked:
+            note(f"unpacking {job.source.id} to 16 bits")
+            job = replace(job, source=job.source.in_16_bits(unpacked))
         note(f"loading {job.source.id} and storing its weights as {job.format.name}")
         _check_weights(Path(profile), job)
         expected, found = _write_weights(job, staged, device_map)
+        shutil.rmtree(unpacked, ignore_errors=True)
         gc.collect()  # the fresh process needs the memory
         note("writing the plan, the model card and the manifest")
         _write_rest(job, staged, found)
@@ -269,8 +274,8 @@ def _one_line(target: Path) -> Iterator[None]:
 
 def _write_weights(
     job: _Job, staged: Path, device_map: DeviceMap
-) -> tuple[Tensor, list[dict[str, str]]]:
-    """Save the weights, then return `check_logits` and `probe` of the model they came from."""
+) -> tuple[Expected, list[dict[str, str]]]:
+    """Save the weights, then return what to expect and `probe` of the model they came from."""
     from kvcompress.runtime.check.probe import as_rows, probe
 
     skip = (*output_heads(job.source.skeleton), *job.kept)
@@ -280,11 +285,11 @@ def _write_weights(
     _write_index(staged)
     _patch_config(staged / "config.json")
     job.source.tokenizer.save_pretrained(staged)
-    logits = check_logits(model)
+    expected = Expected.of(check_logits(model), model, job.plan, job.params)
     found = probe(model, job.source.id)
     if found.refused is not None:
         raise BundleError(f"{job.source.location}: {found.refused}")
-    return logits, as_rows(found)
+    return expected, as_rows(found)
 
 
 def _write_index(staged: Path) -> None:
@@ -350,18 +355,16 @@ def _write_rest(job: _Job, staged: Path, found: list[dict[str, str]]) -> None:
     (staged / manifest.MANIFEST).write_text(written.to_json(), encoding="utf-8")
 
 
-def _check_in_fresh_process(staged: Path, target: Path, expected: Tensor) -> VerifyReport:
+def _check_in_fresh_process(staged: Path, target: Path, expected: Expected) -> VerifyReport:
     """Load what was written where nothing of this process can help it."""
-    from safetensors.torch import save_file
-
     package = str(Path(kvcompress.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as folder:
-        logits = Path(folder) / "logits.safetensors"
-        save_file({"logits": expected}, logits)
+        told = Path(folder) / "expected.safetensors"
+        expected.save(told)
         command = [sys.executable, "-P", "-m", "kvcompress.bundle.verify", str(staged)]
         result = subprocess.run(
-            [*command, "--expected", str(logits)],
+            [*command, "--expected", str(told)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             capture_output=True,
             text=True,

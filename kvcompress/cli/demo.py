@@ -49,3 +49,9 @@ def command(
         markup=False,
         soft_wrap=True,
     )
+    screen.print(
+        "a published model: python tools/real_models.py smollm2 makes one and prints where, then "
+        "kvcompress profile DIRECTORY -r recipes/quarter.yaml -o runs/real",
+        markup=False,
+        soft_wrap=True,
+    )

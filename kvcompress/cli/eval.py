@@ -187,7 +187,7 @@ def _words(listed: str) -> list[str]:
 
 def _load(model: str, plan: Path | None, device: str) -> Loaded:
     """The model, its tokenizer, and the plans to measure: a bundle brings its own."""
-    from kvcompress.bundle.load import load
+    from kvcompress.bundle.load import load, serve
     from kvcompress.bundle.manifest import is_bundle
     from kvcompress.evaluate.compare import Row, plan_row
     from kvcompress.profile.source import load_source
@@ -195,7 +195,9 @@ def _load(model: str, plan: Path | None, device: str) -> Loaded:
 
     rows = [] if plan is None else [plan_row(plan)]
     if not is_bundle(model):
-        return *load_source(model, device), rows
+        loaded, tokenizer = load_source(model, device)
+        serve(loaded)
+        return loaded, tokenizer, rows
     loaded, tokenizer = load(model, device_map=device)
     served = attached(loaded)
     assert served is not None

@@ -178,7 +178,7 @@ def _measure(
     bar: Bar,
 ) -> tuple[Example, list[QualityReport]]:
     """All of `plans`, then what `more` gives for the bytes that the last of them held."""
-    from kvcompress.bundle.load import load
+    from kvcompress.bundle.load import load, serve
     from kvcompress.evaluate.quality import measure
     from kvcompress.runtime.model.attached import attached
 
@@ -188,6 +188,7 @@ def _measure(
     served = attached(loaded)
     assert served is not None
     params = served[1]
+    serve(model)
     example = complete(loaded, loaded_tokenizer, suite)
     note("measuring recall, KL, perplexity and bytes of every row")
     queue = list(plans)

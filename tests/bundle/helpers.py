@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from safetensors.torch import save_file
-from torch import Tensor
 
 from kvcompress.bundle import files, manifest, write
+from kvcompress.bundle.expected import Expected
 from kvcompress.bundle.verify import VerifyReport, verify
 from kvcompress.bundle.write import ExportReport
 from kvcompress.recipe import WeightScheme
@@ -31,11 +30,10 @@ def checked_here() -> Iterator[None]:
     a bundle of every format; whatever else wants a bundle uses this.
     """
 
-    def check(staged: Path, target: Path, expected: Tensor) -> VerifyReport:
+    def check(staged: Path, target: Path, expected: Expected) -> VerifyReport:
         with tempfile.TemporaryDirectory() as folder:
-            logits = Path(folder) / "logits.safetensors"
-            save_file({"logits": expected}, logits)
-            return verify(staged, logits)
+            expected.save(Path(folder) / "expected.safetensors")
+            return verify(staged, Path(folder) / "expected.safetensors")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "_check_in_fresh_process", check)

@@ -216,7 +216,7 @@ def test_calibration_text_is_taken_out(tmp_path: Path) -> None:
 
 
 def skip_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = verify.VerifyReport("", "0" * 64, 0, 0.0, 0.0, 0.0, 0.0)
+    report = verify.VerifyReport("", "0" * 64, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
     monkeypatch.setattr(write, "_check_in_fresh_process", lambda *_: report)
 
 

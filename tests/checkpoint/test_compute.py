@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from kvcompress.checkpoint import compute
-from kvcompress.checkpoint.compute import compute_dtype, stored_dtype
+from kvcompress.checkpoint.compute import stored_dtype
 from kvcompress.errors import UnsupportedModelError
+from kvcompress.kernels.linear import speed
+from kvcompress.kernels.linear.speed import compute_dtype
 from kvcompress.profile.source import load_model, load_source, weights_hash
 from kvcompress.runtime.model.families import shape_of
 
@@ -21,7 +23,7 @@ def speeds(monkeypatch):
     """Sets the seconds of a product in each dtype."""
 
     def set_to(**seconds):
-        monkeypatch.setattr(compute, "_product_seconds", lambda dtype: seconds[str(dtype)[6:]])
+        monkeypatch.setattr(speed, "product_seconds", lambda dtype: seconds[str(dtype)[6:]])
 
     return set_to
 
@@ -41,7 +43,7 @@ def test_other_devices_and_dtypes_are_not_measured(speeds):
 
 
 def test_it_measures_this_machine_in_a_moment():
-    compute._product_seconds.cache_clear()
+    speed.product_seconds.cache_clear()
     begun = time.process_time()
     found = compute_dtype("cpu", BF16)
     assert time.process_time() - begun < 1.0, "0.1 s on an idle core of AVX2"

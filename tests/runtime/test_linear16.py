@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kvcompress.kernels.cpu.library import ISAS, library
+from kvcompress.kernels.linear import bits16
 from kvcompress.kernels.linear.bits16 import (
     MAX_ROWS,
     MAX_ROWS_AS_FLOATS,
@@ -78,3 +79,29 @@ def test_what_the_kernel_does_not_serve_is_torchs_own(monkeypatch):
         wide = torch.randn(1, 16)
         with pytest.raises(RuntimeError, match="same dtype"):
             layer(wide)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_rows_are_multiplied_as_floats_where_those_are_faster(dtype, bias, monkeypatch):
+    """Rounded once, as one sum of floats is; torch's own product of 16 bits is another."""
+    monkeypatch.setattr(bits16, "compute_dtype", lambda device, stored: torch.float32)
+    torch.manual_seed(0)
+    layer = Linear16(96, 80, bias=bias).to(dtype)
+    x = torch.randn(3, 100, 96).to(dtype).requires_grad_()
+    wanted = x.double() @ layer.weight.double().T
+    wanted = wanted + layer.bias.double() if bias else wanted
+    got = layer(x)
+    assert got.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), wanted, rtol=0.6 * eps, atol=1e-5)
+    (slope,) = torch.autograd.grad(got.sum(), x)
+    torch.testing.assert_close(slope[0, 0], layer.weight.sum(0).to(dtype), rtol=2 * eps, atol=2e-2)
+
+
+@torch.no_grad()
+def test_where_16_bits_are_fast_torch_multiplies_them(monkeypatch):
+    monkeypatch.setattr(bits16, "compute_dtype", lambda device, stored: stored)
+    layer = Linear16(96, 80).to(torch.bfloat16)
+    x = torch.randn(100, 96).to(torch.bfloat16)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))

@@ -2,7 +2,9 @@
 
 A step of one token reads every weight once; torch's product of a bfloat16 matrix and a vector gets
 about half of the memory's bandwidth, this one nearly all of it. Some rows are multiplied by the
-processor's bfloat16 instructions, where it has them. Sums are of floats, rounded once.
+processor's bfloat16 instructions, where it has them. Where it has none, torch multiplies 16-bit
+matrices several times slower than floats; more rows are then multiplied as floats, of which every
+16-bit number is one. Sums are of floats, rounded once, in each of these ways.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompress.kernels.cpu.library import library
+from kvcompress.kernels.linear.speed import compute_dtype
 
 # of activations; torch's own product is faster with more of them, and soon so where numbers have to
 # become floats first
@@ -42,13 +45,19 @@ class Linear16(nn.Linear):
         return new.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // self.in_features
-        kernels = library() if x.device.type == "cpu" and rows <= most_rows(x.dtype) else None
-        plain = x.dtype == self.weight.dtype and not (torch.is_grad_enabled() and x.requires_grad)
-        if kernels is None or not plain or not self.weight.is_contiguous():
+        same = x.device.type == "cpu" and x.dtype == self.weight.dtype
+        if not same or torch.compiler.is_compiling():
             return super().forward(x)
-        y = kernels.linear16(x.reshape(rows, self.in_features), self.weight, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        rows = x.numel() // self.in_features
+        followed = torch.is_grad_enabled() and x.requires_grad
+        kernels = library() if rows <= most_rows(x.dtype) and not followed else None
+        if kernels is not None and self.weight.is_contiguous():
+            y = kernels.linear16(x.reshape(rows, self.in_features), self.weight, self.bias)
+            return y.view(*x.shape[:-1], self.out_features)
+        if compute_dtype(x.device, x.dtype) == x.dtype:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(x.float(), self.weight.float(), bias).to(x.dtype)
 
 
 def serve_16_bit(model: nn.Module) -> nn.Module:

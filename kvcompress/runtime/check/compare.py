@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor
 
+from kvcompress.errors import UnsupportedModelError
+from kvcompress.runtime.hf.attach import attending_with
 from kvcompress.runtime.names import cache_of
 
 if TYPE_CHECKING:
@@ -18,6 +21,28 @@ def tolerance(dtype: torch.dtype) -> float:
     """Largest `distance` that rounding explains. In 16 bits it moves logits by about 1 %; wrong
     scales or a wrong mask move them by far more."""
     return 0.05 if dtype.itemsize <= 2 else 1e-4
+
+
+# what two of transformers' own kernels differ by is one draw; another two may differ by this more
+_DRAWS: Final = 3.0
+
+
+def allowed(model: PreTrainedModel, logits: Callable[[], Tensor]) -> float:
+    """Largest `distance` that rounding explains in this model: as `tolerance`, or more where two of
+    transformers' own kernels differ by more. Weights in int8 have activations rounded, too, and a
+    change of the last bit then moves some of them by a whole step.
+
+    Args:
+        logits: of some tokens, by the model without a plan.
+    """
+    found = []
+    for kernel in ("eager", "sdpa"):
+        try:
+            with attending_with(model, kernel):
+                found.append(logits())
+        except UnsupportedModelError:  # it has the other one alone
+            return tolerance(model.dtype)
+    return max(tolerance(model.dtype), _DRAWS * distance(found[0], found[1]))
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:

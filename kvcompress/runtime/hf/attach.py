@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from transformers import PreTrainedModel
@@ -80,6 +82,24 @@ def detach(model: Model) -> Model:
         generate.restore(inner)
         inner.set_attn_implementation(found.before)
     return model
+
+
+@contextmanager
+def attending_with(model: PreTrainedModel, kernel: str) -> Iterator[None]:
+    """Within the block, transformers' attention kernel of that name runs a model without a plan.
+
+    Raises:
+        UnsupportedModelError: where the model does not have it.
+    """
+    before = model.config._attn_implementation or "sdpa"
+    try:
+        model.set_attn_implementation(kernel)
+    except (ImportError, ValueError) as error:
+        raise UnsupportedModelError(f"{type(model).__name__}: no {kernel} attention") from error
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def check(model: PreTrainedModel) -> None:

@@ -43,6 +43,11 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def tensor_digests(model: nn.Module) -> dict[str, str]:
+    """dtype, shape and digest of every weight by its name, of a model without adapters."""
+    return {name: _described(tensor) for name, tensor in _weights(model)}
+
+
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, persistent buffers, and the scales that bitsandbytes keeps beside int8 codes.
     Names and numbers are those of `Int8Linear`, which may serve a layer without another digest."""
