@@ -9,7 +9,7 @@ import typer
 
 from kvcompress.cli.common import DeviceOption, DtypeOption, JsonOption, console, emit
 from kvcompress.cli.progress import progress
-from kvcompress.recipe import Part, Recipe, parse_bytes
+from kvcompress.recipe import PARTS, Recipe, parse_bytes
 
 QUICK_PROMPTS: Final = 4
 
@@ -35,8 +35,8 @@ def command(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     also: Annotated[
-        list[Part] | None,
-        typer.Option(help="Measure this too, for a later plan; may be given several times."),
+        list[str] | None,
+        typer.Option(help=f"Measure this too, for a later plan: {', '.join(PARTS)}; repeatable."),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"Only {QUICK_PROMPTS} prompts: a first plan.")
@@ -61,6 +61,10 @@ def command(
     from kvcompress.profile.source import load_source
     from kvcompress.profile.store import PROFILE_FILE, Profile
 
+    more = [part for part in PARTS if part in (also or ())]
+    unknown = {*(also or ())} - {*more}
+    if unknown:
+        raise typer.BadParameter(f"--also {min(unknown)}: give one of {', '.join(PARTS)}")
     try:
         limit = None if memory_limit is None else parse_bytes(memory_limit)
     except ValueError as error:
@@ -84,7 +88,7 @@ def command(
             out,
             progress=lambda done, total: step(round(100 * done / total)),
             name=model,
-            also=also or (),
+            also=more,
             memory_limit_bytes=limit,
         )
     console().print(f"profile and plan written to {out}")
