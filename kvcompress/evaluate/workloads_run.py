@@ -85,7 +85,7 @@ def run_workload(
         runner = Runner(model, grader, make, rows, suite.chunk_tokens, apart)
         scores = score(runner, suite)
         logits = reference
-        if reference is None or not itself:
+        if reference is None or not itself or not suite.documents:  # the bytes are a window's, then
             logits = runner.text_logits(suite.windows, suite.context_tokens, suite.feed_tokens)
     kl, perplexity, flips = _per_window(suite, logits, reference)
     if not suite.samples:

@@ -15,7 +15,7 @@ from kvcompress.evaluate.real import REAL
 from kvcompress.evaluate.serving import wider_bytes
 from kvcompress.evaluate.session import Session, answer_logits
 from kvcompress.evaluate.workloads import KNOWN, WORKLOADS, make_workloads
-from kvcompress.evaluate.workloads_run import own_continuation, run_workload
+from kvcompress.evaluate.workloads_run import own_continuation, reference_logits, run_workload
 from kvcompress.evaluate.workloads_table import compare_workloads, ranks, workload_table
 from kvcompress.plan import Budget, HeadPlan, uniform
 from kvcompress.runtime.model.families import shape_of
@@ -180,6 +180,8 @@ def test_text_alone_is_scored_by_windows(tiny_llama, chatty):
     for suite in made:
         full = run_workload(tiny_llama, chatty, suite)
         assert full.hits == (1.0, 1.0) and full.kl_nats == (0.0, 0.0)
+        logits = reference_logits(tiny_llama, chatty, suite)
+        assert run_workload(tiny_llama, chatty, suite, reference=logits) == full
         assert full.answer_nats == pytest.approx([math.log(p) for p in full.perplexity])
         assert full.kv_ratio == 2.0  # float32 in the files, too
     plan = uniform(shape_of(tiny_llama.config), HeadPlan(local=Budget(tokens=8)), recent_tokens=4)
