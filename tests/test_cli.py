@@ -63,7 +63,7 @@ def profile(tiny_model_dir: Path, recipe: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("profile")
     out, data = folder / "p", folder / "calibration.txt"
     data.write_text(f"{SECRET}. " * 20, encoding="utf-8")
-    arguments = ["-r", str(recipe), "-d", str(data), "-o", str(out)]
+    arguments = ["-r", str(recipe), "-d", str(data), "-o", str(out), "--also", "recovery"]
     with pytest.raises(SystemExit) as stop:
         app.main(["profile", str(tiny_model_dir), *arguments])
     assert stop.value.code == 0

@@ -57,10 +57,13 @@ MAY_IMPORT = {
     "bundle": VALUES
     | {"accounting", "checkpoint", "profile.solve", "profile.source", "profile.store", "quant"}
     | {"evict.scorers", "kernels", "runtime"},
-    "evaluate": VALUES | {"accounting", "evict", "measure", "quant", "runtime", "bundle", "tasks"},
+    "evaluate": VALUES
+    | {"accounting", "checkpoint.compute", "evict", "measure", "quant", "runtime", "bundle"}
+    | {"tasks"},
     "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "tasks"},
     "league": VALUES
-    | {"accounting", "measure", "profile", "bundle", "runtime", "evaluate", "quant", "evict"},
+    | {"accounting", "measure", "profile", "bundle", "runtime", "evaluate", "quant", "evict"}
+    | {"checkpoint.compute"},
     "bench": VALUES | {"accounting", "measure", "evaluate", "evict", "kernels", "quant", "runtime"},
     "cli": VALUES
     | {"accounting", "profile", "bundle", "runtime", "evaluate", "demo", "league", "bench"}

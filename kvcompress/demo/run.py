@@ -92,19 +92,20 @@ def run(
         KVCompressError: if `model_dir` is not there, or one of the steps fails.
     """
     from kvcompress.profile.run import run as take_profile
-    from kvcompress.profile.source import load_source
+    from kvcompress.profile.source import load_model, load_source
     from kvcompress.runtime.model.families import shape_of
 
     if not (model_dir / "config.json").is_file():
         raise KVCompressError(f"{model_dir}: no demo model there; install kvcompress again")
     out.mkdir(parents=True, exist_ok=True)
     with bar("loading", 1):
-        model, tokenizer = load_source(str(model_dir), "cpu")
+        profiled, tokenizer = load_source(str(model_dir), "cpu", "auto")
+        model = load_model(str(model_dir), "cpu")
     recipe = demo_recipe(settings.context_tokens, settings.prompts)
     note(f"profiling on {settings.prompts} prompts of {settings.context_tokens} tokens")
     with bar("profile", 100) as percent:
         profile = take_profile(
-            model,
+            profiled,
             tokenizer,
             recipe,
             out / "profile",
