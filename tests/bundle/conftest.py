@@ -17,7 +17,7 @@ from kvcompress.profile.source import load_model, weight_bytes, weights_hash
 from kvcompress.profile.store import LayerWeights, Profile, Provenance
 from kvcompress.profile.weights import layer_modules, weight_sizes
 from kvcompress.quant.keystats import KVParams
-from kvcompress.recipe import Recipe, WeightScheme
+from kvcompress.recipe import PARTS, Recipe, WeightScheme
 from kvcompress.runtime.model.families import shape_of
 from kvcompress.tokenizer import tokenizer_hash
 from tests.bundle.helpers import Exported, Mixed, checked_here
@@ -78,6 +78,7 @@ def profile_dir(tmp_path_factory: pytest.TempPathFactory, plan: Plan, model_dir:
     (folder / "plan.json").write_text(plan.to_json())
     every = (((0.5,),) * KV_HEADS,) * LAYERS
     Profile(
+        parts=PARTS,
         model=str(model_dir),
         shape=plan.model,
         recipe=Recipe(),

@@ -41,6 +41,9 @@ VALUES = {
     "recipe": "recipe.yaml",
     "data": "data.txt",
     "mix": "notes=1",
+    "dtype": "float32",
+    "also": "heads",
+    "memory_limit": "64GiB",
     "memory": "1MiB",
     "keep_ratio": "0.5",
     "recovery": "0.5",
@@ -148,7 +151,8 @@ def observed(monkeypatch, tmp_path, capfd):
     watch("plan.Plan.load", "a plan")
     watch("bundle.write.export", last=True)
     watch("bundle.inspect.inspect", last=True)
-    watch("bundle.verify.verify", VerifyReport("b", "0" * 64, 13, None, 0.0, 0.0, 0.0))
+    watch("bundle.load.serve", "model")
+    watch("bundle.verify.verify", VerifyReport("b", "0" * 64, 13, None, 0.0, 0.0, 0.0, 0.0))
     watch("bundle.manifest.is_bundle", False)
     watch("evaluate.compare.plan_row", SimpleNamespace(plan="plan", params="params"))
     watch("evaluate.serving.model_shape", shape)

@@ -26,7 +26,7 @@ from kvcompress.plan import Budget, HeadPlan, Plan
 from kvcompress.profile.store import Profile, Provenance
 from kvcompress.quant.keystats import KVParams
 from kvcompress.quant.weights import FORMATS
-from kvcompress.recipe import Recipe
+from kvcompress.recipe import PARTS, Recipe
 from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.model.families import config_hash, shape_of
 from kvcompress.runtime.names import as_argument
@@ -105,7 +105,7 @@ def _measured(folder: Path, name: Path, tokenizer: Any) -> None:
     (folder / manifest.PLAN).write_text(plan.to_json())
     every = (((0.5,),) * KV_HEADS,) * LAYERS
     Profile(
-        model=str(name), shape=plan.model, recipe=Recipe(),
+        parts=PARTS, model=str(name), shape=plan.model, recipe=Recipe(),
         provenance=Provenance(
             data="builtin", data_hash="0" * 64, weights_hash="0" * 64, prompts=1, prompt_tokens=64,
             held_out_rows=8, device="cpu", dtype="bfloat16", versions={},

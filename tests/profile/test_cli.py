@@ -42,6 +42,19 @@ def test_profile_then_plan(model_dir, tmp_path, capsys):
     assert Profile.load(out).model == str(model_dir)
 
     plan = tmp_path / "plans" / "plan.json"
+    target = ("--keep-ratio", "0.5", "--context", "256")
+    assert kvcompress("plan", out, *target, "-o", plan) == 2
+    assert "--also losses -o DIR" in capsys.readouterr().err and not plan.exists()
+    more = ("profile", model_dir, "-o", out, "--also", "losses", "--also", "weights")
+    assert kvcompress(*more, "--memory-limit", "1KiB") == 2
+    assert "is too small: the model and a prompt of" in capsys.readouterr().err
+    assert kvcompress(*more, "--memory-limit", "much") == 2
+    assert "'much' is not a size" in capsys.readouterr().err
+    assert kvcompress("profile", model_dir, "-o", out, "--also", "loss") == 2
+    assert "recovery, losses, weights, heads" in capsys.readouterr().err
+    assert kvcompress(*more) == 0
+    assert Profile.load(out).parts == ("recovery", "losses", "weights")
+    capsys.readouterr()
     assert kvcompress("plan", out, "--keep-ratio", "0.5", "--context", "256", "-o", plan) == 0
     assert "0.5 of the bf16 KV bytes at 256 tokens" in capsys.readouterr().out
     assert Plan.load(plan).target.startswith("0.5 of the bf16")

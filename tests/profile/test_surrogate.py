@@ -112,7 +112,7 @@ def test_both_halves_fit_the_model_when_read_twice():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, llama, tiny_tokenizer):
     out = tmp_path_factory.mktemp("profiles") / "p"
-    return out, run_and_plan(llama, tiny_tokenizer, RECIPE, out)
+    return out, run_and_plan(llama, tiny_tokenizer, RECIPE, out, also=["losses"])
 
 
 def test_a_profile_holds_weights_and_r2(finished, llama):
@@ -140,13 +140,20 @@ def test_a_stopped_training_goes_on_and_scores_nothing_twice(
 
     monkeypatch.setattr(surrogate, "score_context", counted)
     with pytest.raises(KeyboardInterrupt):
-        run(llama, tiny_tokenizer, RECIPE, tmp_path / "p")
+        run(llama, tiny_tokenizer, RECIPE, tmp_path / "p", also=["losses"])
     scored.clear()
     steps = []
-    profile = run(llama, tiny_tokenizer, RECIPE, tmp_path / "p", lambda *s: steps.append(s))
+    profile = run(
+        llama,
+        tiny_tokenizer,
+        RECIPE,
+        tmp_path / "p",
+        lambda *s: steps.append(s),
+        also=["losses"],
+    )
     assert len(scored) == 4  # the third prompt again, and the one held out
     assert profile == Profile.load(finished[0])
-    assert steps[-1] == (106, 106)
+    assert steps[-1] == (45, 45)
     left = profile.load_params(tmp_path / "p").scorer["surrogate"]
     right = profile.load_params(finished[0]).scorer["surrogate"]
     assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
@@ -167,7 +174,7 @@ def test_nothing_on_disk_is_as_large_as_the_hidden_states_or_holds_tokens(tmp_pa
 def test_losses_are_measured_with_the_trained_surrogate(tmp_path, finished, llama, tiny_tokenizer):
     mine = Profile.load(finished[0])
     other = RECIPE.model_copy(update={"keep": Keep(scorer="random")})
-    random = run(llama, tiny_tokenizer, other, tmp_path / "p")
+    random = run(llama, tiny_tokenizer, other, tmp_path / "p", also=["losses"])
     column = [i for i, h in enumerate(mine.candidates) if h.frequent and not h.local]
     assert random.surrogate_r2 is None
     assert column and mine.losses != random.losses
