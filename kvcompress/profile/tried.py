@@ -81,7 +81,9 @@ def plans_to_try(profile: Profile) -> list[tuple[str, Plan]]:
             break  # smaller ones do not fit either
     bare = ((HeadPlan(),) * profile.shape.kv_heads,) * profile.shape.layers
     found.append(("sinks and recent tokens", assemble(profile, keep, bare, "bare", None)))
-    return found
+    # the recipe's own may be one of these
+    first = {plan_digest(keep_of(plan), plan.heads): (name, plan) for name, plan in found[::-1]}
+    return list(first.values())[::-1]
 
 
 def keep_of(plan: Plan) -> Keep:
