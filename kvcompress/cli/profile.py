@@ -69,14 +69,13 @@ def command(
         limit = None if memory_limit is None else parse_bytes(memory_limit)
     except ValueError as error:
         raise typer.BadParameter(f"--memory-limit: {error}") from None
-    finished = recipe is None and (out / PROFILE_FILE).is_file()
-    if finished:
+    if recipe is None and (out / PROFILE_FILE).is_file():
         wanted = Profile.load(out).recipe
     else:
         wanted = Recipe() if recipe is None else Recipe.load(recipe)
     calibration = asked_for(wanted.calibration, data, mix or ())
     wanted = wanted.model_copy(update={"calibration": calibration})
-    if quick and not finished:
+    if quick:
         wanted = wanted.with_prompts(QUICK_PROMPTS)
     with progress(f"loading {model}"):
         loaded, tokenizer = load_source(model, device, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -80,13 +80,18 @@ class Steps:
         parts: Collection[Part],
         prompts: int,
         layers: int,
-        keep: Keep,
+        keep: Keep | None,
     ) -> None:
+        """
+        Args:
+            parts: those that are to be measured.
+            keep: of a profile that has nothing yet; None where only parts are added.
+        """
         self.progress = progress
         self.measured = self.LOSSES if "losses" in parts else self.RECOVERY
-        read_twice = prompts * surrogate.needed(keep)
+        read_twice = prompts * (keep is not None and surrogate.needed(keep))
         read_twice += min(prompts, HEAD_PROMPTS) * ("heads" in parts)
-        keys, saved = min(prompts, KEY_PROMPTS), 1
+        keys, saved = min(prompts, KEY_PROMPTS) * (keep is not None), 1
         self.total = keys + read_twice * self.TWICE + min(prompts, TRIED_PROMPTS) * self.TRIED
         self.total += saved + layers * ("weights" in parts)
         if {"recovery", "losses"} & {*parts}:
@@ -124,6 +129,7 @@ class Job:
     steps: Steps
     scratch_bytes: int
 
+    @cached_property
     def rotations(self) -> list[LayerRotation]:
         return find_rotations(self.model, self.shape, self.prompts[0][-1])
 
@@ -131,7 +137,7 @@ class Job:
 def begin(job: Job, provenance: Provenance, name: str | None) -> Profile:
     """A profile without parts: the key constants, written beside it, and what the scorer learns."""
     model, shape, recipe = job.model, job.shape, job.recipe
-    rotations = job.rotations()
+    rotations = job.rotations
     params = _key_constants(job, rotations)
     student = None
     if surrogate.needed(recipe.keep):
@@ -180,7 +186,7 @@ def measure_parts(job: Job, profile: Profile, missing: Collection[Part]) -> Prof
     if "heads" in missing:
         found["repeat_heads"] = _head_scores(job)
     parts = tuple(part for part in PARTS if part in {*profile.parts, *missing})
-    measured = Profile.model_validate({**dict(profile), **found, "parts": parts, "tried": ()})
+    measured = Profile.model_validate({**dict(profile), **found, "parts": parts})
     tried = try_plans(job.model, setup, job.prompts, measured, job.steps.tried)
     return measured.model_copy(update={"tried": tried})
 
@@ -204,7 +210,7 @@ def _setup(job: Job, profile: Profile, missing: Collection[Part]) -> tuple[Setup
         losses,
         profile.load_params(job.place.directory),
         gradients=not note,
-        rotations=tuple(found.rotation for found in job.rotations()),
+        rotations=tuple(found.rotation for found in job.rotations),
         scratch_bytes=job.scratch_bytes,
     )
     return setup, note

@@ -89,7 +89,7 @@ def run(
     if done is not None and not missing:
         place.clear()
         return done
-    steps = Steps(progress, missing, len(prompts), shape.layers, recipe.keep)
+    steps = Steps(progress, missing, len(prompts), shape.layers, None if done else recipe.keep)
     scratch = scratch_bytes(model, shape, recipe.calibration.tokens, memory_limit_bytes)
     job = Job(model, tokenizer, recipe, shape, prompts, place, steps, scratch)
     was_training = model.training

@@ -51,17 +51,21 @@ def path_gradients(
     Raises:
         RuntimeError: where the model has an operation without a derivative.
     """
-    path = _Path(keep)
     with torch.no_grad():
         full = replay(model, shape, ids, layers, full_attention)
-    total: list[Tensor] = []
-    for path.alpha, weight in PATH:
+
+    def at(alpha: float) -> tuple[Tensor, ...]:
+        """The gradient at one point; its graph goes before the next one is made."""
+        path = _Path(keep, alpha)
         with torch.enable_grad():
             other = replay(model, shape, ids, layers, path.attend)
             lost = mean_kl(full, other) * len(full)
         outputs = [path.outputs[layer] for layer in range(shape.layers)]
-        found = torch.autograd.grad(lost, outputs, allow_unused=True, materialize_grads=True)
-        steps = [gradient * weight for gradient in found]
+        return torch.autograd.grad(lost, outputs, allow_unused=True, materialize_grads=True)
+
+    total: list[Tensor] = []
+    for alpha, weight in PATH:
+        steps = [gradient * weight for gradient in at(alpha)]
         total = [a + b for a, b in zip(total, steps, strict=True)] if total else steps
     return total
 
@@ -73,9 +77,8 @@ class _Path:
         outputs: ``[Hkv, G, W, Dv]`` of every layer in the last forward.
     """
 
-    def __init__(self, keep: Keep) -> None:
-        self.keep = keep
-        self.alpha = 0.0
+    def __init__(self, keep: Keep, alpha: float) -> None:
+        self.keep, self.alpha = keep, alpha
         self.outputs: dict[int, Tensor] = {}
 
     def attend(self, rows: LayerRows) -> Tensor:

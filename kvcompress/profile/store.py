@@ -263,7 +263,7 @@ def _of_this_version(text: str) -> str:
         whole = sum(row[bare] for layer in data["losses"] for row in layer)
         points = zip(_OLD_PATH, nats, strict=bool(nats))
         tried = [{"name": "path", "loss": share * whole, "nats": there} for share, there in points]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         raise NotStrictError("its tables do not belong together") from None
     return json.dumps({**data, "parts": PARTS, "tried": tried, "schema_version": SCHEMA_VERSION})
 

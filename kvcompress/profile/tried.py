@@ -38,40 +38,44 @@ def try_plans(
     """Every plan of `plans_to_try` with its KL, the mean over the first prompts.
 
     Args:
+        profile: what it has tried already is not run again.
         step: told of every finished prompt.
     """
-    plans = plans_to_try(profile)
-    if not plans:
-        return ()
-    nats = torch.zeros(len(plans))
-    chosen = prompts[:TRIED_PROMPTS]
-    for ids in chosen:
-        nats += _nats(model, setup, ids, [plan for _, plan in plans])
-        step()
-    means = (nats / len(chosen)).tolist()
+    plans = {_digest(plan): (name, plan) for name, plan in plans_to_try(profile)[::-1]}
+    known = {plan.digest: plan.nats for plan in profile.tried}
+    new = [plan for digest, (_, plan) in plans.items() if digest not in known]
+    if new:
+        chosen = prompts[:TRIED_PROMPTS]
+        nats = torch.zeros(len(new))
+        for ids in chosen:
+            nats += _nats(model, setup, ids, new)
+            step()
+        means = (nats / len(chosen)).tolist()
+        known |= {_digest(p): float(f"{max(0.0, x):.6g}") for p, x in zip(new, means, strict=True)}
     return tuple(
-        TriedPlan(
-            name=name,
-            digest=plan_digest(keep_of(plan), plan.heads),
-            loss=_summed(profile, plan),
-            nats=float(f"{max(0.0, mean):.6g}"),
-        )
-        for (name, plan), mean in zip(plans, means, strict=True)
+        TriedPlan(name=name, digest=digest, loss=_summed(profile, plan), nats=known[digest])
+        for digest, (name, plan) in list(plans.items())[::-1]
     )
 
 
 def plans_to_try(profile: Profile) -> list[tuple[str, Plan]]:
-    """The plan of the recipe's own policy and, with losses, byte plans from half to bare heads."""
+    """The plan of the recipe's own policy, where `replay` does what the runtime would do with it,
+    and with losses byte plans from half of the bytes to bare heads.
+
+    The latter are the same for settings that say how a plan is used: losses are measured without.
+    """
     found: list[tuple[str, Plan]] = []
-    if not _runs(profile.recipe.keep):
+    own = profile.recipe.keep
+    keep = own.model_copy(update={"positions": "original", "per_request": None, "recall": None})
+    if reads_twice(keep):
         return found
-    try:
-        found.append(("the recipe's own", solve(profile)))
-    except PlanError:
-        pass  # its target cannot be met, which whoever asks for the plan is told
+    if own == keep:
+        try:
+            found.append(("the recipe's own", solve(profile)))
+        except PlanError:
+            pass  # its target cannot be met, which whoever asks for the plan is told
     if "losses" not in profile.parts:
         return found
-    keep = profile.recipe.keep
     for ratio in RATIOS:
         context = profile.provenance.prompt_tokens
         policy = BytesPolicy(kind="bytes", keep_ratio=ratio, context=context)
@@ -81,9 +85,7 @@ def plans_to_try(profile: Profile) -> list[tuple[str, Plan]]:
             break  # smaller ones do not fit either
     bare = ((HeadPlan(),) * profile.shape.kv_heads,) * profile.shape.layers
     found.append(("sinks and recent tokens", assemble(profile, keep, bare, "bare", None)))
-    # the recipe's own may be one of these
-    first = {plan_digest(keep_of(plan), plan.heads): (name, plan) for name, plan in found[::-1]}
-    return list(first.values())[::-1]
+    return found
 
 
 def keep_of(plan: Plan) -> Keep:
@@ -91,10 +93,8 @@ def keep_of(plan: Plan) -> Keep:
     return Keep.model_validate({name: getattr(plan, name) for name in Keep.model_fields})
 
 
-def _runs(keep: Keep) -> bool:
-    """Whether `replay` does what the runtime would do with these settings."""
-    plain = keep.positions == "original" and keep.per_request is None and keep.recall is None
-    return plain and not reads_twice(keep)
+def _digest(plan: Plan) -> str:
+    return plan_digest(keep_of(plan), plan.heads)
 
 
 def _summed(profile: Profile, plan: Plan) -> float | None:

@@ -17,6 +17,7 @@ from kvcompress.recipe import (
     Calibration,
     DuoPolicy,
     FastGenPolicy,
+    Keep,
     LayersPolicy,
     Recipe,
     StaticCurvePolicy,
@@ -85,6 +86,13 @@ def begun(llama, tiny_tokenizer, tmp_path_factory):
                 return original(*args, **kwargs)
 
             patch.setattr(profiler, name, counted)
+        ran = tried._nats
+
+        def running(model, setup, ids, plans):
+            counts[-1]["tried"] = counts[-1].get("tried", 0) + len(plans)
+            return ran(model, setup, ids, plans)
+
+        patch.setattr(tried, "_nats", running)
         profiles = []
         for also in ([], ["recovery"], ["heads", "weights"], ["weights"]):
             counts.append({})
@@ -100,8 +108,9 @@ def test_a_part_is_added_without_measuring_the_others_again(begun):
         set(PARTS),
         set(PARTS),
     ]
+    plans = len(profiles[0].tried)
     assert counts == [
-        {"key_moments": 2, "measure_prompt": 2},
+        {"key_moments": 2, "measure_prompt": 2, "tried": 2 * plans},
         {"measure_prompt": 2},
         {"measure_weights": 1, "head_scores": 1},
         {},
@@ -165,3 +174,29 @@ def test_plans_of_several_sizes_are_tried(begun):
     assert len(sizes) >= 2 and all(plan.loss is not None for plan in profile.tried)
     assert solve(profile).predicted_loss == profile.tried[0].nats
     assert len(names) == len(tried.plans_to_try(profile))
+
+
+def test_losses_that_come_to_a_profile_later_try_only_what_is_new(llama, tiny_tokenizer, tmp_path):
+    """FastGen's own plan was run before, without the losses that its entry then gets."""
+    recipe = recipe_of(FastGenPolicy(kind="fastgen"))
+    first = run(llama, tiny_tokenizer, recipe, tmp_path / "p")
+    assert [plan.name for plan in first.tried] == ["the recipe's own"]
+    later = run(llama, tiny_tokenizer, recipe, tmp_path / "p", also=["losses"])
+    own = next(plan for plan in later.tried if plan.name == "the recipe's own")
+    assert own.nats == first.tried[0].nats and len(later.tried) > 2
+    assert first.tried[0].loss is None and own.loss is not None
+
+
+def test_positions_in_the_cache_are_predicted_by_plans_at_their_own_positions(
+    llama, tiny_tokenizer, tmp_path
+):
+    """`replay` numbers nothing anew, so the recipe's own plan is not said to have been run."""
+    keep = Keep(positions="relative")
+    relative = Recipe(calibration=SMALL, keep=keep, policy=BYTES)
+    profile = run(llama, tiny_tokenizer, relative, tmp_path / "p")
+    assert profile.tried and "the recipe's own" not in {plan.name for plan in profile.tried}
+    predicted = solve(profile).predicted_loss
+    assert predicted is not None and predicted not in {plan.nats for plan in profile.tried}
+    whole = run(llama, tiny_tokenizer, recipe_of(BYTES), tmp_path / "q")
+    curve = {plan.digest: plan.nats for plan in whole.tried}
+    assert all(curve[plan.digest] == plan.nats for plan in profile.tried)

@@ -46,6 +46,8 @@ def stored_problem(cache: CompressedCache, given: Given) -> str | None:
         cache: has seen one prompt of one row.
         given: what `listen` heard.
     """
+    if not given:
+        return "the cache was given no layer's keys and values, so nothing can be compared"
     for number, layer in enumerate(cache.layers):
         state = getattr(layer, "state", None)
         if state is None or number not in given or state.settings.kind not in ("full", "sliding"):
