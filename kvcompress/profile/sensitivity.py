@@ -82,9 +82,11 @@ class _Path:
         self.outputs: dict[int, Tensor] = {}
 
     def attend(self, rows: LayerRows) -> Tensor:
+        keep, alpha = self.keep, self.alpha  # the graph holds `between`, and must not hold itself
+
         def between(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             now = replace(rows, query=query, key=key, value=value)
-            return torch.lerp(full_attention(now), bare_attention(now, self.keep), self.alpha)
+            return torch.lerp(full_attention(now), bare_attention(now, keep), alpha)
 
         # [Hq, W, S] of every layer would be most of the memory: the backward pass makes them anew
         out = checkpoint(between, rows.query, rows.key, rows.value, use_reentrant=False)

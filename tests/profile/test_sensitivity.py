@@ -1,5 +1,7 @@
 """Sensitivities against finite differences, and against a forward of the whole prompt."""
 
+import gc
+
 import pytest
 import torch
 
@@ -103,3 +105,18 @@ def test_a_model_without_a_backward_pass_is_told_apart(llama, monkeypatch):
     monkeypatch.setattr(llama.lm_head, "forward", lambda x: Stuck.apply(head(x)))
     reason = why_no_gradients(llama, shape, KEEP, ids)
     assert reason == "the model's backward pass failed (no derivative)"
+
+
+def test_no_graph_outlives_its_gradient(llama):
+    """A graph that held itself would stay until the garbage collector comes: 60 MB a prompt."""
+    shape = shape_of(llama.config, torch.float32)
+    ids = list(range(3, 203))
+    layers = collected(llama, shape, KEEP, ids)
+    gc.collect()
+    gc.disable()
+    try:
+        found = path_gradients(llama, shape, KEEP, ids, layers)
+        left = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.grad_fn is not None]
+    finally:
+        gc.enable()
+    assert found and not left
