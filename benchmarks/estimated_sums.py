@@ -35,6 +35,7 @@ from studies import (
 from torch import Tensor
 
 from kvcompress.accounting import kv_bytes
+from kvcompress.evaluate.drawing import Sizes
 from kvcompress.evaluate.serving import serving
 from kvcompress.evaluate.session import Session
 from kvcompress.evaluate.text import text_losses, window_logits
@@ -214,9 +215,7 @@ def measure(cells: Book, samples: int, folder: Path) -> None:
     cells.get("agreement", lambda: agreement(model, tokenizer))
     profiles = Profiles(model, tokenizer, folder)
     limit = shape_of(model.config, model.dtype).max_position
-    suites = make_workloads(
-        tokenizer, names=WORKLOADS, samples=samples, context_tokens=CONTEXT, max_position=limit
-    )
+    suites = make_workloads(tokenizer, Sizes(CONTEXT, limit), names=WORKLOADS, samples=samples)
     full = {
         s.workload: cache(partial(predictions, model, tokenizer, s, None, None)) for s in suites
     }

@@ -121,7 +121,7 @@ def measure(model: str, amount: Amount, arguments: argparse.Namespace) -> League
         seed=0,
         given=arguments.profile,
         calibration=amount.calibration,
-        fewer=(("windows", amount.windows),),
+        sizes=(("windows", amount.windows),),
         float32=arguments.device == "cpu",
     )
     where = setup.out if arguments.quick else RESULTS

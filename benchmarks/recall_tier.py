@@ -29,6 +29,7 @@ from kvcompress.accounting import (
     recalled_bytes,
     vector_bytes,
 )
+from kvcompress.evaluate.drawing import Sizes
 from kvcompress.evaluate.workloads import make_workloads
 from kvcompress.evaluate.workloads_run import run_workload
 from kvcompress.measure.cells import write_json
@@ -66,10 +67,9 @@ def measure_recall(model, tokenizer, samples: int) -> list[dict]:
     target = shape.bf16_kv_bytes(CONTEXT, 1) // SHARE
     (suite,) = make_workloads(
         tokenizer,
+        Sizes(CONTEXT, shape.max_position),
         names=["second_turn"],
         samples=samples,
-        context_tokens=CONTEXT,
-        max_position=shape.max_position,
     )
     int4 = INT8.model_copy(update={"k_dtype": "int4", "v_dtype": "int4"})
     rows = {

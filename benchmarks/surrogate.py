@@ -22,6 +22,7 @@ from studies import RESULTS, attached, parser_of, shipped, taking_turns
 from transformers import DynamicCache
 
 from kvcompress.demo.plans import at_bytes
+from kvcompress.evaluate.drawing import Sizes
 from kvcompress.evaluate.workloads import make_workloads
 from kvcompress.evaluate.workloads_run import run_workload
 from kvcompress.measure import machine
@@ -64,11 +65,9 @@ def recall(model, tokenizer, profile: Profile, params, questions: int) -> list[d
     """One row for each system, way to share out budgets and ratio; first the full cache."""
     (suite,) = make_workloads(
         tokenizer,
+        Sizes(CONTEXT, profile.shape.max_position, windows=0),
         names=("hidden",),
         samples=questions,
-        context_tokens=CONTEXT,
-        max_position=profile.shape.max_position,
-        windows=0,
     )
     cells: list[tuple[str, bool, float | None]] = [("full", False, None)]
     cells += [(n, p, r) for r in RATIOS for p in (False, True) for n in SYSTEMS]

@@ -67,6 +67,7 @@ def test_logits_of_too_few_places_are_refused(reference, capsys, tiny_model_dir,
 def test_the_package_agrees_with_it(
     benchmark, tiny_llama, tiny_tokenizer, tiny_model_dir, tmp_path
 ):
+    from kvcompress.evaluate.drawing import Sizes
     from kvcompress.evaluate.workloads import make_workloads
     from kvcompress.evaluate.workloads_run import run_workload
     from kvcompress.plan import Budget, HeadPlan, uniform
@@ -75,9 +76,9 @@ def test_the_package_agrees_with_it(
     check = benchmark("reference_check").check
     shape = shape_of(tiny_llama.config, torch.float32)
     plan = uniform(shape, HeadPlan(local=Budget(tokens=40)), recent_tokens=8)
-    sizes = {"samples": 3, "context_tokens": 120, "windows": 2, "continuation_tokens": 6}
+    sizes = Sizes(120, 999, windows=2, continuation_tokens=6)
     for name in ("arithmetic", "prose"):
-        (suite,) = make_workloads(tiny_tokenizer, names=(name,), max_position=999, **sizes)
+        (suite,) = make_workloads(tiny_tokenizer, sizes, names=(name,), samples=3)
         outcome = run_workload(tiny_llama, tiny_tokenizer, suite, plan)
         both = check(
             str(tiny_model_dir), tiny_llama, tiny_tokenizer, suite, plan, None, outcome, tmp_path

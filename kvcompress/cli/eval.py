@@ -84,7 +84,7 @@ def command(
             raise typer.BadParameter("nothing to measure: give --tasks, or --windows above 0")
     with progress(f"loading {model}"):
         loaded, tokenizer, rows = _load(model, plan, device)
-    sizes: dict[str, Json] = {
+    drawn: dict[str, Json] = {
         "samples": samples,
         "context_tokens": context,
         "windows": windows,
@@ -94,9 +94,9 @@ def command(
     if harness:
         _run_harness(loaded, tokenizer, rows, _words(harness), batch, json_, limit, task_dir)
     elif workloads:
-        _run_workloads(loaded, tokenizer, rows, _words(workloads), batch, json_, sizes)
+        _run_workloads(loaded, tokenizer, rows, _words(workloads), batch, json_, drawn)
     else:
-        _run_tasks(loaded, tokenizer, rows, _words(tasks), batch, json_, sizes)
+        _run_tasks(loaded, tokenizer, rows, _words(tasks), batch, json_, drawn)
 
 
 def _run_tasks(
@@ -106,16 +106,18 @@ def _run_tasks(
     tasks: list[str],
     batch: int,
     json_: bool,
-    sizes: dict[str, Json],
+    drawn: dict[str, Json],
 ) -> None:
+    from dataclasses import replace
+
     from kvcompress.evaluate.compare import compare
     from kvcompress.evaluate.suite import make_suite
     from kvcompress.evaluate.table import breakdown, comparison
     from kvcompress.tasks.documents import HELD_OUT
 
     with progress("drawing questions"):
-        given = {**sizes, "text": sizes["text"] or HELD_OUT}
-        suite = make_suite(tokenizer, tasks=tasks, batch_rows=batch, **given)
+        given = {**drawn, "text": drawn["text"] or HELD_OUT}
+        suite = replace(make_suite(tokenizer, tasks=tasks, **given), batch_rows=batch)
     with progress("evaluating", 1 + len(rows)) as finished:
         reports = list(compare(model, tokenizer, suite, rows, finished))
     emit(reports if json_ else comparison(reports), json_)
@@ -130,8 +132,9 @@ def _run_workloads(
     names: list[str],
     batch: int,
     json_: bool,
-    sizes: dict[str, Json],
+    drawn: dict[str, Json],
 ) -> None:
+    from kvcompress.evaluate.drawing import Sizes
     from kvcompress.evaluate.real import REAL
     from kvcompress.evaluate.serving import model_shape
     from kvcompress.evaluate.workloads import WORKLOADS, make_workloads
@@ -141,9 +144,10 @@ def _run_workloads(
     groups = {"all": list(WORKLOADS), "real": list(REAL)}
     names = [name for each in names for name in groups.get(each, [each])]
     go_on = partial(own_continuation, model)
-    limit = model_shape(model).max_position
+    measures = {name: drawn.pop(name) for name in ("context_tokens", "windows")}
+    sizes = Sizes(max_position=model_shape(model).max_position, **measures)
     with progress("drawing questions"):
-        suites = make_workloads(tokenizer, names=names, max_position=limit, go_on=go_on, **sizes)
+        suites = make_workloads(tokenizer, sizes, names=names, go_on=go_on, **drawn)
     with progress("evaluating", len(suites) * (1 + len(rows))) as finished:
         found = list(compare_workloads(model, tokenizer, suites, rows, finished, batch))
     emit(found if json_ else workload_table(found), json_)

@@ -75,13 +75,19 @@ class WorkloadSuite:
 # ---- how a document of each workload is drawn
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How large documents are.
+    """How large documents and windows of text are.
 
     Attributes:
+        context_tokens: of a document and of a window's prefix, begin token included; the workload
+            `beyond` takes ``2 * max_position`` in place of it.
+        max_position: positions that the model was trained on.
         notes: per document; `instructions` of them in the workload of that name, and `facts` in
             documents for real models: most of these stay prose.
         max_words: longest answer where the workload does not fix it.
         long_words: shortest and longest answer of `long_span`.
+        windows: windows of held-out text, where the workload has them; 0 for none. `beyond`, where
+            they are longer, takes half as many.
+        continuation_tokens: of a window, behind its prefix.
     """
 
     context_tokens: int
@@ -90,6 +96,8 @@ class Sizes:
     instructions: int = 32
     max_words: int = 16
     long_words: tuple[int, int] = (9, 16)
+    windows: int = 8
+    continuation_tokens: int = 64
 
     @property
     def facts(self) -> int:

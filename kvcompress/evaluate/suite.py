@@ -45,7 +45,6 @@ def make_suite(
     max_words: int = 16,
     text: Path | str = HELD_OUT,
     seed: int = 0,
-    batch_rows: int = 16,
 ) -> Suite:
     """Draw the samples and windows of an evaluation; the same arguments give the same suite.
 
@@ -80,7 +79,7 @@ def make_suite(
     if windows:
         length = context_tokens + continuation_tokens
         cut = text_windows(tokenizer, filler, windows, length, str(text))
-    return Suite(tuple(drawn), cut, context_tokens, seed, batch_rows=batch_rows)
+    return Suite(tuple(drawn), cut, context_tokens, seed)
 
 
 def text_windows(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -117,17 +118,10 @@ KNOWN: Final[dict[str, Workload]] = {**WORKLOADS, **REAL}
 # ---- drawing
 def make_workloads(
     tokenizer: PreTrainedTokenizerBase,
+    sizes: Sizes,
     *,
     names: Sequence[str] = tuple(WORKLOADS),
     samples: int = 24,
-    context_tokens: int = 960,
-    max_position: int,
-    windows: int = 8,
-    continuation_tokens: int = 64,
-    notes: int = 12,
-    instructions: int = 32,
-    max_words: int = 16,
-    long_words: tuple[int, int] = (9, 16),
     text: Path | str | None = None,
     seed: int = 0,
     go_on: GoOn | None = None,
@@ -137,12 +131,6 @@ def make_workloads(
     Args:
         names: in `KNOWN`.
         samples: scored per workload that asks questions.
-        context_tokens: length of each document, begin token included; `beyond` takes
-            ``2 * max_position`` in place of it.
-        max_position: positions that the model was trained on.
-        windows: windows of held-out text, where the workload has them; 0 for none. `beyond`, where
-            they are longer, takes half as many.
-        notes, instructions, max_words, long_words: see `Sizes`.
         text: file of held-out text, for the windows and between the notes; None takes the
             workload's own source.
         go_on: so many tokens behind prefixes ``[W, T]`` as the model generates them, for
@@ -162,24 +150,17 @@ def make_workloads(
     for name in names:
         workload = KNOWN[name]
         beyond = workload.beyond
-        length = 2 * max_position if beyond else context_tokens
-        sizes = Sizes(
-            length,
-            max_position,
-            notes,
-            instructions,
-            max_words=max_words,
-            long_words=long_words,
-        )
+        length = 2 * sizes.max_position if beyond else sizes.context_tokens
+        given = replace(sizes, context_tokens=length)
         filler = _source(workload.source, chat) if text is None else read_text(text)
-        documents, drawn = _documents(Grader(tokenizer), name, samples, sizes, filler, seed, chat)
+        documents, drawn = _documents(Grader(tokenizer), name, samples, given, filler, seed, chat)
         cut = None
-        if windows and workload.text:
-            count = max(1, windows // 2) if beyond else windows
-            where = str(text or workload.source)
-            cut = text_windows(tokenizer, filler, count, length + continuation_tokens, where)
+        if sizes.windows and workload.text:
+            count = max(1, sizes.windows // 2) if beyond else sizes.windows
+            where, more = str(text or workload.source), sizes.continuation_tokens
+            cut = text_windows(tokenizer, filler, count, length + more, where)
             if workload.own:
-                cut = _continued(cut[:, :length], continuation_tokens, name, go_on)
+                cut = _continued(cut[:, :length], more, name, go_on)
         suites.append(
             WorkloadSuite(
                 workload=name,
@@ -187,7 +168,7 @@ def make_workloads(
                 samples=drawn,
                 context_tokens=length,
                 windows=cut,
-                chunk_tokens=max(1, max_position // 2) if beyond else None,
+                chunk_tokens=max(1, sizes.max_position // 2) if beyond else None,
                 beyond=beyond,
                 fed=workload.fed,
                 seed=seed,

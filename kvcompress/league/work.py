@@ -45,7 +45,7 @@ class Setup:
     Attributes:
         given: a finished profile to use where it fits.
         calibration: of the profile that has the constants of every plan.
-        fewer: further arguments of `make_workloads`, for documents of another make.
+        sizes: in place of the usual ones of `drawing.Sizes`.
         float32: compute in float32; bytes stay those of the model's own dtype.
         any_code: accept cells that other code of this package measured.
         finished: take the cells that are there and measure no other.
@@ -62,7 +62,7 @@ class Setup:
     any_code: bool = False
     finished: bool = False
     calibration: Calibration = Calibration()
-    fewer: tuple[tuple[str, Any], ...] = ()
+    sizes: tuple[tuple[str, Any], ...] = ()
     float32: bool = False
 
 
@@ -165,19 +165,18 @@ class Worker:
 
     def suite(self, workload: str) -> tuple[WorkloadSuite, str]:
         """The workload's suite and its hash."""
+        from kvcompress.evaluate.drawing import Sizes
         from kvcompress.evaluate.workloads import make_workloads
         from kvcompress.evaluate.workloads_run import own_continuation
 
         if workload not in self._suites:
             (suite,) = make_workloads(
                 self.tokenizer,
+                Sizes(self.setup.context_tokens, self.shape.max_position, **dict(self.setup.sizes)),
                 names=(workload,),
                 samples=self.setup.samples,
-                context_tokens=self.setup.context_tokens,
-                max_position=self.shape.max_position,
                 seed=self.setup.seed,
                 go_on=partial(own_continuation, self.model),
-                **dict(self.setup.fewer),
             )
             self._suites[workload] = (suite, suite_hash(suite))
         return self._suites[workload]

@@ -18,7 +18,7 @@ EVERYTHING = 10**6
 @pytest.fixture(scope="module")
 def recall_suite(tiny_tokenizer, text_file):
     """Byte tokens make long contexts, so answers are short and no text is scored."""
-    return make_suite(
+    suite = make_suite(
         tiny_tokenizer,
         tasks=["recall", "multi_key"],
         samples=12,
@@ -26,8 +26,8 @@ def recall_suite(tiny_tokenizer, text_file):
         windows=0,
         max_words=3,
         text=text_file,
-        batch_rows=9,
     )
+    return dataclasses.replace(suite, batch_rows=9)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 
 from kvcompress.accounting import kv_bytes
 from kvcompress.checkpoint.compute import stored_dtype
+from kvcompress.evaluate.drawing import Sizes
 from kvcompress.evaluate.real import REAL
 from kvcompress.evaluate.serving import wider_bytes
 from kvcompress.evaluate.session import Session, answer_logits
@@ -51,8 +52,9 @@ def chatty(tiny_tokenizer):
 
 
 def draw(tokenizer, *names, **settings):
-    sizes = {"samples": 8, "context_tokens": 1800, "max_position": 4000, "windows": 0}
-    return make_workloads(tokenizer, names=names, **{**sizes, **settings})
+    given = {"samples": settings.pop("samples", 8), "go_on": settings.pop("go_on", None)}
+    sizes = Sizes(**{"context_tokens": 1800, "max_position": 4000, "windows": 0, **settings})
+    return make_workloads(tokenizer, sizes, names=names, **given)
 
 
 def shown(tokenizer, suite, sample):

@@ -10,6 +10,7 @@ from kvcompress.accounting import kv_bytes
 from kvcompress.cli.app import main
 from kvcompress.errors import PlanError, UnsupportedModelError
 from kvcompress.evaluate.compare import Row
+from kvcompress.evaluate.drawing import Sizes
 from kvcompress.evaluate.session import Session
 from kvcompress.evaluate.workloads import WORKLOADS, make_workloads
 from kvcompress.evaluate.workloads_report import WorkloadOutcome
@@ -29,8 +30,9 @@ def draw(tiny_tokenizer, text_file):
     """Byte tokens make long documents of few words."""
 
     def make(*names, **settings):
-        sizes = {"samples": 8, "context_tokens": 700, "max_position": 500, **SMALL, **settings}
-        return make_workloads(tiny_tokenizer, names=names, text=text_file, **sizes)
+        given = {"samples": settings.pop("samples", 8), "seed": settings.pop("seed", 0)}
+        sizes = Sizes(**{"context_tokens": 700, "max_position": 500, **SMALL, **settings})
+        return make_workloads(tiny_tokenizer, sizes, names=names, text=text_file, **given)
 
     return make
 
@@ -40,15 +42,17 @@ def tiny_suites(tiny_tokenizer, text_file):
     """One of each that fits the 256 positions of `tiny_llama`."""
     made = make_workloads(
         tiny_tokenizer,
+        Sizes(
+            170,
+            256,
+            windows=2,
+            continuation_tokens=24,
+            notes=2,
+            instructions=3,
+            max_words=1,
+            long_words=(1, 2),
+        ),
         samples=2,
-        context_tokens=170,
-        max_position=256,
-        windows=2,
-        continuation_tokens=24,
-        notes=2,
-        instructions=3,
-        max_words=1,
-        long_words=(1, 2),
         text=text_file,
     )
     return {suite.workload: suite for suite in made}
@@ -330,10 +334,8 @@ def demo(demo_model_dir):
 def test_sinks_and_newest_tokens_alone_forget_what_the_full_cache_recalls(demo):
     model, tokenizer = demo
     shape = shape_of(model.config, model.dtype)
-    (suite,) = make_workloads(
-        tokenizer, names=["hidden"], samples=6, context_tokens=600, max_position=1024, windows=0,
-        notes=6, max_words=3,
-    )  # fmt: skip
+    sizes = Sizes(600, 1024, windows=0, notes=6, max_words=3)
+    (suite,) = make_workloads(tokenizer, sizes, names=["hidden"], samples=6)
     plans = [None, uniform(shape, HeadPlan(full=True)), uniform(shape, HeadPlan())]
     full, int8, bare = (run_workload(model, tokenizer, suite, plan) for plan in plans)
     assert full.score >= 0.8 and int8.hits == full.hits

@@ -54,7 +54,7 @@ def setup(tiny_model_dir: Path, tmp_path: Path) -> Setup:
         context_tokens=150,
         seed=0,
         calibration=Calibration(prompts=2, tokens=96),
-        fewer=SMALL,
+        sizes=SMALL,
     )
 
 

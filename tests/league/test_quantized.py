@@ -14,6 +14,7 @@ from transformers import DynamicCache, MistralConfig, QuantizedCache
 from transformers.cache_utils import QuantizedLayer
 
 from kvcompress.evaluate import workloads_run
+from kvcompress.evaluate.drawing import Sizes
 from kvcompress.evaluate.serving import model_shape
 from kvcompress.evaluate.session import Session
 from kvcompress.evaluate.workloads import WORKLOADS, make_workloads
@@ -51,13 +52,15 @@ def both(model, tokenizer, suite):
 def test_one_row_at_a_time_is_the_same_workload(name, tiny_llama, tiny_tokenizer):
     (suite,) = make_workloads(
         tiny_tokenizer,
+        Sizes(
+            180,
+            tiny_llama.config.max_position_embeddings,
+            long_words=(1, 1),
+            instructions=3,
+            **dict(SMALL),
+        ),
         names=(name,),
         samples=3,
-        context_tokens=180,
-        max_position=tiny_llama.config.max_position_embeddings,
-        long_words=(1, 1),
-        instructions=3,
-        **dict(SMALL),
     )
     batches, rows = both(tiny_llama, tiny_tokenizer, suite)
     # the reference's batch holds pads of shorter documents, a row alone has none
@@ -88,7 +91,7 @@ def test_prompts_and_windows_are_fed_in_the_parts_of_their_workload(
 
     limit = tiny_llama.config.max_position_embeddings
     (suite,) = make_workloads(
-        tiny_tokenizer, names=("beyond",), samples=1, max_position=limit, **dict(SMALL)
+        tiny_tokenizer, Sizes(960, limit, **dict(SMALL)), names=("beyond",), samples=1
     )
     reference = reference_logits(tiny_llama, tiny_tokenizer, suite)
     monkeypatch.setattr(Session, "prefill", told)
@@ -101,9 +104,7 @@ def test_prompts_and_windows_are_fed_in_the_parts_of_their_workload(
 
 def test_right_answers_are_counted_as_in_batches(demo_model_dir):
     model, tokenizer = load_source(str(demo_model_dir), "cpu")
-    (suite,) = make_workloads(
-        tokenizer, names=("instructions",), samples=2, context_tokens=400, max_position=1024
-    )
+    (suite,) = make_workloads(tokenizer, Sizes(400, 1024), names=("instructions",), samples=2)
     batches, rows = both(model, tokenizer, suite)
     assert 0 < batches.score
     assert (rows.hits, rows.output_tokens) == (batches.hits, batches.output_tokens)
