@@ -59,11 +59,11 @@ def operator(changes: str, fake: Callable[P, R], reference: Callable[P, R]) -> C
     result = hints.pop("return")
     arguments = [field_of(parameter, hint) for parameter, hint in hints.items()]
 
-    def run(*values: object) -> tuple[Tensor, ...] | None:
+    def run(*values: object) -> Tensor | tuple[Tensor, ...] | None:
         module = import_module(reference.__module__.replace(".reference", ".triton"))
         return _plain(getattr(module, name)(*_views(arguments, values)))
 
-    def empty(*values: object) -> tuple[Tensor, ...] | None:
+    def empty(*values: object) -> Tensor | tuple[Tensor, ...] | None:
         return _plain(fake(*_views(arguments, values)))  # type: ignore[arg-type, call-arg]
 
     own = torch.library.custom_op(
@@ -73,7 +73,9 @@ def operator(changes: str, fake: Callable[P, R], reference: Callable[P, R]) -> C
 
     def call(*views: P.args, **_: P.kwargs) -> R:
         found = own(*flat(views))
-        return found if result is type(None) else result(*found)
+        if result is type(None):
+            return found
+        return result(*(found if isinstance(found, tuple) else (found,)))
 
     return call
 
@@ -98,9 +100,11 @@ def _views(arguments: list[Field], values: tuple[object, ...]) -> list[object]:
     return [packed(argument, rest) for argument in arguments]
 
 
-def _plain(found: object) -> tuple[Tensor, ...] | None:
-    """A result as torch takes it."""
-    return tuple(found) if isinstance(found, tuple) else None
+def _plain(found: object) -> Tensor | tuple[Tensor, ...] | None:
+    """A result as torch takes it: a lone tensor by itself."""
+    if not isinstance(found, tuple):
+        return None
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 # ---- results without numbers

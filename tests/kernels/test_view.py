@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import ctypes
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated, NamedTuple
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kvcompress.kernels
 from kvcompress.kernels import ops
@@ -18,6 +21,7 @@ from kvcompress.kernels.view import (
     CodesView,
     ExactView,
     GroupView,
+    RoomView,
     RowsView,
     TokenView,
     Weakest,
@@ -170,6 +174,28 @@ def test_a_schema():
         "(Tensor rows_seen, Tensor(a1!) rows_start, Tensor rows_row_seen, "
         "Tensor? rows_class_counts, Tensor? rows_valid, SymInt chunk, str vote) -> (Tensor, Tensor)"
     )
+
+
+class Lone(NamedTuple):
+    counts: Annotated[torch.Tensor, "int32 [H]"]
+
+
+def lone(room: RoomView) -> Lone:
+    return Lone(room.cap + room.capacity)
+
+
+def test_an_operator_may_give_one_tensor(monkeypatch):
+    """torch has it by itself, not as a tuple of one."""
+    monkeypatch.setattr(lone, "__module__", f"{__name__}.reference")
+    monkeypatch.setitem(sys.modules, f"{__name__}.triton", SimpleNamespace(lone=lone))
+    monkeypatch.setitem(sys.modules, f"{__name__}.reference", sys.modules[__name__])
+    called = ops.operator("", lambda room: Lone(torch.empty_like(room.cap)), lone)
+    room = RoomView(*(torch.full((3,), n, dtype=torch.int32) for n in (1, 2, 5)))
+    assert isinstance(called(room), Lone)
+    assert called(room).counts.tolist() == [7, 7, 7]
+    with FakeTensorMode() as mode:
+        fake = called(RoomView(*map(mode.from_tensor, room)))
+    assert fake.counts.shape == (3,)
 
 
 def test_operators_name_what_their_kernels_write():
