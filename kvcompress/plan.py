@@ -183,8 +183,9 @@ class Plan(StrictModel):
             other tokens compete with later turns.
         recall: a tier of host memory, in every layer without a window of its own; None: no tier.
         target: one line that says what the plan was solved for.
-        predicted_loss: KL to the full cache that the profile expects, in nats per token. It
-            compares plans of one profile. None where the profile cannot tell.
+        predicted_loss: KL to the full cache that the profile expects on text, in nats per token.
+            None where the profile cannot tell.
+        predicted_recall_loss: the same where the text asks for what stands far above.
         weights: format of the linear layers of each decoder layer; empty where all have the
             format that the bundle names.
     """
@@ -211,6 +212,7 @@ class Plan(StrictModel):
     recall: Recall | None = None
     target: Text = "by hand"
     predicted_loss: float | None = None
+    predicted_recall_loss: float | None = None
     weights: tuple[WeightScheme, ...] = ()
 
     @model_validator(mode="after")

@@ -304,7 +304,8 @@ class Worker:
 
 def _nameless(plan: Plan) -> Plan:
     """`plan` without what it is called, so that equal plans of two entries are measured once."""
-    return plan.model_copy(update={"target": "league", "predicted_loss": None})
+    unknown = {"predicted_loss": None, "predicted_recall_loss": None}
+    return plan.model_copy(update={"target": "league", **unknown})
 
 
 def shared_windows(prompts: Iterable[Sequence[int]], suites: Iterable[WorkloadSuite]) -> int:

@@ -12,10 +12,11 @@ from kvcompress.errors import PlanError
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import HeadPlan, Plan, WeightScheme, explain
 from kvcompress.profile.candidates import codes_nothing
-from kvcompress.profile.store import ExactSetting, Profile
+from kvcompress.profile.store import ExactSetting, Profile, TriedPlan
 from kvcompress.recipe import Keep
 
 Heads = tuple[tuple[HeadPlan, ...], ...]
+Curve = tuple[list[float], list[float]]  # rising losses and their nats
 
 
 def assemble(
@@ -23,28 +24,33 @@ def assemble(
     keep: Keep,
     heads: Heads,
     target: str,
-    predicted_loss: float | None,
+    loss: float | None,
     weights: tuple[WeightScheme, ...] = (),
 ) -> Plan:
     """A plan of these heads.
 
-    It carries the loss that the profiler measured, where it ran this very plan; else the predicted
-    one, where that is in nats.
+    It carries the losses that the profiler measured, where it ran this very plan; else those that
+    it expects, where they are in nats.
+
+    Args:
+        loss: sum of the losses of heads and weights, None where one was not measured.
 
     Raises:
         PlanError: if the heads and the settings do not go together.
     """
-    measured = None if weights else tried_nats(profile, keep, heads)
-    if measured is not None:
-        predicted_loss = measured
-    elif profile.loss_unit != "nats":
-        predicted_loss = None
+    found = None if weights else _tried(profile, keep, heads)
+    text = recalling = None
+    if found is not None:
+        text, recalling = found.nats, found.recall_nats
+    elif loss is not None and profile.loss_unit == "nats":
+        text, recalling = expected(profile, loss), expected_recall(profile, loss)
     try:
         return Plan(
             model=profile.shape,
             heads=heads,
             target=target,
-            predicted_loss=predicted_loss,
+            predicted_loss=text,
+            predicted_recall_loss=recalling,
             weights=weights,
             **settings(profile, keep),  # type: ignore[arg-type]
         )
@@ -84,7 +90,7 @@ def summed_loss(setting: ExactSetting, heads: Heads) -> float | None:
 
 
 def expected(profile: Profile, loss: float) -> float:
-    """A sum of losses as the KL in nats per token that it stands for.
+    """A sum of losses as the KL in nats per token of text that it stands for.
 
     Heads' losses are slopes, taken one head at a time. What a plan costs in fact, the profiler has
     measured for plans of several sizes. Between them, KL rises as a power of the summed loss; below
@@ -93,8 +99,18 @@ def expected(profile: Profile, loss: float) -> float:
     profile that tried no plan has the sum.
     """
     curve = _curve(profile)
-    if not curve or loss <= 0:
-        return loss
+    return loss if not curve or loss <= 0 else _read_off(curve, loss)
+
+
+def expected_recall(profile: Profile, loss: float) -> float | None:
+    """As `expected`, where the text asks for what stands far above; None where that is unknown."""
+    curve = _curve(profile, recall=True)
+    if not curve:
+        return None
+    return 0.0 if loss <= 0 else _read_off(curve, loss)
+
+
+def _read_off(curve: Curve, loss: float) -> float:
     losses, nats = curve
     if loss < losses[0]:
         return float(nats[0] * (loss / losses[0]) ** _power(losses, nats))
@@ -116,9 +132,10 @@ def summed_nats(profile: Profile, nats: float) -> float:
     return float(np.exp(np.interp(np.log(nats), np.log(known), np.log(losses))))
 
 
-def _curve(profile: Profile) -> tuple[list[float], list[float]] | None:
+def _curve(profile: Profile, recall: bool = False) -> Curve | None:
     """Rising losses and nats of the plans that were tried; None where there are none."""
-    points = [(p.loss, p.nats) for p in profile.tried if p.loss]
+    both = [(p.loss, p.recall_nats if recall else p.nats) for p in profile.tried]
+    points = [(loss, nats) for loss, nats in both if loss and nats is not None]
     losses: list[float] = []
     nats: list[float] = []
     for loss, there in sorted(points):
@@ -142,10 +159,10 @@ def plan_digest(keep: Keep, heads: Heads) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def tried_nats(profile: Profile, keep: Keep, heads: Heads) -> float | None:
-    """KL of a plan that the profiler ran; None for one that it did not."""
+def _tried(profile: Profile, keep: Keep, heads: Heads) -> TriedPlan | None:
+    """A plan that the profiler ran; None for one that it did not."""
     digest = plan_digest(keep, heads)
-    return next((plan.nats for plan in profile.tried if plan.digest == digest), None)
+    return next((plan for plan in profile.tried if plan.digest == digest), None)
 
 
 def bare_column(setting: ExactSetting) -> int:

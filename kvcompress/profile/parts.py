@@ -21,6 +21,7 @@ from kvcompress.profile.candidates import (
     small_candidates,
 )
 from kvcompress.profile.collect import key_moments
+from kvcompress.profile.kinds import Prompt
 from kvcompress.profile.losses import Candidates
 from kvcompress.profile.measure import (
     PromptResult,
@@ -40,7 +41,7 @@ from kvcompress.profile.store import (
     Table,
     file_sha256,
 )
-from kvcompress.profile.tried import TRIED_PROMPTS, try_plans
+from kvcompress.profile.tried import try_plans
 from kvcompress.profile.weights import measure_weights
 from kvcompress.profile.workplace import Workplace
 from kvcompress.quant.keystats import KeyStats, KVParams, derive
@@ -79,12 +80,14 @@ class Steps:
         progress: Progress | None,
         parts: Collection[Part],
         prompts: int,
+        tried: int,
         layers: int,
         keep: Keep | None,
     ) -> None:
         """
         Args:
             parts: those that are to be measured.
+            prompts, tried: of the profile, and those of them that plans are run on.
             keep: of a profile that has nothing yet; None where only parts are added.
         """
         self.progress = progress
@@ -92,7 +95,7 @@ class Steps:
         read_twice = prompts * (keep is not None and surrogate.needed(keep))
         read_twice += min(prompts, HEAD_PROMPTS) * ("heads" in parts)
         keys, saved = min(prompts, KEY_PROMPTS) * (keep is not None), 1
-        self.total = keys + read_twice * self.TWICE + min(prompts, TRIED_PROMPTS) * self.TRIED
+        self.total = keys + read_twice * self.TWICE + tried * self.TRIED
         self.total += saved + layers * ("weights" in parts)
         if {"recovery", "losses"} & {*parts}:
             self.total += prompts * self.measured
@@ -118,13 +121,18 @@ class Steps:
 
 @dataclass(frozen=True)
 class Job:
-    """What is profiled, on what, and where finished steps are kept."""
+    """What is profiled, on what, and where finished steps are kept.
+
+    Attributes:
+        tried: the prompts that plans are run on.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe
     shape: ModelShape
     prompts: list[list[int]]
+    tried: list[Prompt]
     place: Workplace
     steps: Steps
     scratch_bytes: int
@@ -187,7 +195,7 @@ def measure_parts(job: Job, profile: Profile, missing: Collection[Part]) -> Prof
         found["repeat_heads"] = _head_scores(job)
     parts = tuple(part for part in PARTS if part in {*profile.parts, *missing})
     measured = Profile.model_validate({**dict(profile), **found, "parts": parts})
-    tried = try_plans(job.model, setup, job.prompts, measured, job.steps.tried)
+    tried = try_plans(job.model, setup, job.tried, measured, job.steps.tried)
     return measured.model_copy(update={"tried": tried})
 
 

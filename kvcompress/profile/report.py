@@ -58,6 +58,7 @@ def summary(plan: Plan, context_tokens: int, batch: int) -> dict[str, Any]:
         "bf16_kv_bytes": full,
         "keep_ratio": held / full,
         "predicted_loss": plan.predicted_loss,
+        "predicted_recall_loss": plan.predicted_recall_loss,
         "weights": list(plan.weights),
         "heads": [[describe(head) for head in layer] for layer in plan.heads],
         "counts": dict(counts.most_common()),
@@ -70,7 +71,7 @@ def table(plan: Plan, context_tokens: int, batch: int) -> RenderableType:
     from rich.table import Table
 
     facts = summary(plan, context_tokens, batch)
-    loss = facts["predicted_loss"]
+    loss, recalling = facts["predicted_loss"], facts["predicted_recall_loss"]
     head = (
         f"plan: {facts['target']}\n"
         f"KV cache: {facts['kv_bytes']:,} bytes at {context_tokens} tokens in each of {batch} "
@@ -82,6 +83,8 @@ def table(plan: Plan, context_tokens: int, batch: int) -> RenderableType:
             f"\nexpected loss: {loss:.3g} nats per token (KL of the next token's probabilities to "
             "those with the full cache)"
         )
+    if recalling is not None:
+        head += f"; {recalling:.3g} where the text asks for what stands far above"
     grid = Table("layer", *(f"KV head {h}" for h in range(plan.model.kv_heads)))
     if plan.weights:
         grid.add_column("weights")

@@ -27,6 +27,7 @@ from kvcompress.profile.parts import Job, Progress, Steps, begin, measure_parts
 from kvcompress.profile.solve import solve
 from kvcompress.profile.source import check_vocabulary, weights_hash
 from kvcompress.profile.store import PLAN_FILE, SCHEMA_VERSION, Profile, Provenance
+from kvcompress.profile.tried import prompts_to_try
 from kvcompress.profile.workplace import Workplace
 from kvcompress.recipe import Part, Recipe
 from kvcompress.runtime.hf.attach import check
@@ -89,9 +90,11 @@ def run(
     if done is not None and not missing:
         place.clear()
         return done
-    steps = Steps(progress, missing, len(prompts), shape.layers, None if done else recipe.keep)
+    tried = prompts_to_try(read)
+    keep = None if done else recipe.keep
+    steps = Steps(progress, missing, len(prompts), len(tried), shape.layers, keep)
     scratch = scratch_bytes(model, shape, recipe.calibration.tokens, memory_limit_bytes)
-    job = Job(model, tokenizer, recipe, shape, prompts, place, steps, scratch)
+    job = Job(model, tokenizer, recipe, shape, prompts, tried, place, steps, scratch)
     was_training = model.training
     model.eval()
     try:

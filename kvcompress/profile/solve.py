@@ -8,7 +8,7 @@ from kvcompress.errors import PlanError
 from kvcompress.evict.scorers import scorer
 from kvcompress.plan import HeadPlan, Plan, WeightScheme
 from kvcompress.profile.allocate import duo_heads, layers_heads, static_curve_heads
-from kvcompress.profile.assemble import Heads, assemble, expected, reads_twice, summed_loss
+from kvcompress.profile.assemble import Heads, assemble, reads_twice, summed_loss
 from kvcompress.profile.candidates import fastgen_ladder, keep_set
 from kvcompress.profile.spending import spend_bytes
 from kvcompress.profile.store import Profile
@@ -162,11 +162,10 @@ def _shown(value: object) -> str:
 
 
 def _loss(profile: Profile, heads: Heads) -> float | None:
-    """Predicted loss of a plan, None where it holds a head that the profile has not measured."""
+    """Summed losses of a plan, None where it holds a head that the profile has not measured."""
     if "losses" not in profile.parts:
         return None
-    loss = summed_loss(profile.settings[0], heads)
-    return None if loss is None else expected(profile, loss)
+    return summed_loss(profile.settings[0], heads)
 
 
 def _first_hits(profile: Profile, policy: FastGenPolicy) -> Heads:

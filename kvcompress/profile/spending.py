@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from kvcompress.accounting import FLAG_BYTES, head_plan_bytes, kv_bytes, prefill_bytes
 from kvcompress.errors import PlanError
 from kvcompress.plan import ROUNDED, WHOLE, Budget, HeadPlan, Plan, WeightScheme, uniform
-from kvcompress.profile.assemble import assemble, expected, settings, summed_nats
+from kvcompress.profile.assemble import assemble, settings, summed_nats
 from kvcompress.profile.budget import Choice, minimum_bytes, spend
 from kvcompress.profile.candidates import codes_nothing
 from kvcompress.profile.store import ExactSetting, Profile
@@ -88,9 +88,7 @@ def spend_bytes(
     picked = [offer.heads[choice.column] for choice in taken[:count]]
     rows = [tuple(picked[i : i + shape.kv_heads]) for i in range(0, count, shape.kv_heads)]
     formats = tuple(offer.schemes[choice.column] for choice in taken[count:])
-    return assemble(
-        profile, offer.keep, tuple(rows), wish, expected(profile, loss), weights=formats
-    )
+    return assemble(profile, offer.keep, tuple(rows), wish, loss, weights=formats)
 
 
 def _spend(offer: _Offer, room_bytes: int) -> list[Choice]:

@@ -98,13 +98,16 @@ class TriedPlan(StrictModel):
         name: what the plan was to show.
         digest: of its heads and their settings, see `assemble.plan_digest`.
         loss: sum of its heads' losses; None where they were not measured.
-        nats: KL per token to the full cache, the mean over held-out rows and prompts.
+        nats: KL per token to the full cache, the mean over the held-out rows of prompts that do
+            not ask for what stands far above; of all, where calibration has no such prompt.
+        recall_nats: the same over prompts that do; None where calibration has none.
     """
 
     name: str
     digest: str = ""
     loss: float | None
     nats: float
+    recall_nats: float | None = None
 
 
 class Profile(StrictModel):

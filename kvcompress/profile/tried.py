@@ -2,12 +2,13 @@
 
 Losses are measured one head at a time and added up. When all heads change together, some changes
 cancel, some add to one another, and KL grows faster than they do. How much differs from model to
-model. So the profiler solves plans at a few sizes and runs each of them, see `replay`.
+model, and between text and questions about what stands far above. So the profiler solves plans at a
+few sizes and runs each of them on prompts of both sorts, see `replay`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from kvcompress.errors import PlanError
 from kvcompress.plan import HeadPlan, Plan
 from kvcompress.profile.assemble import assemble, plan_digest, reads_twice, summed_loss
+from kvcompress.profile.kinds import Prompt
 from kvcompress.profile.measure import Setup
 from kvcompress.profile.replay import full_attention, mean_kl, planned_attention, replay
 from kvcompress.profile.solve import solve
@@ -24,38 +26,62 @@ from kvcompress.recipe import BytesPolicy, Keep
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRIED_PROMPTS: Final = 4
+TRIED_PLAIN: Final = 4  # one prompt may cost twice what another does
+TRIED_RECALLING: Final = 2
 RATIOS: Final = (0.5, 0.25, 0.125, 0.0625, 0.03125)  # of the bf16 bytes
+
+
+def prompts_to_try(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first of those that are plain text, and of those that ask for what stands far above."""
+    recalling = [prompt for prompt in prompts if prompt.recalls]
+    plain = [prompt for prompt in prompts if not prompt.recalls]
+    return [*plain[:TRIED_PLAIN], *recalling[:TRIED_RECALLING]]
 
 
 def try_plans(
     model: PreTrainedModel,
     setup: Setup,
-    prompts: list[list[int]],
+    prompts: Sequence[Prompt],
     profile: Profile,
     step: Callable[[], None] = lambda: None,
 ) -> tuple[TriedPlan, ...]:
-    """Every plan of `plans_to_try` with its KL, the mean over the first prompts.
+    """Every plan of `plans_to_try` with its KL on each sort of prompts.
 
     Args:
+        prompts: those of `prompts_to_try`.
         profile: what it has tried already is not run again.
         step: told of every finished prompt.
     """
     plans = {_digest(plan): (name, plan) for name, plan in plans_to_try(profile)[::-1]}
-    known = {plan.digest: plan.nats for plan in profile.tried}
+    known = {plan.digest: (plan.nats, plan.recall_nats) for plan in profile.tried}
     new = [plan for digest, (_, plan) in plans.items() if digest not in known]
     if new:
-        chosen = prompts[:TRIED_PROMPTS]
-        nats = torch.zeros(len(new))
-        for ids in chosen:
-            nats += _nats(model, setup, ids, new)
+        plain: list[torch.Tensor] = []
+        recalling: list[torch.Tensor] = []
+        for prompt in prompts:
+            nats = _nats(model, setup, prompt.ids, new)
+            (recalling if prompt.recalls else plain).append(nats)
             step()
-        means = (nats / len(chosen)).tolist()
-        known |= {_digest(p): float(f"{max(0.0, x):.6g}") for p, x in zip(new, means, strict=True)}
+        of_text, of_recall = _means(plain or recalling), _means(recalling)
+        for number, plan in enumerate(new):
+            known[_digest(plan)] = (of_text[number], of_recall[number] if of_recall else None)
     return tuple(
-        TriedPlan(name=name, digest=digest, loss=_summed(profile, plan), nats=known[digest])
+        TriedPlan(
+            name=name,
+            digest=digest,
+            loss=_summed(profile, plan),
+            nats=known[digest][0],
+            recall_nats=known[digest][1],
+        )
         for digest, (name, plan) in list(plans.items())[::-1]
     )
+
+
+def _means(nats: list[torch.Tensor]) -> list[float]:
+    """Over prompts, of each plan; empty without prompts."""
+    if not nats:
+        return []
+    return [float(f"{max(0.0, mean):.6g}") for mean in torch.stack(nats).mean(0).tolist()]
 
 
 def plans_to_try(profile: Profile) -> list[tuple[str, Plan]]:

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from kvcompress.errors import PlanError
 from kvcompress.plan import HeadPlan
 from kvcompress.profile import parts as profiler
 from kvcompress.profile import tried
+from kvcompress.profile.kinds import Prompt
 from kvcompress.profile.run import run
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import Profile
@@ -174,6 +176,33 @@ def test_plans_of_several_sizes_are_tried(begun):
     assert len(sizes) >= 2 and all(plan.loss is not None for plan in profile.tried)
     assert solve(profile).predicted_loss == profile.tried[0].nats
     assert len(names) == len(tried.plans_to_try(profile))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "nats", "recall_nats"),
+    [
+        (("facts", "text", "chat", "own", "text", "chat", "quote", "code"), 8 / 3, 1.0),
+        (("facts", "chat"), 0.5, 0.5),
+        (("own", "text"), 0.5, None),
+    ],
+)
+def test_each_sort_of_prompt_has_a_mean_of_its_own(begun, monkeypatch, kinds, nats, recall_nats):
+    """Prompts that cost 0, 1, 2 … nats: the first four of plain text and the first two others."""
+    monkeypatch.setattr(
+        tried, "_nats", lambda model, setup, ids, plans: torch.tensor([float(ids[0])] * len(plans))
+    )
+    prompts = [Prompt([number], kind) for number, kind in enumerate(kinds)]
+    chosen = tried.prompts_to_try(prompts)
+    new = begun[1][0].model_copy(update={"tried": ()})
+    steps = []
+    found = tried.try_plans(None, None, chosen, new, lambda: steps.append(1))
+    want = (mean_of(nats), recall_nats if recall_nats is None else mean_of(recall_nats))
+    assert {(plan.nats, plan.recall_nats) for plan in found} == {want}
+    assert len(steps) == len(chosen) == min(len(kinds), 5)
+
+
+def mean_of(nats):
+    return float(f"{nats:.6g}")
 
 
 def test_losses_that_come_to_a_profile_later_try_only_what_is_new(llama, tiny_tokenizer, tmp_path):

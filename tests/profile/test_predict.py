@@ -6,6 +6,7 @@ from kvcompress.plan import HeadPlan
 from kvcompress.profile.assemble import (
     assemble,
     expected,
+    expected_recall,
     plan_digest,
     summed_loss,
     summed_nats,
@@ -15,7 +16,9 @@ from tests.profile.test_solve import HEADS, LAYERS, PROFILE
 
 CURVE = ((0.5, 0.001), (2.0, 0.008), (3.0, 0.007), (4.0, 0.04), (10.0, 0.2))
 MEASURED = PROFILE.model_copy(
-    update={"tried": tuple(TriedPlan(name="", loss=x, nats=y) for x, y in CURVE)}
+    update={
+        "tried": tuple(TriedPlan(name="", loss=x, nats=y, recall_nats=10 * y) for x, y in CURVE)
+    }
 )
 
 
@@ -37,12 +40,32 @@ def test_losses_are_read_off_the_plans_that_were_tried():
 def test_a_plan_that_was_tried_has_its_own_loss():
     heads = ((HeadPlan(full=True),) * HEADS,) * LAYERS
     keep = PROFILE.recipe.keep
-    own = TriedPlan(name="own", digest=plan_digest(keep, heads), loss=None, nats=0.125)
+    digest = plan_digest(keep, heads)
+    own = TriedPlan(name="own", digest=digest, loss=None, nats=0.125, recall_nats=0.5)
     known = MEASURED.model_copy(update={"tried": (*MEASURED.tried, own)})
-    assert assemble(known, keep, heads, "", 0.5).predicted_loss == 0.125
-    assert assemble(MEASURED, keep, heads, "", 0.5).predicted_loss == 0.5
+
+    def losses(profile, keep):
+        plan = assemble(profile, keep, heads, "", 2.0)
+        return plan.predicted_loss, plan.predicted_recall_loss
+
+    assert losses(known, keep) == (0.125, 0.5)
+    assert losses(MEASURED, keep) == pytest.approx((0.008, 0.08))
     other = keep.model_copy(update={"sink_tokens": 2})
-    assert assemble(known, other, heads, "", 0.5).predicted_loss == 0.5
+    assert losses(known, other) == pytest.approx((0.008, 0.08))
+    assert losses(PROFILE, keep) == (2.0, None)  # nothing was tried
+    unknown = assemble(MEASURED, keep, heads, "", None)
+    assert unknown.predicted_loss is unknown.predicted_recall_loss is None
+
+
+def test_questions_have_a_curve_of_their_own():
+    for loss, nats in (CURVE[0], CURVE[1], CURVE[3], CURVE[4]):
+        assert expected_recall(MEASURED, loss) == pytest.approx(10 * nats)
+    assert expected_recall(MEASURED, 20.0) == pytest.approx(4.0)
+    assert expected_recall(MEASURED, 0.0) == 0.0
+    plain = MEASURED.model_copy(
+        update={"tried": tuple(TriedPlan(name="", loss=x, nats=y) for x, y in CURVE)}
+    )
+    assert expected_recall(plain, 2.0) is None
 
 
 def test_losses_without_gradients_are_summed():

@@ -95,6 +95,7 @@ def shard_plan(plan: Plan, rank: int, size: int) -> Plan:
             "model": own,
             "heads": tuple(heads[block] for heads in plan.heads),
             "predicted_loss": None,
+            "predicted_recall_loss": None,
             "target": f"{plan.target}; KV heads {block.start} to {block.stop - 1} of "
             f"{shape.kv_heads}",
         }

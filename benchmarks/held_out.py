@@ -1,0 +1,236 @@
+"""What plans of a real model cost on text and questions that calibration did not see.
+
+    python benchmarks/held_out.py --model DIR                       # results/held_out/*.json
+    python benchmarks/held_out.py --model DIR --calibrated prose    # on plain prose alone
+    python benchmarks/held_out.py --page                            # docs/held-out.md
+
+For each calibration a profile is taken and plans of three sizes are run: KL on held-out prose and
+code beside the predicted one, and answers to questions about what stands far above. Stopped, the
+same command goes on; profiles lie under runs/held_out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Final
+
+import torch
+from studies import RESULTS, ROOT, Record, shown, stated
+
+from kvcompress.atomic import write_file
+from kvcompress.cli.progress import progress
+from kvcompress.evaluate.drawing import Sizes, WorkloadSuite
+from kvcompress.evaluate.workloads import KNOWN, make_workloads
+from kvcompress.evaluate.workloads_run import reference_logits, run_workload
+from kvcompress.evaluate.workloads_table import RANKED_FROM
+from kvcompress.measure import machine
+from kvcompress.measure.cells import Book, load_json
+from kvcompress.measure.stats import interval
+from kvcompress.measure.tables import markdown
+from kvcompress.profile.run import run
+from kvcompress.profile.solve import solve
+from kvcompress.profile.source import load_source, weights_hash
+from kvcompress.profile.store import Profile
+from kvcompress.recipe import BytesPolicy, Calibration, Recipe
+from kvcompress.runtime.model.families import shape_of
+from kvcompress.tasks.stdlib_text import code, prose
+
+FOLDER: Final = RESULTS / "held_out"
+PAGE: Final = ROOT / "docs" / "held-out.md"
+RUNS: Final = ROOT / "runs" / "held_out"
+PARTS: Final = 100  # of a profile, on its bar
+POINTS: Final = (4, 8, 16)  # 1/4, 1/8, 1/16 of the 16-bit bytes
+CALIBRATIONS: Final = {
+    "builtin": "our own prompts, the default",
+    "half prose": "prose as one's own text: half of the prompts, the others ask (`-d FILE`)",
+    "prose": "plain prose alone (`--mix FILE=1`)",
+    "code": "source code alone (`--mix FILE=1`)",
+}
+_HEAD: Final = """\
+# Held-out text and questions, by calibration
+
+What plans of real models cost on text and questions that calibration did not see, beside what their
+profiles predicted. This page is made by `benchmarks/held_out.py`; no number on it is typed by hand.
+
+KL is to the full cache, in nats per token: a text is read, its cache is compressed, and the next
+tokens are fed. *Predicted* is what the profile says of text, *where it asks* what it says of
+questions about what stands far above. *Symbols* asks for constants of real source code, *facts* for
+facts in real prose, both after compression; nats are −log p of a token of the true answer.
+"""
+
+
+def calibration_of(name: str, prompts: int, tokens: int, folder: Path) -> Calibration:
+    """Where a profile's prompts come from; texts are of the split that calibration may read."""
+    if name == "builtin":
+        return Calibration(prompts=prompts, tokens=tokens)
+    kind = name.removeprefix("half ")
+    file = folder / f"{kind}.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(file, {"prose": prose, "code": code}[kind]("calibration"))
+    shares = {"recall": 0.5, str(file): 0.5} if name.startswith("half") else {str(file): 1.0}
+    return Calibration(prompts=prompts, tokens=tokens, mix=shares)
+
+
+def measure(arguments: argparse.Namespace, directory: str) -> None:
+    """Every cell of one model, into results/held_out/NAME.json."""
+    name = Path(directory).resolve().name
+    model, tokenizer = load_source(directory, arguments.device, dtype="float32")
+    said = stated(
+        model_file=weights_hash(model)[:16],
+        processor=machine.cpu_words(),
+        dtype="float32; bytes are those of 16 bits",
+        calibration=f"prompts of {arguments.tokens} tokens",
+        samples=arguments.samples,
+        windows=arguments.windows,
+    )
+    book = Book(arguments.results / f"{name}.json", {**said, "model": name})
+    sizes = Sizes(
+        arguments.context,
+        shape_of(model.config, model.dtype).max_position,
+        windows=arguments.windows,
+    )
+
+    @cache
+    def suite(workload: str) -> tuple[WorkloadSuite, torch.Tensor | None]:
+        (drawn,) = make_workloads(tokenizer, sizes, names=(workload,), samples=arguments.samples)
+        return drawn, reference_logits(model, tokenizer, drawn)
+
+    @cache
+    def profile(calibrated: str) -> tuple[Profile, Any]:
+        place = arguments.runs / name
+        source = calibration_of(calibrated, arguments.prompts, arguments.tokens, place)
+        recipe = Recipe.load(ROOT / "recipes" / "quarter.yaml")
+        recipe = recipe.model_copy(update={"calibration": source})
+        where = place / f"{calibrated.replace(' ', '-')}-{arguments.prompts}x{arguments.tokens}"
+        with progress(f"{name}: profile on {calibrated}", PARTS) as told:
+            steps = lambda done, total: told(PARTS * done // total)  # noqa: E731
+            found = run(model, tokenizer, recipe, where, steps)
+        return found, found.load_params(where)
+
+    def cell(workload: str, calibrated: str | None, point: int) -> Record:
+        drawn, logits = suite(workload)
+        plan = params = None
+        if calibrated is not None:
+            known, params = profile(calibrated)
+            policy = BytesPolicy(kind="bytes", keep_ratio=1 / point, context=arguments.context)
+            plan = solve(known, policy)
+        done = run_workload(model, tokenizer, drawn, plan, params, reference=logits)
+        return {
+            "prompts": arguments.prompts,
+            "kv_bytes": done.kv_bytes,
+            "kv_bytes_bf16": done.kv_bytes_bf16,
+            "predicted": None if plan is None else plan.predicted_loss,
+            "predicted_recall": None if plan is None else plan.predicted_recall_loss,
+            "kl_nats": None if done.kl_nats is None else [round(x, 6) for x in done.kl_nats],
+            "hits": "".join(str(int(hit == 1)) for hit in done.hits) if drawn.samples else None,
+            "answer_nats": [round(x, 4) for x in done.answer_nats or ()],
+        }
+
+    for workload in arguments.workloads:
+        if not KNOWN[workload].text:
+            book.get(f"{workload}|{arguments.context}|full|1", partial(cell, workload, None, 1))
+        for calibrated in arguments.calibrated:
+            for point in POINTS:
+                key = f"{workload}|{arguments.context}|{calibrated}|{point}"
+                book.get(key, partial(cell, workload, calibrated, point))
+
+
+# ---- page
+def page(results: Sequence[Path]) -> str:
+    lines = [_HEAD]
+    for path in results:
+        content: Any = load_json(path.read_text(encoding="utf-8"))
+        lines += [f"## {content['conditions']['model']}", ""]
+        keys = [tuple(key.split("|")) for key in content["cells"]]
+        for context in sorted({key[1] for key in keys}, key=int):
+            cells = {k[:1] + k[2:]: content["cells"]["|".join(k)] for k in keys if k[1] == context}
+            lines += [f"### {context} tokens", "", *_texts(cells), *_questions(cells)]
+        told = ", ".join(f"{name}: {value}" for name, value in content["conditions"].items())
+        lines += [f"Conditions: {told}.", ""]
+    names = [f"- **{name}**: {words}" for name, words in CALIBRATIONS.items()]
+    return "\n".join([*lines, "## Calibrations", "", *names, ""])
+
+
+def _texts(cells: Record) -> list[str]:
+    texts = [name for name in ("prose", "code") if any(key[0] == name for key in cells)]
+    rows = []
+    for calibrated in CALIBRATIONS:
+        for point in POINTS:
+            here = [cells.get((name, calibrated, str(point))) for name in texts]
+            known = [each for each in here if each is not None]
+            if not known:
+                continue
+            first, asking = known[0], known[0]["predicted_recall"]
+            told = [_kl(first["predicted"]), "" if asking is None else _kl(asking)]
+            means = [None if each is None else fmean(each["kl_nats"]) for each in here]
+            ratios = [first["predicted"] / mean for mean in means if mean]
+            shown_means = [
+                "" if each is None else shown(interval(each["kl_nats"]), 1, 4) for each in here
+            ]
+            ratio = ", ".join(f"{x:.2f}" for x in ratios)
+            rows.append(
+                [calibrated, str(first["prompts"]), f"1/{point}", *told, *shown_means, ratio]
+            )
+    if not rows:
+        return []
+    heads = ["calibration", "prompts", "bytes", "predicted", "where it asks"]
+    heads += [*(f"KL, {name}" for name in texts), "predicted / measured"]
+    return [markdown(heads, rows, numbers_from=1, tight=True), ""]
+
+
+def _kl(nats: float) -> str:
+    return f"{nats:.4f}"
+
+
+def _questions(cells: Record) -> list[str]:
+    asked = [name for name in ("symbols", "facts") if any(key[0] == name for key in cells)]
+    rows = []
+    for calibrated in ("full", *CALIBRATIONS):
+        for point in (1, *POINTS):
+            here = [cells.get((name, calibrated, str(point))) for name in asked]
+            if not any(here):
+                continue
+            row = [calibrated, "" if point == 1 else f"1/{point}"]
+            for each in here:
+                hits = [] if each is None else [int(hit) for hit in each["hits"]]
+                row += [f"{100 * fmean(hits):.0f} %" if hits else ""]
+                row += ["" if each is None else shown(interval(each["answer_nats"]), 1, 3)]
+            rows.append(row)
+    if not rows:
+        return []
+    heads = ["calibration", "bytes"]
+    for name in asked:
+        whole = cells.get((name, "full", "1"))
+        low = whole is not None and fmean(int(hit) for hit in whole["hits"]) < RANKED_FROM
+        heads += [f"{name} right" + (", not ranked" if low else ""), f"{name}, nats"]
+    return [markdown(heads, rows, numbers_from=1, tight=True), ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", action="append", default=[], help="directory; several times")
+    parser.add_argument("--calibrated", action="append", choices=CALIBRATIONS, default=[])
+    parser.add_argument("--workloads", type=lambda text: text.split(","), default=["prose", "code"])
+    parser.add_argument("--context", type=int, default=2048, help="tokens before the scored ones")
+    parser.add_argument("--prompts", type=int, default=16, help="of a calibration")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a prompt")
+    parser.add_argument("--samples", type=int, default=24, help="questions")
+    parser.add_argument("--windows", type=int, default=4, help="of each text")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the profiles")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results")
+    parser.add_argument("--page", action="store_true", help="write the page and stop")
+    arguments = parser.parse_args()
+    arguments.calibrated = arguments.calibrated or ["builtin"]
+    for directory in [] if arguments.page else arguments.model:
+        measure(arguments, directory)
+    write_file(PAGE, page(sorted(arguments.results.glob("*.json"))))
+    print(f"page written to {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
