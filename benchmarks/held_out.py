@@ -120,7 +120,6 @@ def measure(arguments: argparse.Namespace, directory: str) -> None:
             plan = solve(known, policy)
         done = run_workload(model, tokenizer, drawn, plan, params, reference=logits)
         return {
-            "prompts": arguments.prompts,
             "kv_bytes": done.kv_bytes,
             "kv_bytes_bf16": done.kv_bytes_bf16,
             "predicted": None if plan is None else plan.predicted_loss,
@@ -132,10 +131,11 @@ def measure(arguments: argparse.Namespace, directory: str) -> None:
 
     for workload in arguments.workloads:
         if not KNOWN[workload].text:
-            book.get(f"{workload}|{arguments.context}|full|1", partial(cell, workload, None, 1))
+            book.get(f"{workload}|{arguments.context}|full|0|1", partial(cell, workload, None, 1))
         for calibrated in arguments.calibrated:
             for point in POINTS:
-                key = f"{workload}|{arguments.context}|{calibrated}|{point}"
+                made = f"{calibrated}|{arguments.prompts}"
+                key = f"{workload}|{arguments.context}|{made}|{point}"
                 book.get(key, partial(cell, workload, calibrated, point))
 
 
@@ -158,23 +158,15 @@ def page(results: Sequence[Path]) -> str:
 def _texts(cells: Record) -> list[str]:
     texts = [name for name in ("prose", "code") if any(key[0] == name for key in cells)]
     rows = []
-    for calibrated in CALIBRATIONS:
-        for point in POINTS:
-            here = [cells.get((name, calibrated, str(point))) for name in texts]
-            known = [each for each in here if each is not None]
-            if not known:
-                continue
-            first, asking = known[0], known[0]["predicted_recall"]
-            told = [_kl(first["predicted"]), "" if asking is None else _kl(asking)]
-            means = [None if each is None else fmean(each["kl_nats"]) for each in here]
-            ratios = [first["predicted"] / mean for mean in means if mean]
-            shown_means = [
-                "" if each is None else shown(interval(each["kl_nats"]), 1, 4) for each in here
-            ]
-            ratio = ", ".join(f"{x:.2f}" for x in ratios)
-            rows.append(
-                [calibrated, str(first["prompts"]), f"1/{point}", *told, *shown_means, ratio]
-            )
+    for *made, point in _made(cells, texts):
+        here = [cells.get((name, *made, point)) for name in texts]
+        known = [each for each in here if each is not None]
+        text, asking = known[0]["predicted"], known[0]["predicted_recall"]
+        told = [f"{text:.4f}", "" if asking is None else f"{asking:.4f}"]
+        found = [None if each is None else interval(each["kl_nats"]) for each in here]
+        told += ["" if each is None else shown(each, 1, 4) for each in found]
+        ratio = ", ".join(f"{text / each[0]:.2f}" for each in found if each is not None)
+        rows.append([*made, f"1/{point}", *told, ratio])
     if not rows:
         return []
     heads = ["calibration", "prompts", "bytes", "predicted", "where it asks"]
@@ -182,29 +174,29 @@ def _texts(cells: Record) -> list[str]:
     return [markdown(heads, rows, numbers_from=1, tight=True), ""]
 
 
-def _kl(nats: float) -> str:
-    return f"{nats:.4f}"
+def _made(cells: Record, workloads: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(calibration, prompts, point) of the cells of these workloads, in the order of the page."""
+    names = ["full", *CALIBRATIONS]
+    found = {key[1:] for key in cells if key[0] in workloads}
+    return sorted(found, key=lambda key: (names.index(key[0]), int(key[1]), int(key[2])))
 
 
 def _questions(cells: Record) -> list[str]:
     asked = [name for name in ("symbols", "facts") if any(key[0] == name for key in cells)]
     rows = []
-    for calibrated in ("full", *CALIBRATIONS):
-        for point in (1, *POINTS):
-            here = [cells.get((name, calibrated, str(point))) for name in asked]
-            if not any(here):
-                continue
-            row = [calibrated, "" if point == 1 else f"1/{point}"]
-            for each in here:
-                hits = [] if each is None else [int(hit) for hit in each["hits"]]
-                row += [f"{100 * fmean(hits):.0f} %" if hits else ""]
-                row += ["" if each is None else shown(interval(each["answer_nats"]), 1, 3)]
-            rows.append(row)
+    for calibrated, prompts, point in _made(cells, asked):
+        row = [calibrated, *(["", ""] if calibrated == "full" else [prompts, f"1/{point}"])]
+        for name in asked:
+            each = cells.get((name, calibrated, prompts, point))
+            hits = [] if each is None else [int(hit) for hit in each["hits"]]
+            row += [f"{100 * fmean(hits):.0f} %" if hits else ""]
+            row += ["" if each is None else shown(interval(each["answer_nats"]), 1, 3)]
+        rows.append(row)
     if not rows:
         return []
-    heads = ["calibration", "bytes"]
+    heads = ["calibration", "prompts", "bytes"]
     for name in asked:
-        whole = cells.get((name, "full", "1"))
+        whole = cells.get((name, "full", "0", "1"))
         low = whole is not None and fmean(int(hit) for hit in whole["hits"]) < RANKED_FROM
         heads += [f"{name} right" + (", not ranked" if low else ""), f"{name}, nats"]
     return [markdown(heads, rows, numbers_from=1, tight=True), ""]

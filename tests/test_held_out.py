@@ -6,7 +6,7 @@ import pytest
 
 
 def cell(**found):
-    usual = {"prompts": 16, "predicted": 0.02, "predicted_recall": 0.1, "hits": None}
+    usual = {"predicted": 0.02, "predicted_recall": 0.1, "hits": None}
     return {**usual, "kl_nats": None, "answer_nats": [], **found}
 
 
@@ -27,9 +27,9 @@ def rows(benchmark, tmp_path):
 def test_measured_means_stand_beside_the_predicted_ones(rows):
     heads, first, second = rows(
         {
-            "prose|2048|builtin|8": cell(kl_nats=[0.01, 0.03]),
-            "code|2048|builtin|8": cell(kl_nats=[0.01, 0.01]),
-            "prose|2048|prose|8": cell(kl_nats=[0.04, 0.04], predicted_recall=None),
+            "prose|2048|builtin|16|8": cell(kl_nats=[0.01, 0.03]),
+            "code|2048|builtin|16|8": cell(kl_nats=[0.01, 0.01]),
+            "prose|2048|prose|16|8": cell(kl_nats=[0.04, 0.04], predicted_recall=None),
         }
     )
     assert heads[5:] == ["KL, prose", "KL, code", "predicted / measured"]
@@ -42,11 +42,11 @@ def test_measured_means_stand_beside_the_predicted_ones(rows):
 def test_questions_the_full_cache_cannot_answer_are_not_ranked(rows):
     heads, full, planned = rows(
         {
-            "symbols|960|full|1": cell(hits="1110", answer_nats=[0.5] * 4),
-            "symbols|960|builtin|4": cell(hits="1010", answer_nats=[0.7] * 4),
-            "facts|960|full|1": cell(hits="1000", answer_nats=[1.5] * 4),
+            "symbols|960|full|0|1": cell(hits="1110", answer_nats=[0.5] * 4),
+            "symbols|960|builtin|16|4": cell(hits="1010", answer_nats=[0.7] * 4),
+            "facts|960|full|0|1": cell(hits="1000", answer_nats=[1.5] * 4),
         }
     )
-    assert heads[2:] == ["symbols right", "symbols, nats", "facts right, not ranked", "facts, nats"]
-    assert full[:3] == ["full", "", "75 %"] and full[4] == "25 %"
-    assert planned[:3] == ["builtin", "1/4", "50 %"] and planned[3].startswith("0.700 [")
+    assert heads[3:] == ["symbols right", "symbols, nats", "facts right, not ranked", "facts, nats"]
+    assert full[:4] == ["full", "", "", "75 %"] and full[5] == "25 %"
+    assert planned[:4] == ["builtin", "16", "1/4", "50 %"] and planned[4].startswith("0.700 [")
