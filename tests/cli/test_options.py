@@ -101,6 +101,13 @@ LONG = {
 watched = []
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What `eval` changes of a suite before it runs it."""
+
+    batch_rows: int = 1
+
+
 class Reached(BaseException):
     """The work begins: everything that was asked for is known."""
 
@@ -156,7 +163,7 @@ def observed(monkeypatch, tmp_path, capfd):
     watch("bundle.manifest.is_bundle", False)
     watch("evaluate.compare.plan_row", SimpleNamespace(plan="plan", params="params"))
     watch("evaluate.serving.model_shape", shape)
-    watch("evaluate.suite.make_suite", "suite")
+    watch("evaluate.suite.make_suite", Drawn())
     watch("evaluate.compare.compare", last=True)
     watch("evaluate.workloads.make_workloads", ["suite"])
     watch("evaluate.workloads_table.compare_workloads", last=True)
