@@ -38,7 +38,7 @@ ENTRIES: Final = (
     *("int8", "int4", "k8v4", "planned"),
     *("sink-recent", "h2o-lift", "snapkv", "adakv", "pyramidkv"),
 )
-CHECKED: Final = ("symbols", "code")  # workloads that plain transformers look at again
+CHECKED: Final = ("symbols", "prose", "code")  # workloads that plain transformers look at again
 TARGETS: Final = (0.90, 0.95, 0.99)  # FastGen's T
 
 
@@ -55,15 +55,15 @@ class Amount:
     calibration: Calibration
 
 
-OF_CODERS: Final = ("symbols", "arithmetic", "code")  # of models with `coder` in their name
+OF_CODERS: Final = ("symbols", "code")  # of models with `coder` in their name
 WHOLE: Final = Amount(
-    ("facts", "symbols", "next_turn", "arithmetic", "own_text", "code"),
-    samples=32,
+    ("symbols", "prose", "facts"),
+    samples=24,
     windows=4,
     points=POINTS,
     entries=ENTRIES,
     targets=TARGETS,
-    calibration=Calibration(prompts=8, tokens=1024),
+    calibration=Calibration(),
 )
 QUICK: Final = Amount(
     ("symbols", "code"),
@@ -122,7 +122,7 @@ def measure(model: str, amount: Amount, arguments: argparse.Namespace) -> League
         given=arguments.profile,
         calibration=amount.calibration,
         sizes=(("windows", amount.windows),),
-        float32=arguments.device == "cpu",
+        dtype="float32" if arguments.device == "cpu" else "stored",
     )
     where = setup.out if arguments.quick else RESULTS
     hall = Hall(

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvcompress.bundle.read import Bundle, load_weights, open_bundle
+from kvcompress.errors import BundleError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kvcompress.checkpoint.compute import Dtype
     from kvcompress.checkpoint.load import DeviceMap
 
 
 def load(
-    bundle: Path | str, device_map: DeviceMap = None, dtype: torch.dtype | None = None
+    bundle: Path | str, device_map: DeviceMap = None, dtype: torch.dtype | Dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Check a bundle, load it and attach its plan; `model.generate` then works as usual.
 
@@ -24,15 +26,24 @@ def load(
 
     Args:
         device_map: as in `from_pretrained`; None is the CPU.
-        dtype: of the weights that are not quantized; None is what the bundle says.
+        dtype: of the weights that are not quantized; None is what the bundle says. A word is what
+            16-bit weights are computed in: ``auto`` is float32 where the device multiplies 16 bits
+            slower, which suits long prompts, and leaves packed weights as they are.
 
     Raises:
-        BundleError: where the bundle is damaged, foreign or from a newer version.
+        BundleError: where the bundle is damaged, foreign or from a newer version; where a word
+            names another dtype for packed weights.
     """
+    from kvcompress.checkpoint.compute import computing_in
     from kvcompress.runtime.hf.attach import attach
 
     checked = open_bundle(bundle)
-    model = load_weights(checked, device_map, dtype)
+    word = dtype if isinstance(dtype, str) else "stored"
+    model = load_weights(checked, device_map, None if isinstance(dtype, str) else dtype)
+    try:
+        model = computing_in(model, word, str(bundle))
+    except UnsupportedModelError as error:
+        raise BundleError(str(error)) from None
     serve(model, checked)
     return attach(model, checked.plan, checked.params), checked.tokenizer
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvcompress.cli.common import DeviceOption, JsonOption, emit, refuse_unread
+from kvcompress.cli.common import DeviceOption, DtypeOption, JsonOption, emit, refuse_unread
 from kvcompress.cli.progress import progress
 from kvcompress.strict import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kvcompress.checkpoint.compute import Dtype
     from kvcompress.evaluate.compare import Row
 
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Row]]
@@ -67,6 +68,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Rows evaluated together.")] = 16,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     json_: JsonOption = False,
 ) -> None:
     """Measure recall, KL, perplexity and bytes beside the same model with its full cache.
@@ -83,7 +85,7 @@ def command(
         if not _words(tasks) and not windows:
             raise typer.BadParameter("nothing to measure: give --tasks, or --windows above 0")
     with progress(f"loading {model}"):
-        loaded, tokenizer, rows = _load(model, plan, device)
+        loaded, tokenizer, rows = _load(model, plan, device, dtype)
     drawn: dict[str, Json] = {
         "samples": samples,
         "context_tokens": context,
@@ -189,7 +191,7 @@ def _words(listed: str) -> list[str]:
     return [word.strip() for word in listed.split(",") if word.strip()]
 
 
-def _load(model: str, plan: Path | None, device: str) -> Loaded:
+def _load(model: str, plan: Path | None, device: str, dtype: Dtype) -> Loaded:
     """The model, its tokenizer, and the plans to measure: a bundle brings its own."""
     from kvcompress.bundle.load import load, serve
     from kvcompress.bundle.manifest import is_bundle
@@ -199,10 +201,10 @@ def _load(model: str, plan: Path | None, device: str) -> Loaded:
 
     rows = [] if plan is None else [plan_row(plan)]
     if not is_bundle(model):
-        loaded, tokenizer = load_source(model, device)
+        loaded, tokenizer = load_source(model, device, dtype)
         serve(loaded)
         return loaded, tokenizer, rows
-    loaded, tokenizer = load(model, device_map=device)
+    loaded, tokenizer = load(model, device_map=device, dtype=dtype)
     served = attached(loaded)
     assert served is not None
     return loaded, tokenizer, [Row(Path(model).name, *served), *rows]

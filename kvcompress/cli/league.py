@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvcompress.cli.common import DeviceOption, JsonOption, console, emit, refuse_unread
+from kvcompress.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    console,
+    emit,
+    refuse_unread,
+)
 from kvcompress.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -50,12 +57,7 @@ def command(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with a model.")] = 1,
     device: DeviceOption = "auto",
-    float32: Annotated[
-        bool,
-        typer.Option(
-            "--float32", help="Compute in float32, faster on CPUs without 16-bit arithmetic."
-        ),
-    ] = False,
+    dtype: DtypeOption = "auto",
     machine: Annotated[str, typer.Option(help="The machine in words, for the file.")] = "",
     any_code: Annotated[
         bool, typer.Option(help="Keep cells that other code of this package measured.")
@@ -114,7 +116,7 @@ def command(
         given=profile,
         any_code=any_code,
         finished=finished,
-        float32=float32,
+        dtype=dtype,
     )
     hall = Hall(
         setup,

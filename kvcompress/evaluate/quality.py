@@ -13,7 +13,13 @@ from kvcompress.accounting import kv_bytes
 from kvcompress.evaluate.answers import Grader
 from kvcompress.evaluate.report import Answered, QualityReport, Recall, TextQuality, recall
 from kvcompress.evaluate.runner import Document, Runner, check_length, even_batches
-from kvcompress.evaluate.serving import cache_bytes, model_shape, serving
+from kvcompress.evaluate.serving import (
+    cache_bytes,
+    model_shape,
+    serving,
+    wider_bytes,
+    wider_weight_bytes,
+)
 from kvcompress.evaluate.session import Dialogue
 from kvcompress.evaluate.suite import Suite
 from kvcompress.evaluate.text import text_losses
@@ -93,10 +99,10 @@ def measure(
         visible=_recall(suite, visible, reference.visible if reference else None),
         hidden=_recall(suite, hidden, reference.hidden if reference else None),
         text=_text_quality(suite, logits, reference.logits if reference else None),
-        kv_bytes=held_bytes,
+        kv_bytes=held_bytes - wider_bytes(model, plan, suite.context_tokens),
         kv_bytes_accounted=None if plan is None else kv_bytes(plan, suite.context_tokens, 1),
         kv_bytes_bf16=shape.bf16_kv_bytes(suite.context_tokens, 1),
-        weights_bytes=weights_bytes(model),
+        weights_bytes=weights_bytes(model) - wider_weight_bytes(model),
         kl_predicted=None if plan is None else plan.predicted_loss,
     )
     return Outcome(report, visible, hidden, logits)

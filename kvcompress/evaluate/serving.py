@@ -68,6 +68,14 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     return shape_of(model.config, model.dtype)
 
 
+def wider_weight_bytes(model: PreTrainedModel) -> int:
+    """What the weights take beyond what they take in the dtype of the model's files."""
+    from kvcompress.checkpoint.compute import stored_dtype
+
+    computed = [weight.numel() for weight in model.parameters() if weight.dtype == model.dtype]
+    return sum(computed) * (model.dtype.itemsize - stored_dtype(model).itemsize)
+
+
 def wider_bytes(model: PreTrainedModel, plan: Plan | None, tokens: int) -> int:
     """What a row of `tokens` holds beyond what it would hold in the dtype of the model's files.
 

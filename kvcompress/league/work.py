@@ -30,6 +30,7 @@ from kvcompress.recipe import Calibration, Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvcompress.checkpoint.compute import Dtype
     from kvcompress.evaluate.workloads import WorkloadSuite
     from kvcompress.evaluate.workloads_report import WorkloadOutcome
     from kvcompress.quant.keystats import KVParams
@@ -46,7 +47,7 @@ class Setup:
         given: a finished profile to use where it fits.
         calibration: of the profile that has the constants of every plan.
         sizes: in place of the usual ones of `drawing.Sizes`.
-        float32: compute in float32; bytes stay those of the model's own dtype.
+        dtype: to compute in, see `load_source`; bytes stay those of the model's own.
         any_code: accept cells that other code of this package measured.
         finished: take the cells that are there and measure no other.
     """
@@ -63,7 +64,7 @@ class Setup:
     finished: bool = False
     calibration: Calibration = Calibration()
     sizes: tuple[tuple[str, Any], ...] = ()
-    float32: bool = False
+    dtype: Dtype = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +130,7 @@ class Worker:
         from kvcompress.profile.source import load_source
 
         self.setup = setup
-        self.model, self.tokenizer = load_source(setup.model, setup.device)
-        if setup.float32:
-            self.model.float()
+        self.model, self.tokenizer = load_source(setup.model, setup.device, setup.dtype)
         folder = setup.out / "profiles"
         self.profiles = Profiles(self.model, self.tokenizer, folder, setup.given, setup.calibration)
         self.cells = cell_store(setup.out / "cells", setup.any_code)
@@ -153,6 +152,15 @@ class Worker:
         from kvcompress.profile.source import weights_hash
 
         return weights_hash(self.model)
+
+    @property
+    def _weights_as_computed(self) -> str:
+        """The same for cells and plans that may share a folder."""
+        from kvcompress.checkpoint.compute import stored_dtype
+
+        computed = self.model.dtype
+        same = computed == stored_dtype(self.model)
+        return self.weights if same else f"{self.weights} in {computed}"
 
     def params(self, plan: Plan) -> tuple[KVParams, str]:
         """The constants that `plan` runs with, and the hash of their file."""
@@ -235,7 +243,7 @@ class Worker:
         told = None if plan is None else _nameless(plan).to_json()
         if task.quantized is not None:
             told = task.quantized.told()
-        key = cell_key(told, params_hash, suite_name, self.weights)
+        key = cell_key(told, params_hash, suite_name, self._weights_as_computed)
         if self.setup.finished:
             return self.cells.find(key)
 
@@ -297,7 +305,7 @@ class Worker:
     def _place_name(self, task: PlaceTask) -> str:
         told = (
             task.entry.model_dump_json(exclude={"description", "same_as", "quantized"}),
-            f"{task.point:.9g} {task.length_tokens} {self.weights} {code_hash()}",
+            f"{task.point:.9g} {task.length_tokens} {self._weights_as_computed} {code_hash()}",
         )
         return hashlib.sha256(" ".join(told).encode()).hexdigest()[:32]
 

@@ -14,6 +14,7 @@ import kvcompress
 from kvcompress.accounting import kv_bytes
 from kvcompress.bundle.inspect import inspect
 from kvcompress.bundle.verify import verify
+from kvcompress.checkpoint.compute import stored_dtype
 from kvcompress.cli.app import main
 from kvcompress.errors import BundleError, PlanError
 from kvcompress.plan import Plan
@@ -73,6 +74,31 @@ def test_load_in_another_dtype(exported: Exported) -> None:
     model, _ = kvcompress.load(exported("bf16")[0], dtype=torch.float32)
     assert model.dtype == torch.float32
     assert torch.isfinite(model(input_ids=torch.arange(3, 30)[None]).logits).all()
+
+
+def test_load_to_compute_in_another_dtype(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = exported("bf16")[0]
+    wide, _ = kvcompress.load(path, dtype=torch.float32)
+    ids = torch.arange(3, 30)[None]
+    slow = {"kvcompress.kernels.linear.speed.product_seconds": lambda dtype: dtype.itemsize % 4}
+    for word in ("float32", "auto"):
+        if word == "auto":
+            for place, measured in slow.items():
+                monkeypatch.setattr(place, measured)
+        model, _ = kvcompress.load(path, dtype=word)
+        assert model.dtype == torch.float32 and stored_dtype(model) == torch.bfloat16
+        found, wanted = (m(input_ids=ids, use_cache=False).logits for m in (model, wide))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert kvcompress.load(path, dtype="stored")[0].dtype == torch.bfloat16
+
+
+def test_packed_weights_keep_their_dtype(exported: Exported) -> None:
+    path = exported("int8")[0]
+    assert kvcompress.load(path, dtype="auto")[0].dtype == torch.bfloat16
+    with pytest.raises(BundleError, match="packed and compute in bfloat16; leave the dtype out"):
+        kvcompress.load(path, dtype="float32")
 
 
 @pytest.mark.parametrize("weights", SCHEMES)

@@ -78,7 +78,6 @@ VALUES = {
     "machine": "mine",
     "any_code": None,
     "finished": None,
-    "float32": None,
     "render": "league.json",
     "peers": "static",
     "rounds": "2",

@@ -12,9 +12,11 @@ import torch
 from kvcompress.accounting import kv_bytes
 from kvcompress.checkpoint.compute import stored_dtype
 from kvcompress.evaluate.drawing import Sizes
+from kvcompress.evaluate.quality import evaluate
 from kvcompress.evaluate.real import REAL
 from kvcompress.evaluate.serving import wider_bytes
 from kvcompress.evaluate.session import Session, answer_logits
+from kvcompress.evaluate.suite import make_suite
 from kvcompress.evaluate.workloads import KNOWN, WORKLOADS, make_workloads
 from kvcompress.evaluate.workloads_run import own_continuation, reference_logits, run_workload
 from kvcompress.evaluate.workloads_table import compare_workloads, ranks, workload_table
@@ -201,7 +203,11 @@ def test_own_text_needs_the_model(tiny_tokenizer):
 
 
 # ---- bytes of a model that runs in a wider dtype than its files have
-def test_bytes_are_those_of_the_files_dtype(tiny_llama, tiny_tokenizer):
+def buffer_bytes(model):
+    return sum(buffer.nbytes for buffer in {b.data_ptr(): b for b in model.buffers()}.values())
+
+
+def test_bytes_are_those_of_the_files_dtype(tiny_llama, tiny_tokenizer, text_file):
     wide = copy.deepcopy(tiny_llama)
     wide.config.dtype = torch.bfloat16
     assert stored_dtype(wide) == torch.bfloat16 and stored_dtype(tiny_llama) == torch.float32
@@ -213,6 +219,12 @@ def test_bytes_are_those_of_the_files_dtype(tiny_llama, tiny_tokenizer):
     found = run_workload(wide, tiny_tokenizer, suite, plan)
     assert found.kv_bytes == kv_bytes(plan, 100, 1)
     assert wider_bytes(tiny_llama, plan, 100) == 0
+    asked = make_suite(tiny_tokenizer, tasks=[], **sizes, text=text_file)
+    whole = evaluate(wide, tiny_tokenizer, None, None, asked)
+    assert whole.kv_ratio == 1.0
+    assert whole.weights_bytes == 2 * sum(p.numel() for p in wide.parameters()) + buffer_bytes(wide)
+    planned = evaluate(wide, tiny_tokenizer, plan, None, asked)
+    assert planned.kv_bytes == planned.kv_bytes_accounted == kv_bytes(plan, 100, 1)
 
 
 # ---- what is ranked
