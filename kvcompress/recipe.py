@@ -256,9 +256,11 @@ class BytesPolicy(StrictModel):
             scores, ``all`` also chosen tokens.
         fewer_exact: whether the planner may give every head fewer sinks and recent tokens than
             `keep` says. They are uncoded, so they cost most of a small budget.
-        budgets: ``ratio`` lets budgets grow with the prompt, ``tokens`` fixes them at what
-            `context` grants, so that shorter prompts have as much. Relative positions, which a
-            growing budget could outgrow, always have the latter.
+        budgets: ``from_context`` lets budgets grow with the prompt from `context` tokens on; a
+            shorter prompt is granted what `context` is, which the answer to it then fills.
+            ``ratio`` lets budgets grow from nothing: less memory for short prompts, at a high
+            price where a long answer follows. ``tokens`` fixes them at what `context` grants.
+            Relative positions, which a growing budget could outgrow, always have the last.
         weight_schemes: formats that a memory target may choose from for each decoder layer, where
             `weights` is bf16. A plan has at most one of them beside bf16.
     """
@@ -275,7 +277,7 @@ class BytesPolicy(StrictModel):
     )
     keep_sets: Literal["all", "full", "local"] = "all"
     fewer_exact: bool = True
-    budgets: Literal["ratio", "tokens"] = "ratio"
+    budgets: Literal["from_context", "ratio", "tokens"] = "from_context"
     weight_schemes: tuple[WeightScheme, ...] = (WHOLE, *ROUNDED)
 
     @model_validator(mode="after")

@@ -62,10 +62,10 @@ def test_the_walk_through_runs_as_printed(clone: Path, demo_model_dir: Path) -> 
         output += done.stdout
         told += done.stderr
     held = re.search(r"^(\d+) bytes of KV cache$", output, re.MULTILINE)
-    assert held is not None and 400_000 < int(held[1]) < 520_000
+    assert held is not None and 900_000 < int(held[1]) < 1_000_000
     # both examples answer as the page says, `generate` with the words that it prints
     assert len(re.findall(r"^ copper lemon\.$", output, re.MULTILINE)) == 2
-    printed = re.search(r"^461 tokens of prompt .*$", README, re.MULTILINE)
+    printed = re.search(r"^\d+ tokens of prompt .*$", README, re.MULTILINE)
     assert printed is not None
     form = re.sub(r"[\d.]+", "N", printed[0])
     assert form in [re.sub(r"[\d.]+", "N", line) for line in told.splitlines()]

@@ -38,7 +38,10 @@ def glossary(described: Iterable[str], sink_tokens: int, recent_tokens: int) -> 
     used = set(" ".join(described).replace("sink+recent", "sink-recent").replace("+", " ").split())
     words = [f"{word}: {meaning}" for word, meaning in MEANINGS.items() if word in used]
     if used & {"frequent", "local"}:
-        words.append("0.25 is a share of the prompt's tokens, 64t so many tokens")
+        words.append(
+            "0.25 is a share of the prompt's tokens, and at least the plan's min_tokens; 64t so "
+            "many tokens"
+        )
     exact = f"the first {sink_tokens} and the newest {recent_tokens} tokens, uncoded"
     if "sink-recent" in used:
         words.append(f"sink+recent: {exact}, and no other")

@@ -88,7 +88,11 @@ def spend_bytes(
     picked = [offer.heads[choice.column] for choice in taken[:count]]
     rows = [tuple(picked[i : i + shape.kv_heads]) for i in range(0, count, shape.kv_heads)]
     formats = tuple(offer.schemes[choice.column] for choice in taken[count:])
-    return assemble(profile, offer.keep, tuple(rows), wish, loss, weights=formats)
+    plan = assemble(profile, offer.keep, tuple(rows), wish, loss, weights=formats)
+    if policy.budgets != "from_context" or keep.positions == "relative":
+        return plan
+    heads = tuple(tuple(at_least(head, policy.context) for head in row) for row in plan.heads)
+    return plan.model_copy(update={"heads": heads})
 
 
 def _spend(offer: _Offer, room_bytes: int) -> list[Choice]:
@@ -215,6 +219,16 @@ def in_tokens(head: HeadPlan, length: int) -> HeadPlan:
         if (budget := getattr(head, name)) is not None
     }
     return head.model_copy(update=tokens)
+
+
+def at_least(head: HeadPlan, length: int) -> HeadPlan:
+    """`head` with budgets that a prompt below `length` tokens has as if it had so many."""
+    grown = {
+        name: budget.model_copy(update={"min_tokens": budget.resolve(length)})
+        for name in ("frequent", "local")
+        if (budget := getattr(head, name)) is not None and budget.ratio is not None
+    }
+    return head.model_copy(update=grown)
 
 
 def _bounded(head: HeadPlan, keep: Keep, max_position: int) -> bool:

@@ -21,7 +21,7 @@ from kvcompress.profile.measure import Setup
 from kvcompress.profile.replay import full_attention, mean_kl, planned_attention, replay
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import Profile, TriedPlan
-from kvcompress.recipe import BytesPolicy, Keep
+from kvcompress.recipe import BytesPolicy, Keep, Policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,14 +97,14 @@ def plans_to_try(profile: Profile) -> list[tuple[str, Plan]]:
         return found
     if own == keep:
         try:
-            found.append(("the recipe's own", solve(profile)))
+            found.append(("the recipe's own", solve(profile, _by_ratio(profile.recipe.policy))))
         except PlanError:
             pass  # its target cannot be met, which whoever asks for the plan is told
     if "losses" not in profile.parts:
         return found
     for ratio in RATIOS:
         context = profile.provenance.prompt_tokens
-        policy = BytesPolicy(kind="bytes", keep_ratio=ratio, context=context)
+        policy = BytesPolicy(kind="bytes", keep_ratio=ratio, context=context, budgets="ratio")
         try:
             found.append((f"{ratio:g} of the bytes", solve(profile, policy, keep)))
         except PlanError:
@@ -112,6 +112,12 @@ def plans_to_try(profile: Profile) -> list[tuple[str, Plan]]:
     bare = ((HeadPlan(),) * profile.shape.kv_heads,) * profile.shape.layers
     found.append(("sinks and recent tokens", assemble(profile, keep, bare, "bare", None)))
     return found
+
+
+def _by_ratio(policy: Policy) -> Policy:
+    """`policy` whose plan keeps the same share of these prompts as of one of its own context."""
+    grows = isinstance(policy, BytesPolicy) and policy.budgets == "from_context"
+    return policy.model_copy(update={"budgets": "ratio"}) if grows else policy
 
 
 def keep_of(plan: Plan) -> Keep:

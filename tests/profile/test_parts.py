@@ -175,7 +175,15 @@ def test_plans_of_several_sizes_are_tried(begun):
     sizes = [plan for plan in profile.tried if plan.name.endswith("of the bytes")]
     assert len(sizes) >= 2 and all(plan.loss is not None for plan in profile.tried)
     assert solve(profile).predicted_loss == profile.tried[0].nats
-    assert len(names) == len(tried.plans_to_try(profile))
+    plans = tried.plans_to_try(profile)
+    assert len(names) == len(plans)
+    # what is granted to shorter prompts is not granted to the prompts that plans are tried on
+    assert least_tokens(plans[0][1]) == {0} and 0 not in least_tokens(solve(profile))
+
+
+def least_tokens(plan):
+    budgets = [b for row in plan.heads for head in row for b in (head.frequent, head.local)]
+    return {budget.min_tokens for budget in budgets if budget is not None}
 
 
 @pytest.mark.parametrize(

@@ -318,13 +318,25 @@ def test_relative_positions_bound_every_head_and_serve_longer_contexts():
         solve(PROFILE, bytes_policy(keep_ratio=0.1, context=8192))
 
 
-def test_budgets_in_tokens_do_not_follow_the_prompt():
+def test_what_budgets_follow_the_prompt_from():
     small = bytes_policy(keep_ratio=0.3, keep_sets="local")
-    ratio = solve(PROFILE, small)
-    tokens = solve(PROFILE, small.model_copy(update={"budgets": "tokens"}))
-    windows = [h.local for row in ratio.heads for h in row if h.local]
-    fixed = [h.local for row in tokens.heads for h in row if h.local]
-    assert windows and [b.resolve(1024) for b in windows] == [b.tokens for b in fixed]
-    assert kv_bytes(ratio, 1024, 1) == kv_bytes(tokens, 1024, 1)
-    assert kv_bytes(ratio, 512, 1) < kv_bytes(tokens, 512, 1)
-    assert ratio.predicted_loss == tokens.predicted_loss
+    plans = {
+        budgets: solve(PROFILE, small.model_copy(update={"budgets": budgets}))
+        for budgets in ("from_context", "ratio", "tokens")
+    }
+    windows = {
+        budgets: [h.local for row in plan.heads for h in row if h.local]
+        for budgets, plan in plans.items()
+    }
+    assert windows["ratio"]
+    for grown, share, fixed in zip(*windows.values(), strict=True):
+        assert share.resolve(1024) == fixed.tokens
+        for length in (1, 40, 512, 1024, 1500, 4096):
+            assert grown.resolve(length) == share.resolve(max(length, 1024))
+    assert len({plan.predicted_loss for plan in plans.values()}) == 1
+    held = {budgets: kv_bytes(plan, 512, 1) for budgets, plan in plans.items()}
+    assert held["ratio"] < held["from_context"] == held["tokens"]
+    held = {budgets: kv_bytes(plan, 1024, 1) for budgets, plan in plans.items()}
+    assert len(set(held.values())) == 1
+    held = {budgets: kv_bytes(plan, 2048, 1) for budgets, plan in plans.items()}
+    assert held["ratio"] == held["from_context"] > held["tokens"]
