@@ -5,14 +5,15 @@
     python benchmarks/held_out.py --page                            # docs/held-out.md
 
 For each calibration a profile is taken and plans of three sizes are run: KL on held-out prose and
-code beside the predicted one, and answers to questions about what stands far above. Stopped, the
-same command goes on; profiles lie under runs/held_out.
+code beside the predicted one, and answers to questions about what stands far above. `--workloads
+answers` has the model answer short questions at length. Stopped, the same command goes on; profiles
+lie under runs/held_out.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,8 @@ from studies import RESULTS, ROOT, Record, shown, stated
 from kvcompress.atomic import write_file
 from kvcompress.cli.progress import progress
 from kvcompress.evaluate.drawing import Sizes, WorkloadSuite
+from kvcompress.evaluate.serving import cache_bytes, serving, wider_bytes
+from kvcompress.evaluate.session import Session
 from kvcompress.evaluate.workloads import KNOWN, make_workloads
 from kvcompress.evaluate.workloads_run import reference_logits, run_workload
 from kvcompress.evaluate.workloads_table import RANKED_FROM
@@ -31,11 +34,13 @@ from kvcompress.measure import machine
 from kvcompress.measure.cells import Book, load_json
 from kvcompress.measure.stats import interval
 from kvcompress.measure.tables import markdown
+from kvcompress.plan import HeadPlan, Plan, uniform
 from kvcompress.profile.run import run
 from kvcompress.profile.solve import solve
 from kvcompress.profile.source import load_source, weights_hash
 from kvcompress.profile.store import Profile
 from kvcompress.recipe import BytesPolicy, Calibration, Recipe
+from kvcompress.runtime.model.chat import conversation_text, has_template
 from kvcompress.runtime.model.families import shape_of
 from kvcompress.tasks.stdlib_text import code, prose
 
@@ -50,6 +55,16 @@ CALIBRATIONS: Final = {
     "prose": "plain prose alone (`--mix FILE=1`)",
     "code": "source code alone (`--mix FILE=1`)",
 }
+QUESTIONS: Final = (
+    "Explain how a bicycle stays upright while it moves.",
+    "Write a short story about a lighthouse keeper who finds a letter.",
+    "List ten tips for learning a new language and explain each of them.",
+    "My name is Ada and I live in Turin. Plan a week in the city for me and my sister Rosa.",
+    "Write a Python class for a bank account, with tests.",
+    "What should a small company do before it moves to another office?",
+)
+ANSWER_TOKENS: Final = 320
+ANSWER_CONTEXT: Final = 1024  # the plans'
 _HEAD: Final = """\
 # Held-out text and questions, by calibration
 
@@ -60,6 +75,15 @@ KL is to the full cache, in nats per token: a text is read, its cache is compres
 tokens are fed. *Predicted* is what the profile says of text, *where it asks* what it says of
 questions about what stands far above. *Symbols* asks for constants of real source code, *facts* for
 facts in real prose, both after compression; nats are −log p of a token of the true answer.
+"""
+_ANSWERS: Final = f"""\
+{len(QUESTIONS)} questions of 30 to 60 tokens. Their answers, {ANSWER_TOKENS} tokens each that the \
+model draws with its full cache, are
+fed token by token. Plans are for {ANSWER_CONTEXT} tokens. *Bytes held* are those at the end of an \
+answer, as a share of 16 bits;
+*last quarter* is the KL over the answers' last 80 tokens. `from_context` and `ratio` are the two \
+settings of `budgets`
+([recipes.md](recipes.md)).
 """
 
 
@@ -130,6 +154,9 @@ def measure(arguments: argparse.Namespace, directory: str) -> None:
         }
 
     for workload in arguments.workloads:
+        if workload == "answers":
+            answers_of_all(book, model, tokenizer, arguments, profile)
+            continue
         if not KNOWN[workload].text:
             book.get(f"{workload}|{arguments.context}|full|0|1", partial(cell, workload, None, 1))
         for calibrated in arguments.calibrated:
@@ -139,16 +166,82 @@ def measure(arguments: argparse.Namespace, directory: str) -> None:
                 book.get(key, partial(cell, workload, calibrated, point))
 
 
+# ---- short questions, long answers
+Spoken = tuple[list[int], torch.Tensor, torch.Tensor]  # prompt, answer [1, T], log p [T, V]
+
+
+def answer(model: Any, tokenizer: Any, question: str) -> Spoken:
+    """What the model says with its full cache, and the log-probabilities that it draws from."""
+    asked = question
+    if has_template(tokenizer):
+        asked = conversation_text(tokenizer, [{"role": "user", "content": question}], True)
+    prompt = tokenizer(asked, add_special_tokens=False).input_ids
+    torch.manual_seed(0)
+    with serving(model, None, None) as new_cache, torch.inference_mode():
+        session = Session(model, new_cache(), pad_id=0)
+        rows, drawn = [session.prefill([prompt])], []
+        for _ in range(ANSWER_TOKENS):
+            drawn.append(torch.multinomial((rows[-1] / 0.7).softmax(-1), 1))
+            rows.append(session.feed(drawn[-1])[:, -1])
+    return prompt, torch.cat(drawn, 1), torch.cat(rows[:-1]).log_softmax(-1)
+
+
+def answers_of_all(
+    book: Book,
+    model: Any,
+    tokenizer: Any,
+    arguments: argparse.Namespace,
+    profile: Callable[[str], tuple[Profile, Any]],
+) -> None:
+    """Every cell of the workload `answers`."""
+    spoken = [answer(model, tokenizer, question) for question in QUESTIONS]
+    for calibrated in arguments.calibrated:
+        known, params = profile(calibrated)
+        for budgets, point, plan in answer_plans(known):
+            key = f"answers|{budgets}|{calibrated}|{arguments.prompts}|{point}"
+            book.get(key, partial(answers, model, plan, params, spoken))
+
+
+def answer_plans(known: Profile) -> Iterator[tuple[str, int, Plan]]:
+    """(`budgets`, one part of the bytes in so many, plan)."""
+    yield "int8", 2, uniform(known.shape, HeadPlan(full=True))
+    for budgets in ("from_context", "ratio"):
+        for point in POINTS:
+            policy = BytesPolicy(kind="bytes", keep_ratio=1 / point, context=ANSWER_CONTEXT)
+            yield budgets, point, solve(known, policy.model_copy(update={"budgets": budgets}))
+
+
+def answers(model: Any, plan: Plan, params: Any, spoken: Sequence[Spoken]) -> Record:
+    """KL over the answers, fed to a compressed cache, and the bytes that it then holds."""
+    kl, last, held, full = [], [], [], []
+    with serving(model, plan, params) as new_cache, torch.inference_mode():
+        for prompt, said, wanted in spoken:
+            session = Session(model, new_cache(), pad_id=0)
+            rows = [session.prefill([prompt])]
+            rows += [session.feed(said[:, i : i + 1])[:, -1] for i in range(ANSWER_TOKENS - 1)]
+            found = torch.cat(rows).log_softmax(-1)
+            nats = (wanted.exp() * (wanted - found)).sum(-1)
+            kl.append(round(float(nats.mean()), 6))
+            last.append(round(float(nats[-ANSWER_TOKENS // 4 :].mean()), 6))
+            tokens = len(prompt) + ANSWER_TOKENS - 1
+            held.append(cache_bytes(session.cache) - wider_bytes(model, plan, tokens))
+            full.append(plan.model.bf16_kv_bytes(tokens, 1))
+    return {"kl_nats": kl, "last_nats": last, "kv_bytes": sum(held), "kv_bytes_bf16": sum(full)}
+
+
 # ---- page
 def page(results: Sequence[Path]) -> str:
     lines = [_HEAD]
     for path in results:
         content: Any = load_json(path.read_text(encoding="utf-8"))
         lines += [f"## {content['conditions']['model']}", ""]
-        keys = [tuple(key.split("|")) for key in content["cells"]]
+        every = [tuple(key.split("|")) for key in content["cells"]]
+        keys = [key for key in every if key[0] != "answers"]
         for context in sorted({key[1] for key in keys}, key=int):
             cells = {k[:1] + k[2:]: content["cells"]["|".join(k)] for k in keys if k[1] == context}
             lines += [f"### {context} tokens", "", *_texts(cells), *_questions(cells)]
+        said = {k[1:]: content["cells"]["|".join(k)] for k in every if k[0] == "answers"}
+        lines += _answered(said)
         told = ", ".join(f"{name}: {value}" for name, value in content["conditions"].items())
         lines += [f"Conditions: {told}.", ""]
     names = [f"- **{name}**: {words}" for name, words in CALIBRATIONS.items()]
@@ -172,6 +265,24 @@ def _texts(cells: Record) -> list[str]:
     heads = ["calibration", "prompts", "bytes", "predicted", "where it asks"]
     heads += [*(f"KL, {name}" for name in texts), "predicted / measured"]
     return [markdown(heads, rows, numbers_from=1, tight=True), ""]
+
+
+def _answered(cells: Record) -> list[str]:
+    rows = [
+        [
+            "int8, every token" if key[0] == "int8" else f"`{key[0]}`",
+            "" if key[0] == "int8" else f"1/{key[3]}",
+            f"{cell['kv_bytes'] / cell['kv_bytes_bf16']:.3f}",
+            shown(interval(cell["kl_nats"]), 1, 4),
+            f"{fmean(cell['last_nats']):.4f}",
+        ]
+        for key, cell in cells.items()
+    ]
+    if not rows:
+        return []
+    heads = ["budgets", "plan", "bytes held", "KL", "last quarter"]
+    table = markdown(heads, rows, numbers_from=1, tight=True)
+    return ["### Short questions, long answers", "", _ANSWERS, table, ""]
 
 
 def _made(cells: Record, workloads: Sequence[str]) -> list[tuple[str, str, str]]:
