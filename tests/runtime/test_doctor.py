@@ -80,6 +80,18 @@ def test_layers_of_a_plan(tmp_path, capsys, change, why):
     assert ("these layers, too" in rows) == (why is None)
 
 
+def test_layers_that_decode_alike_are_one_line():
+    assert doctor._layers_named([3]) == "layer 3"
+    assert doctor._layers_named([0, 1, 2, 5, 7, 8]) == "layers 0 to 2, 5, 7 to 8"
+    one = plan_of([HeadPlan(frequent=Budget(tokens=8))], 16)
+    kinds = {"layers": 4, "layer_kinds": ("full",) * 4, "sliding_windows": (None,) * 4}
+    plan = one.model_copy(
+        update={"model": one.model.model_copy(update=kinds), "heads": one.heads * 4}
+    )
+    of_one = [row.part for row in doctor._layers(plan, None) if row.part.startswith("layer")]
+    assert of_one == ["layers 0 to 3, full"]
+
+
 def test_a_gpu_is_asked_the_gate_of_its_kernels(monkeypatch):
     plan, part = plan_of([HeadPlan(frequent=Budget(tokens=8))], 16, scorer="vote"), "layer 0, full"
     there = TritonStatus("3.9", None)

@@ -4,6 +4,7 @@ fastest."""
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
@@ -101,17 +102,40 @@ def _layers(plan: Plan, params: KVParams | None) -> list[Finding]:
         return [Finding("layers", "unknown", why)]
     layers = (i for i in range(plan.model.layers) if plan.model.kind(i) in HOLDS_KV)
     settings = [LayerSettings(plan, params, layer) for layer in layers]
-    found = [_layer(own, "compiled kernels", refusal(own)) for own in settings]
+    found = _alike(settings, [refusal(own) for own in settings], "compiled kernels")
     if any(finding.why is None for finding in found):
         found.append(Finding("these layers, too", "tensor operations for", "; ".join(EXCEPTIONS)))
     if torch.cuda.is_available():
         dims, device = (plan.model.head_dim, plan.model.v_dim), torch.device("cuda")
         reasons = [triton_step.refusal(own, *dims, device) for own in settings]
-        pairs = zip(settings, reasons, strict=True)
-        found += [_layer(own, "Triton kernels", why, ", static on a GPU") for own, why in pairs]
+        found += _alike(settings, reasons, "Triton kernels", ", static on a GPU")
     return found
 
 
-def _layer(settings: LayerSettings, kernels: str, reason: str | None, where: str = "") -> Finding:
-    path = kernels if reason is None else "tensor operations"
-    return Finding(f"layer {settings.layer}, {settings.kind}{where}", path, reason)
+def _alike(
+    settings: Sequence[LayerSettings], reasons: Sequence[str | None], kernels: str, where: str = ""
+) -> list[Finding]:
+    """One finding for all layers of a kind that decode in the same way."""
+    groups: dict[tuple[str, str | None], list[int]] = {}
+    for own, reason in zip(settings, reasons, strict=True):
+        groups.setdefault((own.kind, reason), []).append(own.layer)
+    return [
+        Finding(
+            f"{_layers_named(numbers)}, {kind}{where}",
+            kernels if reason is None else "tensor operations",
+            reason,
+        )
+        for (kind, reason), numbers in groups.items()
+    ]
+
+
+def _layers_named(numbers: Sequence[int]) -> str:
+    """``layer 3`` or ``layers 0 to 4, 6``, of rising numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = (str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(words)}"
