@@ -91,28 +91,28 @@ def run(
     Raises:
         KVCompressError: if `model_dir` is not there, or one of the steps fails.
     """
+    from kvcompress.checkpoint.compute import stored_dtype
     from kvcompress.profile.run import run as take_profile
-    from kvcompress.profile.source import load_model, load_source
+    from kvcompress.profile.source import load_source
     from kvcompress.runtime.model.families import shape_of
 
     if not (model_dir / "config.json").is_file():
         raise KVCompressError(f"{model_dir}: no demo model there; install kvcompress again")
     out.mkdir(parents=True, exist_ok=True)
     with bar("loading", 1):
-        profiled, tokenizer = load_source(str(model_dir), "cpu", "auto")
-        model = load_model(str(model_dir), "cpu")
+        model, tokenizer = load_source(str(model_dir), "cpu", "auto")
     recipe = demo_recipe(settings.context_tokens, settings.prompts)
     note(f"profiling on {settings.prompts} prompts of {settings.context_tokens} tokens")
     with bar("profile", 100) as percent:
         profile = take_profile(
-            profiled,
+            model,
             tokenizer,
             recipe,
             out / "profile",
             progress=lambda done, steps: percent(100 * done // steps),
             also=["recovery"],
         )
-    shape = shape_of(model.config, model.dtype)
+    shape = shape_of(model.config, stored_dtype(model))
     plans = demo_plans(profile, shape, recipe)
     with bar("exporting", 1):
         _ship(out, model_dir, plans, note)
@@ -185,7 +185,7 @@ def _measure(
 
     note("loading the bundle and generating from it")
     with bar("loading the bundle", 1):
-        loaded, loaded_tokenizer = load(bundle)
+        loaded, loaded_tokenizer = load(bundle, dtype="auto")
     served = attached(loaded)
     assert served is not None
     params = served[1]
@@ -194,7 +194,7 @@ def _measure(
     note("measuring recall, KL, perplexity and bytes of every row")
     queue = list(plans)
     with bar("measure", 1 + len(plans) + len(RIVALS)) as finished:
-        reference = measure(model, tokenizer, suite, name="reference, bf16")
+        reference = measure(model, tokenizer, suite, name="reference, full cache")
         reports = [reference.report]
         finished(1)
         while queue:
@@ -217,8 +217,11 @@ def _measure(
 
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: Suite) -> Example:
     """The first sample answered by plain `model.generate`, with the plan that the bundle brings."""
-    from kvcompress.evaluate.serving import cache_bytes
+    from kvcompress.evaluate.serving import cache_bytes, wider_bytes
+    from kvcompress.runtime.model.attached import attached
 
+    served = attached(model)
+    assert served is not None
     sample = suite.samples[0]
     prompt = tokenizer(sample.context + sample.question, return_tensors="pt")
     length = prompt["input_ids"].shape[1]
@@ -231,5 +234,5 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suite: 
         question=sample.question,
         answer=str(answer),
         expected=sample.answer,
-        kv_bytes=cache_bytes(cache_of(generated)),
+        kv_bytes=cache_bytes(cache_of(generated)) - wider_bytes(model, served[0], length),
     )

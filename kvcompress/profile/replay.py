@@ -31,7 +31,18 @@ def replay(
     layers: Sequence[LayerRows],
     attention: Attention,
 ) -> Tensor:
-    """Log-probabilities ``[W, vocabulary]`` of the held-out rows, float32.
+    """Log-probabilities ``[W, vocabulary]`` of the held-out rows, float32; as `replay_logits`."""
+    return replay_logits(model, shape, ids, layers, attention).float().log_softmax(-1)
+
+
+def replay_logits(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    ids: list[int],
+    layers: Sequence[LayerRows],
+    attention: Attention,
+) -> Tensor:
+    """Logits ``[W, vocabulary]`` of the held-out rows.
 
     Args:
         layers: the prompt, as `collect.collected` gives it.
@@ -51,7 +62,8 @@ def replay(
     position = torch.arange(start, len(ids), device=model.device)[None]
     with attention_through(model, shape, run):
         out = model(input_ids=tokens, position_ids=position, use_cache=False)
-    return out.logits[0].float().log_softmax(-1)
+    logits: Tensor = out.logits[0]
+    return logits
 
 
 def full_attention(rows: LayerRows) -> Tensor:

@@ -10,7 +10,7 @@ from kvcompress.errors import KVCompressError
 from tests.bundle.helpers import checked_here
 
 NAMES = [
-    "reference, bf16",
+    "reference, full cache",
     "int8",
     "int4",
     "FastGen 0.8 int8",
