@@ -252,6 +252,7 @@ class Worker:
 crew.Worker = Worker  # in the spawned processes too, which import this file
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with crew.Crew(None, 2) as two:
         threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
         list(two.run(["a", "b", "c"]))
