@@ -60,12 +60,15 @@ MAY_IMPORT = {
     "evaluate": VALUES
     | {"accounting", "checkpoint.compute", "evict", "measure", "quant", "runtime", "bundle"}
     | {"tasks"},
-    "demo": VALUES | {"accounting", "profile", "bundle", "runtime", "evaluate", "quant", "tasks"},
+    "demo": VALUES
+    | {"accounting", "checkpoint.compute", "profile", "bundle", "runtime", "evaluate", "quant"}
+    | {"tasks"},
     "league": VALUES
     | {"accounting", "measure", "profile", "bundle", "runtime", "evaluate", "quant", "evict"}
     | {"checkpoint.compute"},
     "bench": VALUES | {"accounting", "measure", "evaluate", "evict", "kernels", "quant", "runtime"},
     "cli": VALUES
+    | {"checkpoint.compute"}
     | {"accounting", "profile", "bundle", "runtime", "evaluate", "demo", "league", "bench"}
     | {"measure", "quant.keystats", "tasks"},
     "__main__": {"cli"},
