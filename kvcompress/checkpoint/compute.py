@@ -6,7 +6,7 @@ Every 16-bit number is a float32, so the weights stay what they were.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 
@@ -34,8 +34,13 @@ def computing_in(model: Any, dtype: Dtype, name: str) -> Any:
     are.
 
     Raises:
-        UnsupportedModelError: if packed weights are to become another dtype.
+        UnsupportedModelError: if packed weights are to become another dtype, or the word is none.
     """
+    if dtype not in get_args(Dtype):
+        raise UnsupportedModelError(
+            f"{name}: dtype {dtype!r} is none to compute in; choose one of "
+            f"{', '.join(get_args(Dtype))}"
+        )
     wanted = model.dtype
     if dtype not in ("stored", "auto"):
         wanted = getattr(torch, dtype)

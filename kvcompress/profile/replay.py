@@ -31,17 +31,6 @@ def replay(
     layers: Sequence[LayerRows],
     attention: Attention,
 ) -> Tensor:
-    """Log-probabilities ``[W, vocabulary]`` of the held-out rows, float32; as `replay_logits`."""
-    return replay_logits(model, shape, ids, layers, attention).float().log_softmax(-1)
-
-
-def replay_logits(
-    model: PreTrainedModel,
-    shape: ModelShape,
-    ids: list[int],
-    layers: Sequence[LayerRows],
-    attention: Attention,
-) -> Tensor:
     """Logits ``[W, vocabulary]`` of the held-out rows.
 
     Args:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.plan import ModelShape
 from kvcompress.profile.collect import LayerRows, collected
-from kvcompress.profile.replay import bare_attention, full_attention, replay, replay_logits
+from kvcompress.profile.replay import bare_attention, full_attention, replay
 from kvcompress.recipe import Keep
 
 # points of the path from the full cache to bare heads, and their weights: Gauss and Legendre's rule
@@ -52,13 +52,13 @@ def path_gradients(
         RuntimeError: where the model has an operation without a derivative.
     """
     with torch.no_grad():
-        full = replay(model, shape, ids, layers, full_attention).exp_()
+        full = replay(model, shape, ids, layers, full_attention).float().softmax(-1)
 
     def at(alpha: float) -> tuple[Tensor, ...]:
         """The gradient at one point; its graph goes before the next one is made."""
         path = _Path(keep, alpha)
         with torch.enable_grad():
-            logits = replay_logits(model, shape, ids, layers, path.attend)
+            logits = replay(model, shape, ids, layers, path.attend)
         # d KL(full ‖ α) / d logits; to derive it through the logarithms would hold them all
         by_logits = logits.detach().float().softmax(-1).sub_(full).to(logits.dtype)
         outputs = [path.outputs[layer] for layer in range(shape.layers)]

@@ -18,7 +18,13 @@ from kvcompress.plan import HeadPlan, Plan
 from kvcompress.profile.assemble import assemble, plan_digest, reads_twice, summed_loss
 from kvcompress.profile.kinds import Prompt
 from kvcompress.profile.measure import Setup
-from kvcompress.profile.replay import full_attention, mean_kl, planned_attention, replay
+from kvcompress.profile.replay import (
+    Attention,
+    full_attention,
+    mean_kl,
+    planned_attention,
+    replay,
+)
 from kvcompress.profile.solve import solve
 from kvcompress.profile.store import Profile, TriedPlan
 from kvcompress.recipe import BytesPolicy, Keep, Policy
@@ -144,9 +150,14 @@ def _nats(model: PreTrainedModel, setup: Setup, ids: list[int], plans: list[Plan
     """KL of each plan on one prompt's held-out rows."""
     classes = setup.classes(torch.tensor(ids, device=model.device))
     layers = setup.collect(model, ids)
-    full = replay(model, setup.shape, ids, layers, full_attention)
+
+    def predicted(attention: Attention) -> torch.Tensor:
+        logits = replay(model, setup.shape, ids, layers, attention)
+        return logits.float().log_softmax(-1)
+
+    full = predicted(full_attention)
     found = []
     for plan in plans:
         attention = planned_attention(plan, keep_of(plan), setup.params, *classes)
-        found.append(mean_kl(full, replay(model, setup.shape, ids, layers, attention)))
+        found.append(mean_kl(full, predicted(attention)))
     return torch.stack(found).cpu()

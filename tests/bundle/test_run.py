@@ -101,6 +101,12 @@ def test_packed_weights_keep_their_dtype(exported: Exported) -> None:
         kvcompress.load(path, dtype="float32")
 
 
+@pytest.mark.parametrize("word", ["float64", "int8", "bf16", "", "nn"])
+def test_words_that_are_no_dtype_are_one_line(exported: Exported, word: str) -> None:
+    with pytest.raises(BundleError, match=f"dtype '{word}' is none to compute in; choose one of"):
+        kvcompress.load(exported("bf16")[0], dtype=word)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("weights", SCHEMES)
 def test_verify_measures(exported: Exported, weights: str) -> None:
     path, report = exported(weights)

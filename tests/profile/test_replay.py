@@ -32,7 +32,7 @@ def test_full_attention_gives_what_the_whole_prompt_gives(family):
     shape = shape_of(model.config, torch.float32)
     layers = collected(model, shape, Keep(), IDS)
     with torch.no_grad():
-        again = replay(model, shape, IDS, layers, full_attention)
+        again = replay(model, shape, IDS, layers, full_attention).log_softmax(-1)
         whole = model(torch.tensor([IDS]), use_cache=False).logits[0, -ROWS:].log_softmax(-1)
     torch.testing.assert_close(again, whole, rtol=0, atol=2e-4)  # float32 sums in another order
 
@@ -77,10 +77,10 @@ def test_a_plan_is_attention_masked_and_rounded(family, storage):
 
     with torch.no_grad():
         attention = planned_attention(plan, keep, params, none, none)
-        found = replay(model, shape, IDS, layers, attention)
+        found = replay(model, shape, IDS, layers, attention).log_softmax(-1)
         with attention_through(model, shape, run):
             oracle = model(torch.tensor([IDS]), use_cache=False).logits[0, -ROWS:].log_softmax(-1)
-        full = replay(model, shape, IDS, layers, full_attention)
+        full = replay(model, shape, IDS, layers, full_attention).log_softmax(-1)
     torch.testing.assert_close(found, oracle, rtol=0, atol=1e-3)
     assert float(mean_kl(full, found)) > 10 * float(mean_kl(oracle, found).abs())
 
