@@ -238,6 +238,16 @@ def test_a_killed_league_leaves_no_process_behind(tmp_path):
         assert parent.communicate(timeout=300)[0] == ""
 
 
+def test_cells_of_another_dtype_to_compute_in_are_others(setup, count_runs):
+    """Of one folder: whoever goes on elsewhere, or says --dtype, mixes no two."""
+    found = {}
+    for dtype in ("stored", "bfloat16", "stored", "bfloat16", "float32"):
+        worker = work.Worker(replace(setup, dtype=dtype))
+        found.setdefault(dtype, worker.measure(work.CellTask("hidden")).key)
+    assert len(count_runs) == 2
+    assert found["stored"] == found["float32"] != found["bfloat16"]
+
+
 STOPPED = """
 import os, signal, sys, threading, time
 from kvcompress.league import crew
