@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvcompress.cli import app
 from kvcompress.league import crew, work
@@ -238,14 +240,20 @@ def test_a_killed_league_leaves_no_process_behind(tmp_path):
         assert parent.communicate(timeout=300)[0] == ""
 
 
-def test_cells_of_another_dtype_to_compute_in_are_others(setup, count_runs):
+def test_cells_of_another_dtype_to_compute_in_are_others(
+    setup, count_runs, tiny_llama, tiny_tokenizer, tmp_path
+):
     """Of one folder: whoever goes on elsewhere, or says --dtype, mixes no two."""
+    tiny_llama = copy.deepcopy(tiny_llama).to(torch.bfloat16)
+    tiny_llama.save_pretrained(tmp_path / "in16")
+    tiny_tokenizer.save_pretrained(tmp_path / "in16")
     found = {}
-    for dtype in ("stored", "bfloat16", "stored", "bfloat16", "float32"):
-        worker = work.Worker(replace(setup, dtype=dtype))
+    for dtype in ("stored", "float32", "stored", "float32", "bfloat16"):
+        worker = work.Worker(replace(setup, model=str(tmp_path / "in16"), dtype=dtype))
         found.setdefault(dtype, worker.measure(work.CellTask("hidden")).key)
+        assert worker.weights == found.setdefault("weights", worker.weights)
     assert len(count_runs) == 2
-    assert found["stored"] == found["float32"] != found["bfloat16"]
+    assert found["stored"] == found["bfloat16"] != found["float32"]
 
 
 STOPPED = """
