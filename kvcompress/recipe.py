@@ -37,6 +37,7 @@ from kvcompress.plan import (
     without_unset_stride,
 )
 from kvcompress.registry import SUMS
+from kvcompress.storage import PAIRS
 from kvcompress.strict import YAML_LIMIT_BYTES, Json, NotStrictError, load_yaml, read_text
 
 # what a profile measures: kept attention (FastGen), losses of candidates (byte plans), formats of
@@ -270,11 +271,7 @@ class BytesPolicy(StrictModel):
     memory: str | None = None
     context: PositiveInt = 1024
     batch: PositiveInt = 1
-    dtypes: tuple[tuple[KVDtype, KVDtype], ...] = (
-        ("int8", "int8"),
-        ("int8", "int4"),
-        ("int4", "int4"),
-    )
+    dtypes: tuple[tuple[KVDtype, KVDtype], ...] = PAIRS
     keep_sets: Literal["all", "full", "local"] = "all"
     fewer_exact: bool = True
     budgets: Literal["from_context", "ratio", "tokens"] = "from_context"

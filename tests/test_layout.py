@@ -34,11 +34,12 @@ MAY_IMPORT = {
     "rules": {"head_plan"},
     "registry": {"errors"},
     "plan": {"errors", "registry", "head_plan", "rules", "strict"},
-    "recipe": {"errors", "registry", "head_plan", "plan", "strict"},
+    "recipe": {"errors", "registry", "head_plan", "plan", "storage", "strict"},
     "tasks": {"errors"},
     "measure": VALUES,
     # they read codes in place, and rank by the one keep rule
-    "kernels": {"errors", "plan", "storage", "quant.codec", "evict.keepset", "evict.scorers"},
+    "kernels": {"errors", "plan", "storage", "evict.keepset", "evict.scorers"}
+    | {"quant.codec", "quant.codes.rotated"},
     "quant": VALUES,
     "evict": VALUES | {"quant.keystats"},  # the rotary embedding, to undo it
     "accounting": VALUES,

@@ -12,9 +12,18 @@ from kvcompress.kernels.triton_tiles import (
     e4m3_bits,
     finite,
     integer_codes,
+    level_bits,
+    level_of,
+    low_bits,
+    middle_of,
+    row_of,
     scale_of,
 )
 from kvcompress.plan import KVDtype
+from kvcompress.quant.codes.rotated import LARGEST, SMALLEST, UNITS
+
+_LARGEST = tl.constexpr(LARGEST)
+_SMALLEST = tl.constexpr(SMALLEST)
 
 
 def row_tile(dtype: KVDtype, dim: int) -> int:
@@ -34,6 +43,69 @@ def _coded(p_x, p_center, p_scale, o, m):
     return x
 
 
+@triton.constexpr_function
+def _unit_of(bits):
+    return UNITS[bits]
+
+
+@triton.constexpr_function
+def _steps_of(dim):
+    return dim.bit_length() - 1
+
+
+@triton.constexpr_function
+def _root_of(dim):
+    return dim**-0.5
+
+
+@triton.jit
+def _rotated(x, BT: tl.constexpr, D: tl.constexpr):
+    """`x` ``[BT, D]`` as `rotated` turns it, D a power of two."""
+    number = (tl.arange(0, D).to(tl.int64) * 0x9E3779B1) & 0xFFFFFFFF
+    number = ((number ^ (number >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
+    sign = 1.0 - 2.0 * (number >> 31).to(tl.float32)
+    x = x * sign[None, :]
+    # pairs of neighbours; the lowest bit of a channel's number then becomes its highest
+    for _ in tl.static_range(_steps_of(D)):
+        a, b = tl.split(tl.reshape(x, (BT, D // 2, 2)))
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), 0, 2, 1), (BT, D))
+    return x * _root_of(D) * sign[None, :]
+
+
+@triton.jit
+def _encode_levels(x, m_t, codes, slot, BT: tl.constexpr):
+    """Store vectors ``[BT, D]`` as levels, see quant/codes/rotated.py."""
+    D: tl.constexpr = codes.dim
+    BITS: tl.constexpr = level_bits(codes.dtype)
+    LOW: tl.constexpr = low_bits(codes.dtype)
+    PART: tl.constexpr = D * LOW // 8
+    sound = tl.min(finite(x).to(tl.int32), 1) > 0
+    x = tl.where(sound[:, None], x, 0.0)
+    x = _rotated(tl.minimum(tl.maximum(x, -_LARGEST), _LARGEST), BT, D)
+    exact = x.to(tl.float64)
+    spread = tl.sqrt(tl.sum(exact * exact, 1) / D)
+    spread = tl.where(spread < _SMALLEST, float("inf"), spread)
+    factor = (_unit_of(BITS) / spread).to(tl.float32)
+    near = x * factor[:, None]
+    code = tl.zeros(x.shape, tl.int32)
+    for k in tl.static_range((1 << BITS) - 1):
+        code += (near > middle_of(BITS, k)).to(tl.int32)
+    level = level_of(code, BITS).to(tl.float64)
+    fitted = (tl.sum(exact * level, 1) / tl.sum(level * level, 1)).to(tl.float32)
+    fitted = tl.where(sound, tl.minimum(fitted, 65504.0), float("nan"))
+    tl.store(codes.scale + slot, fitted.to(tl.float16), mask=m_t)
+    code = tl.where(sound[:, None], code, 0)
+    row: tl.constexpr = row_of(codes.dtype, D)
+    p_row = codes.data + slot[:, None] * row
+    low = tl.reshape(code & ((1 << LOW) - 1), (BT, 8 // LOW, PART))
+    byte = tl.sum(low << (LOW * tl.arange(0, 8 // LOW))[None, :, None], 1)
+    tl.store(p_row + tl.arange(0, PART)[None, :], byte.to(tl.uint8), mask=m_t[:, None])
+    if BITS > LOW:
+        third = tl.reshape(code >> LOW, (BT, D // 8, 8)) << tl.arange(0, 8)[None, None, :]
+        byte = tl.sum(third, 2).to(tl.uint8)
+        tl.store(p_row + PART + tl.arange(0, D // 8)[None, :], byte, mask=m_t[:, None])
+
+
 @triton.jit
 def encode_rows(p_x, p_center, p_scale, m_t, codes, slot, WIDE: tl.constexpr):
     """Store vectors at flat slots.
@@ -47,7 +119,11 @@ def encode_rows(p_x, p_center, p_scale, m_t, codes, slot, WIDE: tl.constexpr):
     D: tl.constexpr = codes.dim
     GROUPS: tl.constexpr = codes.groups
     o = tl.arange(0, WIDE)
-    if codes.dtype == INT4:
+    if level_bits(codes.dtype) > 0:
+        m = m_t[:, None] & (o < D)[None, :]
+        x = _coded(p_x, p_center, p_scale, o, m)
+        _encode_levels(x, m_t, codes, slot, x.shape[0])
+    elif codes.dtype == INT4:
         half: tl.constexpr = D // 2
         width: tl.constexpr = D // GROUPS
         m = m_t[:, None] & (o < half)[None, :]

@@ -8,6 +8,9 @@ numbers. A word of a row holds `parts_of` codes, each of another channel (see `c
     fp8    2   the same
     int4   4   channels 2w, 2w + D/2, 2w + 1, 2w + 1 + D/2
 
+Levels of rotated vectors (rot4, rot3, rot2) are read a byte for each channel instead, from the
+first cache after the first channel of a byte, and made of their codes by `CURVE` in float32.
+
 A part becomes float16 exactly by bit operations: an integer below 1024 in the mantissa of 1024.0,
 less 1024 and less the middle code, which `zero_of` gives back; e4m3 bits as float16 bits of 2**-8
 times the number. ASM packs two elements into each instruction; the plain form beside it gives the
@@ -21,12 +24,14 @@ import triton
 import triton.language as tl
 
 from kvcompress.kernels.available import interpreting
+from kvcompress.quant.codes.rotated import CURVE, LEVELS
 
 MODEL = tl.constexpr("model")
 INT8 = tl.constexpr("int8")
 INT4 = tl.constexpr("int4")
 FP8 = tl.constexpr("fp8")
-PARTS = {"model": 1, "int8": 2, "int4": 4, "fp8": 2}
+PARTS = {"model": 1, "int8": 2, "int4": 4, "fp8": 2, "rot4": 1, "rot3": 1, "rot2": 1}
+LEVEL_BITS = {"rot4": 4, "rot3": 3, "rot2": 2}
 
 
 def operand_types(dtype):
@@ -50,8 +55,38 @@ def parts_of(kind):
 
 @triton.constexpr_function
 def words_of(kind, dim):
-    """Words of a row of `dim` channels."""
+    """Words of a row of `dim` channels, or its channels where levels are read."""
     return dim // PARTS[kind]
+
+
+@triton.constexpr_function
+def row_of(kind, dim):
+    """Elements from one row to the next."""
+    return dim * LEVEL_BITS[kind] // 8 if kind in LEVEL_BITS else dim // PARTS[kind]
+
+
+@triton.constexpr_function
+def level_bits(kind):
+    """Bits of a code of a level; 0 for what is no level."""
+    return LEVEL_BITS[kind] if kind in LEVEL_BITS else 0
+
+
+@triton.constexpr_function
+def low_bits(kind):
+    """Of them, those that lie in the first part of a row; rot3 has its third ones behind them."""
+    return 4 if kind == "rot4" else 2
+
+
+@triton.constexpr_function
+def curve_of(bits, place):
+    return CURVE[bits][place]
+
+
+@triton.constexpr_function
+def middle_of(bits, place):
+    """Between the levels `place` and `place` + 1."""
+    levels = [*(-level for level in reversed(LEVELS[bits])), *LEVELS[bits]]
+    return (levels[place] + levels[place + 1]) / 2
 
 
 @triton.constexpr_function
@@ -65,13 +100,13 @@ def factor_of(kind, part):
 @triton.constexpr_function
 def zero_of(kind):
     """Code that `widen` gives as 0."""
-    return {"model": 0.0, "int8": 128.0, "int4": 8.0, "fp8": 0.0}[kind]
+    return 128.0 if kind == "int8" else 8.0 if kind == "int4" else 0.0
 
 
 @triton.jit
 def channel_of(word, kind: tl.constexpr, part: tl.constexpr, D: tl.constexpr):
     """Channels of a part of the words."""
-    if kind == MODEL:
+    if kind == MODEL or level_bits(kind) > 0:
         return word
     elif kind == INT4:
         return 2 * word + part // 2 + (part % 2) * (D // 2)
@@ -100,10 +135,42 @@ def unpacking(kind, part):
 
 
 @triton.jit
+def level_of(code, BITS: tl.constexpr):
+    """Levels as float32, exactly: rounding takes away what the curve is off by."""
+    u = code.to(tl.float32) - ((1 << BITS) - 1) / 2
+    square = u * u
+    near = u * (curve_of(BITS, 0) + curve_of(BITS, 1) * square * square)
+    return (near + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def load_rows(p, slot, o, m_n, m_w, codes):
+    """Rows of codes ``[slots, words]``: words, or the code of each channel."""
+    KIND: tl.constexpr = codes.dtype
+    D: tl.constexpr = codes.dim
+    row: tl.constexpr = row_of(KIND, D)
+    m = m_n[:, None] & m_w[None, :]
+    p_row = p + slot[:, None] * row
+    if level_bits(KIND) > 0:
+        low: tl.constexpr = low_bits(KIND)
+        part: tl.constexpr = D * low // 8
+        byte = tl.load(p_row + (o % part)[None, :], mask=m, other=0).to(tl.int32)
+        x = (byte >> (low * (o // part))[None, :]) & ((1 << low) - 1)
+        if level_bits(KIND) > low:
+            third = tl.load(p_row + (o // 8 + part)[None, :], mask=m, other=0).to(tl.int32)
+            x = x | (((third >> (o % 8)[None, :]) & 1) << 2)
+    else:
+        x = tl.load(p_row + o[None, :], mask=m, other=0.0)
+    return x
+
+
+@triton.jit
 def widen(x, kind: tl.constexpr, part: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
     """A part of words ``x`` as numbers of type T, see `factor_of` and `zero_of`."""
     if kind == MODEL:
         return x.to(T)
+    elif level_bits(kind) > 0:
+        return level_of(x, level_bits(kind)).to(T)
     elif ASM and T == tl.float16:
         return tl.inline_asm_elementwise(
             unpacking(kind, part), "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2

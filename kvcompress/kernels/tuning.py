@@ -98,14 +98,18 @@ def work_list(capacities: list[tuple[int, int, int, int]], chunk: int) -> list[l
 
 
 def words(data: Tensor, dtype: KVDtype) -> Tensor:
-    """Rows of codes as the 16-bit words that the kernels read; numbers stay."""
-    return data if dtype == "model" else data.view(torch.int16)
+    """Rows of codes as the 16-bit words that the kernels read; numbers and levels stay."""
+    return data.view(torch.int16) if dtype in ("int8", "int4", "fp8") else data
 
 
 def refuses(k_dtype: KVDtype, v_dtype: KVDtype, head_dim: int, value_dim: int) -> str | None:
     """Why the kernels cannot read this storage, None if they can."""
     for dtype, dim in ((k_dtype, head_dim), (v_dtype, value_dim)):
         parts = {"model": 1, "int8": 2, "fp8": 2, "int4": 4}.get(dtype)
+        if dtype in ("rot4", "rot3", "rot2"):
+            if dim & (dim - 1) or not 8 <= dim <= 256:
+                return f"{dtype} of {dim} channels: powers of two from 8 to 256 are read"
+            continue
         if parts is None:
             return f"{dtype} is not read"
         if dim % parts or not 0 < dim <= 256:

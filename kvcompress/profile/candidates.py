@@ -10,11 +10,11 @@ from torch import Tensor
 from kvcompress.evict import keep_set_ladder
 from kvcompress.plan import Budget, HeadPlan, KVDtype
 from kvcompress.recipe import FastGenPolicy, Keep, Recipe, UniformPolicy
-from kvcompress.storage import STORAGES
+from kvcompress.storage import PAIRS, STORAGES
 
 STORAGE: Final[tuple[tuple[KVDtype, KVDtype], ...]] = (
     ("model", "model"),
-    ("int8", "int8"),
+    *PAIRS,
     ("int8", "int4"),
     ("int4", "int4"),
     ("fp8", "fp8"),
@@ -26,7 +26,6 @@ CLASS_RATIOS: Final = (0.5, 0.25, 0.125, 0.0625, 0.03)  # beside special tokens 
 LOCAL_SHARE: Final = 0.25  # of a frequent budget, beside it
 # fewer sinks and recent tokens than a recipe asks for: in small budgets, uncoded tokens cost most
 FEWER_EXACT: Final = ((4, 4), (1, 2))
-_SMALL_STORAGE: Final = STORAGE[1:4]
 
 
 def fastgen_ladder(policy: FastGenPolicy) -> tuple[HeadPlan, ...]:
@@ -57,7 +56,7 @@ def candidates(recipe: Recipe, head_dim: int) -> tuple[HeadPlan, ...]:
 def small_candidates(head_dim: int) -> tuple[HeadPlan, ...]:
     """Candidates that are measured with `FEWER_EXACT` tokens: coded keep-sets without classes."""
     sets = _plain_sets(FREQUENT_RATIOS[2:])
-    found = [with_storage(keep_set, *pair) for keep_set in sets for pair in _SMALL_STORAGE]
+    found = [with_storage(keep_set, *pair) for keep_set in sets for pair in PAIRS]
     return _that_fit([HeadPlan(), *found], head_dim)
 
 
@@ -91,8 +90,8 @@ def _frequent(ratio: float, classes: bool) -> HeadPlan:
 
 
 def _that_fit(heads: list[HeadPlan], head_dim: int) -> tuple[HeadPlan, ...]:
-    """Without repeats; int4 packs two channels into a byte."""
-    kinds = {kind for kind, storage in STORAGES.items() if head_dim % storage.per_byte == 0}
+    """Without repeats; codes fill whole bytes."""
+    kinds = {kind for kind, storage in STORAGES.items() if head_dim % storage.multiple == 0}
     return tuple(dict.fromkeys(h for h in heads if {h.k_dtype, h.v_dtype} <= kinds))
 
 

@@ -29,7 +29,7 @@ from kvcompress.profile.candidates import keep_set
 from kvcompress.profile.collect import LayerRows
 from kvcompress.profile.masks import KeepMasks
 from kvcompress.profile.memory import SCRATCH_BYTES
-from kvcompress.quant.codec import roundtrip, value_groups
+from kvcompress.quant.codec import key_scale, roundtrip, value_groups
 
 _SMALLEST: Final = 1e-30
 _FLOAT_BYTES: Final = 4
@@ -99,8 +99,8 @@ class StoredRows:
         if k_dtype not in self._logits:
             rows, key = self.rows, self.rows.key
             if k_dtype != "model":
-                stored = roundtrip((key - self.center) / self.scale, k_dtype)
-                key = stored * self.scale + self.center
+                scale = key_scale(self.scale, k_dtype)
+                key = roundtrip((key - self.center) / scale, k_dtype) * scale + self.center
             self._logits[k_dtype] = rows.softmax.logits(rows.query, key)
         return self._logits[k_dtype]
 

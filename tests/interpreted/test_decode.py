@@ -18,6 +18,7 @@ from kvcompress.kernels.view import (
     TokenView,
 )
 from kvcompress.quant.codec import Codes, decode
+from kvcompress.storage import STORAGES
 from tests.kernels import cases
 from tests.kernels.cases import SHAPES, check_split, random, split
 
@@ -35,7 +36,7 @@ def test_split_in_float32(k, v, dim, value_dim, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("storage", ["model", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("storage", STORAGES)
 def test_split_in_half_precision(storage, dtype):
     from kvcompress.kernels.decode_split.triton import decode_pieces
 

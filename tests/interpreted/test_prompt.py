@@ -20,6 +20,9 @@ from tests.kernels.cases import awkward, empty_codes, random, same_codes
         ("model", "int4", 32, 256, torch.float32),
         ("int4", "model", 140, 132, torch.float32),
         ("fp8", "int8", 128, 256, torch.bfloat16),
+        ("rot4", "rot3", 64, 128, torch.float32),
+        ("rot3", "rot2", 8, 256, torch.bfloat16),
+        ("rot2", "rot4", 32, 16, torch.float16),
     ],
 )
 def test_codes_are_those_of_the_codec_to_the_last_bit(k, v, dim, value_dim, dtype):

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from kvcompress.kernels.view import CodesView
 from kvcompress.quant.codec import Codes
+from kvcompress.storage import STORAGES
 
 _MOST: Final = {
     torch.float32: torch.finfo(torch.float32).max,
     torch.bfloat16: torch.finfo(torch.bfloat16).max,
     torch.float16: torch.finfo(torch.float16).max,
 }
-CODES: Final = ("int8", "int4", "fp8", "model")
+CODES: Final = tuple(STORAGES)
 
 
 def ends(dtype: torch.dtype, dim: int) -> Tensor:

@@ -9,6 +9,7 @@ from kvcompress.kernels.decode_combine.reference import Combiner
 from kvcompress.kernels.decode_split import reference
 from kvcompress.kernels.decode_split.reference import decode_split
 from kvcompress.quant.codec import Codes, decode, encode, value_groups
+from kvcompress.storage import STORAGES
 
 S, R, C, D = 3, 4, 50, 128
 
@@ -24,8 +25,8 @@ def attention(query, keys, values, visible, offset, softcap):
     return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values.double()
 
 
-@pytest.mark.parametrize("k_dtype", ["model", "fp8", "int8", "int4"])
-@pytest.mark.parametrize("v_dtype", ["model", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("k_dtype", STORAGES)
+@pytest.mark.parametrize("v_dtype", STORAGES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_split_and_combine_equal_attention_on_decoded_vectors(
     k_dtype, v_dtype, softcap, monkeypatch

@@ -58,10 +58,24 @@ def test_decode_pieces_uses_wide_loads_and_the_matrix_units(storage, capability)
     assert compiled["_split"].asm["cubin"]
 
 
+@pytest.mark.parametrize("storage", ["rot4", "rot3", "rot2"])
+def test_levels_are_read_for_the_matrix_units(storage):
+    from kvcompress.kernels.decode_split.triton import decode_pieces
+
+    case = split(storage, storage, 128, 128, 4, torch.bfloat16, capacities=(64,))
+    with compiling_for(90) as compiled:
+        case.run(decode_pieces)
+    ptx = compiled["_split"].asm["ptx"]
+    assert re.search(r"mma(\.\w+)*\.sync\.aligned\.m\d+n8k16(\.\w+)*\.f32\.f16\.f16", ptx)
+    assert compiled["_split"].asm["cubin"]
+
+
 def test_a_step(monkeypatch):
     monkeypatch.setattr(static, "choose_kernels", lambda *arguments: True)
     model = one_layer("gemma2").to(torch.bfloat16)
-    plan = plan_for(model, HEADS["fastgen"].model_copy(update={"v_dtype": "int4"}))
+    plan = plan_for(
+        model, HEADS["fastgen"].model_copy(update={"k_dtype": "rot4", "v_dtype": "rot3"})
+    )
     attach(model, plan)
     cache = StaticCompressedCache(plan, batch=2, max_tokens=40, protect=[(3, 6)])
     with compiling_for(90) as compiled:
@@ -70,7 +84,7 @@ def test_a_step(monkeypatch):
     assert all(kernel.asm["cubin"] for kernel in compiled.values())
 
 
-@pytest.mark.parametrize("storage", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("storage", ["int8", "int4", "fp8", "rot4", "rot3", "rot2"])
 def test_the_kernels_of_a_prompt(storage):
     from kvcompress.kernels.compact_quantize.triton import compact_quantize
     from kvcompress.kernels.prefill_colsum.triton import prefill_colsum

@@ -26,7 +26,7 @@ from kvcompress.recipe import (
     UniformPolicy,
 )
 
-BYTES = BytesPolicy(kind="bytes", keep_ratio=0.4, context=256)
+BYTES = BytesPolicy(kind="bytes", keep_ratio=0.2, context=256)
 MEMORY = BytesPolicy(kind="bytes", memory="1GiB", context=256)
 READ = [
     (UniformPolicy(kind="uniform", head=HeadPlan(full=True)), set()),

@@ -44,6 +44,7 @@ def hurt(head: HeadPlan) -> float:
         budgets = [b.ratio for b in (head.frequent, head.local) if b]
         dropped = 0.9 * (1 - sum(budgets) / 2) - 0.05 * head.special - 0.05 * head.punct
     bits = {"model": 0.0, "int8": 1e-4, "fp8": 1e-3, "int4": 1e-2}
+    bits |= {"rot4": 0.008, "rot3": 0.03, "rot2": 0.1}
     return dropped + bits[head.k_dtype] + bits[head.v_dtype]
 
 

@@ -10,11 +10,11 @@ from kvcompress.quant.codec import (
     channel_parts,
     decode,
     encode,
-    packed,
     roundtrip,
     row_elements,
     value_groups,
 )
+from kvcompress.quant.codes.steps import packed
 
 
 @pytest.mark.parametrize(("dtype", "levels"), [("int8", 255), ("int4", 15)])
@@ -47,7 +47,7 @@ def test_a_constant_vector_is_exact(dtype):
 
 def test_int4_packs_rope_partners_into_one_byte():
     codes = torch.arange(16, dtype=torch.uint8).repeat(2)
-    stored = packed(codes, "int4")
+    stored = packed(codes, 2)
     assert stored.shape == (16,)
     assert stored[3] == 3 | (3 << 4)
     assert torch.equal(torch.cat(channel_parts(stored, "int4"), -1), codes)

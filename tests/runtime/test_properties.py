@@ -20,6 +20,7 @@ from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.store.rules import broken
 from kvcompress.runtime.store.state import LayerSettings
+from kvcompress.storage import STORAGES
 
 CASES = 2000
 STEADY = ("random", "key_norm")  # scores that do not depend on what was kept before
@@ -44,7 +45,7 @@ BUDGETS = st.none() | st.one_of(
         lambda pair: Budget(ratio=pair[0], min_tokens=pair[1])
     ),
 )
-STORAGE = st.sampled_from(["model", "int8", "int4", "fp8"])
+STORAGE = st.sampled_from(list(STORAGES))
 FULL = st.builds(HeadPlan, full=st.just(True), k_dtype=STORAGE, v_dtype=STORAGE)
 SPARSE = st.builds(
     HeadPlan,

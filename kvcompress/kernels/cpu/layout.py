@@ -27,8 +27,9 @@ from kvcompress.kernels.view import (
 )
 from kvcompress.quant.codec import has_minimum, row_elements
 
-DTYPES: Final = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "fp8": 5}
-STORED: Final = frozenset({"model", "int8", "int4", "fp8"})  # of the storages, those that C knows
+_STORED: Final = {"int8": 3, "int4": 4, "fp8": 5, "rot4": 6, "rot3": 7, "rot2": 8}
+DTYPES: Final = {"float32": 0, "bfloat16": 1, "float16": 2, **_STORED}
+STORED: Final = frozenset({"model", *_STORED})  # of the storages, those that C knows
 ATTEND: Final = 1
 STORE: Final = 2
 NO_VOTE, VOTE, LIFT = 0, 1, 2

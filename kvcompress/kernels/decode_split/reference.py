@@ -3,7 +3,8 @@
 With keys stored as k = scale·code + minimum, and the key constants already folded into the query,
     logit = scale_t·(q·code_t) + minimum_t·Σq + offset
     out   = Σ_t (p_t·scale_t)·code_t + Σ_t p_t·minimum_t
-so nothing of the cache is ever dequantized; a tile of codes is widened at a time.
+so nothing of the cache is ever dequantized; a tile of codes is widened at a time. Where codes are
+of rotated vectors, the query is rotated first, and the output is rotated back once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kvcompress.kernels.view import (
     TokenView,
 )
 from kvcompress.plan import KVDtype
-from kvcompress.quant.codec import Codes, channel_parts
+from kvcompress.quant.codec import Codes, channel_parts, turned
 from kvcompress.storage import STORAGES
 
 TILE_ELEMENTS: Final = 1 << 20  # of codes widened to float32 at a time: 4 MB, stays in cache
@@ -83,7 +84,7 @@ def decode_split(
 def key_logits(query: Tensor, offset: Tensor | None, keys: Codes, dtype: KVDtype) -> Tensor:
     """``[S, R, C]`` logits before softcap and mask."""
     segments, rows, dim = query.shape
-    slots = keys.data.shape[1]
+    query, slots = turned(query, dtype), keys.data.shape[1]
     out = query.new_empty(segments, rows, slots)
     for low, high in _tiles(segments, slots, dim):
         data = keys.data[:, low:high]
@@ -110,7 +111,7 @@ def weighted_values(weights: Tensor, values: Codes, dtype: KVDtype) -> Tensor:
     """
     segments, rows, slots = weights.shape
     groups = 1 if values.scale is None else values.scale.shape[-1]
-    dim = values.data.shape[-1] * STORAGES[dtype].per_byte
+    dim = STORAGES[dtype].channels(values.data.shape[-1])
     out = weights.new_zeros(segments, rows, dim)
     width = dim // groups
     for group in range(groups):
@@ -124,7 +125,7 @@ def weighted_values(weights: Tensor, values: Codes, dtype: KVDtype) -> Tensor:
         if values.minimum is not None:
             shift = torch.bmm(weights, values.minimum[..., group].float().unsqueeze(-1))
             out[..., channels] += shift
-    return out
+    return turned(out, dtype)
 
 
 def _value_tile(data: Tensor, dtype: KVDtype, dim: int, channels: slice) -> Tensor:

@@ -22,9 +22,12 @@ from kvcompress.kernels.triton_tiles import (
     channel_of,
     factor_of,
     inverse_of,
+    level_bits,
+    load_rows,
     operand_types,
     parts_of,
     power_below,
+    row_of,
     sees,
     widen,
     words_of,
@@ -43,6 +46,7 @@ from kvcompress.kernels.view import (
     Softmax,
     TokenView,
 )
+from kvcompress.quant.codes.rotated import matrix
 
 _TOP = tl.constexpr(16384.0)  # of a value weight in float16
 
@@ -57,6 +61,7 @@ class _Sizes(NamedTuple):
     """
 
     scored_slots: Annotated[int, "int32"]
+    heads: Annotated[int, "int32"]
     queries: Annotated[int, "int32 constant"]
     query_tile: Annotated[int, "int32 constant"]
     k_words: Annotated[int, "int32 constant"]
@@ -66,6 +71,16 @@ class _Sizes(NamedTuple):
     k_type: Annotated[tl.dtype, "type constant"]
     v_type: Annotated[tl.dtype, "type constant"]
     packed: Annotated[bool, "int32 constant"]
+
+
+class _Queries(NamedTuple):
+    """Attributes:
+    turned: as they meet rotated keys, heads in the arrays' order; None where no key is rotated.
+    logits: written, see `decode_pieces`.
+    """
+
+    turned: Annotated[Tensor | None, "float32 [B, H, G, D]"]
+    logits: Annotated[Tensor | None, "float32 [G, Ns]"]
 
 
 @triton.jit
@@ -125,7 +140,7 @@ def _weigh(p, p_vs, p_vm, slot, m_n, unit, group: tl.constexpr, codes, T: tl.con
 
 
 @triton.jit
-def _split(token, heads, group, pieces, rows, softmax, reach, parts, logits, sizes):
+def _split(token, heads, group, pieces, rows, softmax, reach, parts, own, sizes):
     K: tl.constexpr = group.k.dtype
     V: tl.constexpr = group.v.dtype
     D: tl.constexpr = group.k.dim
@@ -157,6 +172,9 @@ def _split(token, heads, group, pieces, rows, softmax, reach, parts, logits, siz
     m_kg = m_k[:, None] & m_g[None, :]
     c_0 = channel_of(o_k, K, 0, D)
     b_q0, b_offset = _query_part(p_q, p_center, p_scale, c_0, m_kg, m_k)
+    if own.turned is not None:
+        p_turned = own.turned + ((row * sizes.heads + head) * G + o_g) * D
+        b_q0 = tl.load(p_turned[None, :] + o_k[:, None], mask=m_kg, other=0.0)
     b_top, b_sum = tl.max(tl.abs(b_q0), 0), tl.zeros((GP,), tl.float32)
     b_q1, b_q2, b_q3 = b_q0, b_q0, b_q0
     if PK > 1:
@@ -209,7 +227,8 @@ def _split(token, heads, group, pieces, rows, softmax, reach, parts, logits, siz
     b_o0 = tl.zeros((WV, GP), tl.float32)
     b_o1, b_o2, b_o3 = b_o0, b_o0, b_o0
     m_v = o_v < VW
-    p_k, p_v = group.k.data + first * KW, group.v.data + first * VW
+    p_k = group.k.data + first * row_of(K, D)
+    p_v = group.v.data + first * row_of(V, DV)
     p_position = group.position + first
     p_ks, p_km, p_vs, p_vm = p_k, p_k, p_v, p_v  # read where there is a scale and a minimum
     if K != MODEL:
@@ -223,12 +242,8 @@ def _split(token, heads, group, pieces, rows, softmax, reach, parts, logits, siz
     for t in range(0, n, BN):
         slot = t + o_n
         m_n = slot < n
-        x_k = tl.load(
-            p_k + slot[:, None] * KW + o_k[None, :], mask=m_n[:, None] & m_k[None, :], other=0.0
-        )
-        x_v = tl.load(
-            p_v + slot[:, None] * VW + o_v[None, :], mask=m_n[:, None] & m_v[None, :], other=0.0
-        )
+        x_k = load_rows(p_k, slot, o_k, m_n, m_k, group.k)
+        x_v = load_rows(p_v, slot, o_v, m_n, m_v, group.v)
         position = tl.load(p_position + slot, mask=m_n, other=-1)
         # b_s: [BN, GP]
         b_s = tl.dot(widen(x_k, K, 0, TK, ASM), b_h0, input_precision="ieee")
@@ -247,10 +262,10 @@ def _split(token, heads, group, pieces, rows, softmax, reach, parts, logits, siz
                 b_s += (low + zero_of(K) * scale)[:, None] * b_sum[None, :]
         b_s = capped(b_s, softmax.softcap)
         b_s = tl.where(sees(now, position, start, reach)[:, None], b_s, float("-inf"))
-        if logits is not None:
+        if own.logits is not None:
             at = (first + slot)[:, None]
             tl.store(
-                logits + o_g[None, :] * sizes.scored_slots + at,
+                own.logits + o_g[None, :] * sizes.scored_slots + at,
                 b_s,
                 mask=m_g[None, :] & (m_n[:, None] & (at < sizes.scored_slots)),
             )
@@ -304,8 +319,8 @@ def _split(token, heads, group, pieces, rows, softmax, reach, parts, logits, siz
                     lows = b_low2
                 if scaled == 3:
                     lows = b_low3
-                own = channel_of(o_v, V, part, DV) // (DV // GROUPS) == scaled
-                b_low += tl.where(own[:, None], tl.sum(lows, 0)[None, :], 0.0)
+                here = channel_of(o_v, V, part, DV) // (DV // GROUPS) == scaled
+                b_low += tl.where(here[:, None], tl.sum(lows, 0)[None, :], 0.0)
         _store_part(p_o, b_o * back, b_low, o_v, o_g, m_vg, part, V, DV)
     tl.store(parts.maximum + i_w * G + o_g, b_m, mask=m_g)
     tl.store(parts.total + i_w * G + o_g, tl.sum(b_l, 0), mask=m_g)
@@ -336,6 +351,7 @@ def decode_pieces(
     model, codes = operand_types(token.query.dtype)
     sizes = _Sizes(
         0 if logits is None else logits.shape[1],
+        len(heads.number),
         queries,
         max(8, triton.next_power_of_2(queries)),
         max(16, triton.next_power_of_2(words_of(k.dtype, k.dim))),
@@ -346,10 +362,22 @@ def decode_pieces(
         model if v.dtype == "model" else codes,
         not interpreting(),
     )
+    turned = _turned(token, heads) if level_bits(k.dtype) else None
     group = group._replace(k=_in_words(k), v=_in_words(v))
     views = map(told, (token, heads, group, pieces, rows, softmax, reach, parts))
     settings = {"num_warps": config.warps, "num_stages": config.stages}
-    _split[(len(pieces.work),)](*views, logits, told(sizes), **settings)
+    own = told(_Queries(turned, logits))
+    _split[(len(pieces.work),)](*views, own, told(sizes), **settings)
+    if level_bits(v.dtype):
+        rotated = parts.accumulated[pieces.first_work :][: len(pieces.work)]
+        rotated.copy_(rotated @ matrix(v.dim, device))
+
+
+def _turned(token: TokenView, heads: HeadsView) -> Tensor:
+    """``[B, H, G, D]`` float32 queries as they meet rotated keys, heads in the arrays' order."""
+    query = token.query[:, :, 0].unflatten(1, (len(heads.number), -1))[:, heads.number].float()
+    query = query * heads.constants.scale.unsqueeze(1)
+    return (query @ matrix(query.shape[-1], query.device)).contiguous()
 
 
 def _in_words(codes: CodesView) -> CodesView:

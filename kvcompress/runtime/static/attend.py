@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcompress.kernels.decode_split.reference import Partial, decode_split
 from kvcompress.plan import KVDtype
-from kvcompress.quant.codec import Codes, channel_parts
+from kvcompress.quant.codec import Codes, channel_parts, turned
 from kvcompress.runtime.static.state import Block, StaticGroup, StaticState
 
 
@@ -221,7 +221,7 @@ def _widened(codes: Codes, dtype: KVDtype) -> list[Tensor]:
 
 
 def _fused_logits(query: Tensor, offset: Tensor | None, keys: Codes, dtype: KVDtype) -> Tensor:
-    parts = _widened(keys, dtype)
+    parts, query = _widened(keys, dtype), turned(query, dtype)
     pieces = query.unsqueeze(3).chunk(len(parts), -1)
     sums = [(piece * part).sum(-1) for piece, part in zip(pieces, parts, strict=True)]
     logits = sum(sums[1:], start=sums[0])
@@ -242,7 +242,7 @@ def _fused_values(weights: Tensor, values: Codes, dtype: KVDtype) -> Tensor:
     sums = [(weights * scale * part).sum(3) for scale, part in zip(scales, parts, strict=True)]
     out = sums[0] if len(sums) == 1 else torch.cat(sums, -1)
     if values.minimum is None:
-        return out
+        return turned(out, dtype)
     return out + (weights * _per_channel(values.minimum, dim).unsqueeze(2)).sum(3)
 
 

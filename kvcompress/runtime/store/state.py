@@ -21,6 +21,7 @@ from kvcompress.evict.keep_set_ladder import fastgen_ladder
 from kvcompress.evict.keepset import HeadRules, class_mask
 from kvcompress.evict.scorers import Scorer, scorer
 from kvcompress.plan import Budget, FastGenChoice, HeadPlan, Plan, PooledBudget, Threshold
+from kvcompress.quant.codec import key_scale
 from kvcompress.quant.keystats import KVParams, Rotation
 from kvcompress.registry import SUMS
 from kvcompress.runtime.store.segments import EMPTY, SegmentStore, StorageKind
@@ -131,13 +132,15 @@ class LayerSettings:
         return self._on_device[device]
 
     def key_constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(centre, scale), each ``[Hkv, D]`` float32 on `device`."""
+        """(centre, scale) that keys are coded with, each ``[Hkv, D]`` float32 on `device`."""
         if device not in self._constants:
             shape = (self.plan.model.kv_heads, self.plan.model.head_dim)
             if self._params is None:
                 pair = (torch.zeros(shape), torch.ones(shape))
             else:
-                pair = (self._params.k_center[self.layer], self._params.k_scale[self.layer])
+                scale = self._params.k_scale[self.layer]
+                own = [key_scale(s, h.k_dtype) for s, h in zip(scale, self.heads, strict=True)]
+                pair = (self._params.k_center[self.layer], torch.stack(own))
             self._constants[device] = (pair[0].to(device).float(), pair[1].to(device).float())
         return self._constants[device]
 

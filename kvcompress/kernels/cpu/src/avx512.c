@@ -40,15 +40,19 @@ static inline __attribute__((always_inline)) __m512i multiply_add(__m512i sum, _
     return sum;
 }
 
-/* 64 rows of nibbles, or fewer, as rows of bytes in the order of the channels. */
-static void unpack_nibbles(const kvc_codes *c, int64_t first, int64_t count, uint8_t *restrict out) {
+/* 64 rows of nibbles, or fewer, as rows of bytes in the order of the channels; with a table, as it has
+ * them. */
+static inline __attribute__((always_inline)) void unpack_nibbles(const kvc_codes *c, int64_t first, int64_t count,
+                                                                 int look_up, __m512i table,
+                                                                 uint8_t *restrict out) {
     const int part = c->dim / 2;
     const __m512i nibble = _mm512_set1_epi8(15);
     const uint8_t *row = (const uint8_t *)c->data + first * c->row_bytes;
     int64_t t = 0;
     for (; part == 32 && t + 2 <= count; t += 2, row += 64) { /* two rows at a time */
-        const __m512i x = _mm512_loadu_si512(row), low = _mm512_and_si512(x, nibble);
-        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble);
+        const __m512i x = _mm512_loadu_si512(row);
+        __m512i low = _mm512_and_si512(x, nibble), high = _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble);
+        if (look_up) low = _mm512_shuffle_epi8(table, low), high = _mm512_shuffle_epi8(table, high);
         _mm512_storeu_si512(out + t * 64, _mm512_shuffle_i64x2(low, high, 0x44));
         _mm512_storeu_si512(out + t * 64 + 64, _mm512_shuffle_i64x2(low, high, 0xee));
     }
@@ -57,8 +61,8 @@ static void unpack_nibbles(const kvc_codes *c, int64_t first, int64_t count, uin
         for (int i = 0; i < part; i += 64) {
             const __mmask64 some = first_bytes(part - i);
             const __m512i x = _mm512_maskz_loadu_epi8(some, row + i);
-            const __m512i low = _mm512_and_si512(x, nibble);
-            const __m512i high = _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble);
+            __m512i low = _mm512_and_si512(x, nibble), high = _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble);
+            if (look_up) low = _mm512_shuffle_epi8(table, low), high = _mm512_shuffle_epi8(table, high);
             if (some == ~0ull) { /* a plain store is several times faster than a masked one */
                 _mm512_storeu_si512(to + i, low);
                 _mm512_storeu_si512(to + part + i, high);
@@ -68,6 +72,51 @@ static void unpack_nibbles(const kvc_codes *c, int64_t first, int64_t count, uin
             }
         }
     }
+}
+
+/* 64 rows of levels, or fewer, as rows of the bytes of `kvc_levels` in the order of the channels. */
+static void unpack_levels(const kvc_codes *c, int64_t first, int64_t count, uint8_t *restrict out) {
+    const int dim = c->dim, part = dim / (c->dtype == KVC_ROT4 ? 2 : 4);
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)kvc_levels[c->dtype - KVC_ROT4]));
+    const uint8_t *row = (const uint8_t *)c->data + first * c->row_bytes;
+    const __m512i pair = _mm512_set1_epi8(3), four = _mm512_set1_epi8(4);
+    if (c->dtype == KVC_ROT4) {
+        unpack_nibbles(c, first, count, 1, table, out);
+        return;
+    }
+    if (part != 16 && part != 32) {
+        for (int64_t t = 0; t < count; t++) levels_of(c, row + t * c->row_bytes, out + t * dim);
+        return;
+    }
+    const __m512i quarters = _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0);
+    const __m512i low_halves = _mm512_set_epi64(2, 2, 2, 2, 0, 0, 0, 0);
+    const __m512i high_halves = _mm512_set_epi64(6, 6, 6, 6, 4, 4, 4, 4);
+    for (int64_t t = 0; t < count; t++, row += c->row_bytes)
+        for (int i = 0; i < dim; i += 64) {
+            __m512i x;
+            if (part == 16)
+                x = _mm512_srlv_epi64(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)row)), quarters);
+            else
+                x = _mm512_srlv_epi64(_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)row)),
+                                      i ? high_halves : low_halves);
+            x = _mm512_and_si512(x, pair);
+            if (c->dtype == KVC_ROT3) {
+                uint64_t third;
+                memcpy(&third, row + part + i / 8, 8);
+                x = _mm512_or_si512(x, _mm512_maskz_mov_epi8((__mmask64)third, four));
+            }
+            _mm512_storeu_si512(out + t * dim + i, _mm512_shuffle_epi8(table, x));
+        }
+}
+
+/* The codes of a tile, a byte each. */
+static inline const uint8_t *bytes_of(const kvc_codes *c, int64_t slot, int64_t count, uint8_t *tile,
+                                      int64_t *row_bytes) {
+    *row_bytes = c->dim;
+    if (c->dtype == KVC_INT8) return (const uint8_t *)c->data + slot * c->row_bytes;
+    if (c->dtype == KVC_INT4) unpack_nibbles(c, slot, count, 0, _mm512_setzero_si512(), tile);
+    else unpack_levels(c, slot, count, tile);
+    return tile;
 }
 
 /* The 4 × 4 blocks of 32 bits in each quarter, transposed: lane t of quarter L of vector j is the
@@ -201,7 +250,7 @@ static inline __attribute__((always_inline)) void keys_of_tile(const uint8_t *ro
 }
 
 static int integer(const kvc_codes *c) {
-    return (c->dtype == KVC_INT8 || c->dtype == KVC_INT4) && c->dim <= 256;
+    return c->dtype >= KVC_INT8 && c->dtype != KVC_FP8 && c->dim <= 256;
 }
 
 static void dots_vnni(const kvc_codes *c, int64_t first, int64_t n, const kvc_query *q, float *out,
@@ -212,11 +261,8 @@ static void dots_vnni(const kvc_codes *c, int64_t first, int64_t n, const kvc_qu
     }
     for (int64_t from = 0; from < n; from += KVC_TILE) {
         const int64_t count = n - from < KVC_TILE ? n - from : KVC_TILE;
-        const uint8_t *rows = (const uint8_t *)c->data + (first + from) * c->row_bytes;
-        if (c->dtype == KVC_INT4) {
-            unpack_nibbles(c, first + from, count, tile);
-            rows = tile;
-        }
+        int64_t row_bytes;
+        const uint8_t *rows = bytes_of(c, first + from, count, tile, &row_bytes);
         for (int r = 0; r < q->rows; r += 2) {
             float *to = out + r * stride + from;
             if (r + 1 < q->rows) dots_of_tile(rows, count, c->dim, q, r, 1, to, stride);
@@ -235,11 +281,8 @@ static void keys_vnni(const kvc_codes *c, int64_t first, int64_t n, const kvc_qu
     for (int r = 0; r < q->rows; r++) top[r] = _mm512_set1_ps(-INFINITY);
     for (int64_t from = 0; from < n; from += KVC_TILE) {
         const int64_t count = n - from < KVC_TILE ? n - from : KVC_TILE;
-        const uint8_t *rows = (const uint8_t *)c->data + (first + from) * c->row_bytes;
-        if (c->dtype == KVC_INT4) {
-            unpack_nibbles(c, first + from, count, tile);
-            rows = tile;
-        }
+        int64_t row_bytes;
+        const uint8_t *rows = bytes_of(c, first + from, count, tile, &row_bytes);
         for (int r = 0; r < q->rows; r += 2) {
             const int fetch = r == 0 && c->dtype == KVC_INT8;
             float *to = out + r * stride;
@@ -303,9 +346,9 @@ static inline __attribute__((always_inline)) void weigh_tile(const uint8_t *rows
 }
 
 /* 64 weights, none of them negative, as 15-bit integers: unit · (256 high + low); gives the unit.
- * `rest` takes what they leave out. */
-static inline __attribute__((always_inline)) float split(const __m512 *x, int8_t *high, int8_t *low,
-                                                         __m512 *rest) {
+ * `rest` takes what they leave out, or with `levels` what they hold, less than zero. */
+static inline __attribute__((always_inline)) float split(const __m512 *x, int levels, int8_t *high,
+                                                         int8_t *low, __m512 *rest) {
     const __m512 top = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
     const float most = _mm512_reduce_max_ps(top), unit = most / 32639.0f;
     const __m512 factor = _mm512_set1_ps(most > 0 ? 32639.0f / most : 0.0f);
@@ -318,7 +361,8 @@ static inline __attribute__((always_inline)) float split(const __m512 *x, int8_t
         _mm_storeu_si128((__m128i *)(high + 16 * i), _mm512_cvtepi32_epi8(h));
         _mm_storeu_si128((__m128i *)(low + 16 * i), _mm512_cvtepi32_epi8(l));
     }
-    const __m512 sum = _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3]));
+    const __m512 sum = levels ? _mm512_setzero_ps()
+                              : _mm512_add_ps(_mm512_add_ps(x[0], x[1]), _mm512_add_ps(x[2], x[3]));
     *rest = _mm512_add_ps(*rest, _mm512_fnmadd_ps(_mm512_cvtepi32_ps(held), _mm512_set1_ps(unit), sum));
     return unit;
 }
@@ -368,18 +412,6 @@ static inline __attribute__((always_inline)) void weigh_width(const uint8_t *cod
         weigh_tile(codes + i, row_bytes, count, fetch, first_bytes(width - i), w, pair, sum + i, sum_stride);
 }
 
-/* The codes of a tile, a byte each. */
-static inline const uint8_t *bytes_of(const kvc_codes *c, int64_t slot, int64_t count, uint8_t *tile,
-                                      int64_t *row_bytes) {
-    if (c->dtype == KVC_INT4) {
-        unpack_nibbles(c, slot, count, tile);
-        *row_bytes = c->dim;
-        return tile;
-    }
-    *row_bytes = c->row_bytes;
-    return (const uint8_t *)c->data + slot * c->row_bytes;
-}
-
 static void values_vnni(const kvc_codes *c, int64_t first, int64_t n, int32_t width, const kvc_sight *s,
                         float *weight, int64_t stride, int32_t rows, const kvc_part *m, float *sum,
                         int64_t sum_stride, uint8_t *tile) {
@@ -388,6 +420,7 @@ static void values_vnni(const kvc_codes *c, int64_t first, int64_t n, int32_t wi
         return;
     }
     __m512 total[KVC_MAX_ROWS], shift[KVC_MAX_ROWS], rest[KVC_MAX_ROWS], x[4];
+    const int levels = kvc_rotated(c);
     for (int r = 0; r < rows; r++) total[r] = shift[r] = rest[r] = _mm512_setzero_ps();
     weight_parts w;
     for (int64_t from = 0; from < n; from += KVC_TILE) {
@@ -399,7 +432,7 @@ static void values_vnni(const kvc_codes *c, int64_t first, int64_t n, int32_t wi
             for (int k = 0; k <= pair; k++) {
                 const float top = m->top[r + k] == -INFINITY ? 0 : m->top[r + k];
                 weights_of_tile(weight + (r + k) * stride, count, top, s, from, x, total + r + k, shift + r + k);
-                w.unit[k] = split(x, (int8_t *)w.high[k], (int8_t *)w.low[k], rest + r + k);
+                w.unit[k] = split(x, levels, (int8_t *)w.high[k], (int8_t *)w.low[k], rest + r + k);
             }
             float *to = sum + r * sum_stride;
             if (pair) weigh_width(codes, row_bytes, count, fetch, width, &w, 1, to, sum_stride);
@@ -420,6 +453,7 @@ static void weigh_vnni(const kvc_codes *c, int64_t first, int64_t n, int32_t low
         return;
     }
     weight_parts w;
+    const int levels = kvc_rotated(c);
     __m512 rest[KVC_MAX_ROWS], x[4];
     for (int r = 0; r < rows; r++) rest[r] = _mm512_setzero_ps();
     for (int64_t from = 0; from < n; from += KVC_TILE) {
@@ -433,7 +467,7 @@ static void weigh_vnni(const kvc_codes *c, int64_t first, int64_t n, int32_t low
                 for (int i = 0; i < 4; i++)
                     x[i] = count > 16 * i ? _mm512_maskz_loadu_ps(first_of_16(count - 16 * i), own + 16 * i)
                                           : _mm512_setzero_ps();
-                w.unit[k] = split(x, (int8_t *)w.high[k], (int8_t *)w.low[k], rest + r + k);
+                w.unit[k] = split(x, levels, (int8_t *)w.high[k], (int8_t *)w.low[k], rest + r + k);
             }
             float *to = sum + r * sum_stride + 2 * low;
             if (pair) weigh_width(codes, row_bytes, count, 0, width, &w, 1, to, sum_stride);

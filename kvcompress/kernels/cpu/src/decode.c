@@ -74,6 +74,7 @@ static void prepare(const job *j, const kvc_segment *s, partial *p) {
     const kvc_step *step = j->step;
     const int g = y->queries, dim = y->dim, size = y->dtype == KVC_F32 ? 4 : 2;
     const float *center = y->constants.center + (int64_t)s->head * dim, *scale = y->constants.scale + (int64_t)s->head * dim;
+    const int rotated = kvc_rotated(&y->groups[s->group].k);
     kvc_query *q = &p->query;
     q->rows = g, q->dim = dim, q->padded = (int32_t)up(dim, 64);
     q->value = p->code_query, q->high = p->high, q->low = p->low;
@@ -88,6 +89,9 @@ static void prepare(const job *j, const kvc_segment *s, partial *p) {
             exact[i] *= step->softmax.scaling;
             offset += exact[i] * center[i];
             code[i] = exact[i] * scale[i];
+        }
+        if (rotated) kvc_rotate(code, dim);
+        for (int i = 0; i < dim; i++) {
             sum += code[i];
             most = fabsf(code[i]) > most ? fabsf(code[i]) : most;
         }
@@ -107,7 +111,8 @@ static void prepare(const job *j, const kvc_segment *s, partial *p) {
             for (int t = 0; t < 16; t += 4) high[t] = (int8_t)h, low[t] = (int8_t)(v - h * 256);
             held += v;
         }
-        q->rest[r] = kvc_middle(&y->groups[s->group].k) * (float)((double)sum - (double)q->unit[r] * (double)held);
+        const double kept = (double)q->unit[r] * (double)held;
+        q->rest[r] = kvc_middle(&y->groups[s->group].k) * (float)((rotated ? 0 : (double)sum) - kept);
     }
 }
 
@@ -259,6 +264,7 @@ static void merge(const job *j, const kvc_segment *s, partial *p, int r, workspa
         factor[c] /= total;
         j->isa->add_scaled(out, p->sum + (c * g + r) * j->sum_stride, dim, factor[c]);
     }
+    if (kvc_rotated(&y->groups[s->group].v)) kvc_rotate(out, dim);
     kvc_codes exact = {(char *)y->exact.v + head * y->held * dim * size, NULL, NULL, y->dtype, dim, 1,
                        dim * size, y->held};
     kvc_codes own = exact;

@@ -127,6 +127,91 @@ static void encode_plain(const float *x, int32_t dtype, int32_t dim, uint8_t *ro
     kvc_to_model(within, dtype, dim, row);
 }
 
+/* ---- levels of rotated vectors */
+const uint8_t kvc_levels[3][16] = {
+    {5, 34, 55, 71, 85, 98, 110, 122, 134, 146, 158, 171, 185, 201, 222, 251},
+    {5, 52, 85, 114, 142, 171, 204, 251, 5, 52, 85, 114, 142, 171, 204, 251},
+    {8, 92, 164, 248, 8, 92, 164, 248, 8, 92, 164, 248, 8, 92, 164, 248},
+};
+static const double UNITS[3] = {45.192, 57.020, 79.452};
+
+void kvc_rotate(float *x, int32_t dim) {
+    const int32_t size = dim & -dim, runs = dim / size;
+    float y[KVC_MAX_DIM], sign[KVC_MAX_DIM];
+    for (int32_t i = 0; i < dim; i++) {
+        uint32_t number = (uint32_t)i * 0x9E3779B1u;
+        number = (number ^ number >> 15) * 0x85EBCA77u;
+        sign[i] = number >> 31 ? -1.0f : 1.0f;
+        x[i] *= sign[i];
+    }
+    for (int32_t step = 1; step < size; step *= 2)
+        for (int32_t low = 0; low < dim; low += 2 * step)
+            for (int32_t i = low; i < low + step; i++) {
+                const float a = x[i], b = x[i + step];
+                x[i] = a + b;
+                x[i + step] = a - b;
+            }
+    const float unit = (float)(1.0 / sqrt(size));
+    for (int32_t i = 0; i < dim; i++) x[i] *= runs == 1 ? unit * sign[i] : unit;
+    if (runs == 1) return;
+    double wave[KVC_MAX_DIM];
+    for (int32_t k = 0; k < runs; k++) {
+        const double angle = 6.283185307179586 * k / runs;
+        wave[k] = (cos(angle) + sin(angle)) / sqrt(runs);
+    }
+    for (int32_t i = 0; i < dim; i++) {
+        double sum = 0;
+        for (int32_t k = 0; k < runs; k++) sum += wave[i / size * k % runs] * (double)x[k * size + i % size];
+        y[i] = (float)sum;
+    }
+    for (int32_t i = 0; i < dim; i++) x[i] = y[i] * sign[i];
+}
+
+/* Codes of one vector as bytes with `bits` of each, see quant/codes/rotated.py. */
+static void pack_levels(const uint8_t *code, int32_t dim, int32_t bits, uint8_t *row) {
+    const int32_t per_byte = bits == 4 ? 2 : 4, part = dim / per_byte;
+    for (int32_t i = 0; i < part; i++) {
+        uint8_t byte = 0;
+        for (int32_t k = 0; k < per_byte; k++)
+            byte |= (uint8_t)((code[k * part + i] & (bits == 4 ? 15 : 3)) << 8 / per_byte * k);
+        row[i] = byte;
+    }
+    for (int32_t i = 0; bits == 3 && i < dim / 8; i++) {
+        uint8_t byte = 0;
+        for (int32_t k = 0; k < 8; k++) byte |= (uint8_t)(code[8 * i + k] >> 2 << k);
+        row[part + i] = byte;
+    }
+}
+
+static void encode_levels(const float *x, int32_t dim, int32_t dtype, uint8_t *row, uint16_t *scale) {
+    const int32_t bits = 4 - (dtype - KVC_ROT4), count = 1 << bits;
+    const uint8_t *levels = kvc_levels[dtype - KVC_ROT4];
+    uint8_t code[KVC_MAX_DIM] = {0};
+    float y[KVC_MAX_DIM], middle[16];
+    if (!sound(x, dim)) {
+        *scale = NOT_A_NUMBER;
+        pack_levels(code, dim, bits, row);
+        return;
+    }
+    for (int32_t i = 0; i < dim; i++) y[i] = x[i] < -0x1p60f ? -0x1p60f : x[i] > 0x1p60f ? 0x1p60f : x[i];
+    kvc_rotate(y, dim);
+    double square = 0, product = 0, size = 0;
+    for (int32_t i = 0; i < dim; i++) square += (double)y[i] * y[i];
+    const double spread = sqrt(square / dim);
+    const float factor = spread < 0x1p-100 ? 0 : (float)(UNITS[dtype - KVC_ROT4] / spread);
+    for (int32_t k = 0; k + 1 < count; k++) middle[k] = (float)(levels[k] + levels[k + 1]) / 2 - 128.0f;
+    for (int32_t k = 0; k + 1 < count; k++)
+        for (int32_t i = 0; i < dim; i++) code[i] += y[i] * factor > middle[k];
+    for (int32_t i = 0; i < dim; i++) {
+        const double level = levels[code[i]] - 128;
+        product += y[i] * level;
+        size += level * level;
+    }
+    const float fitted = (float)(product / size);
+    *scale = kvc_to_half(fitted > 65504.0f ? 65504.0f : fitted);
+    pack_levels(code, dim, bits, row);
+}
+
 void kvc_encode(const kvc_codes *c, int64_t slot, const float *x, int32_t model_dtype) {
     KVC_CHECK(slot >= 0 && slot < c->slots && c->dim <= KVC_MAX_DIM);
     uint8_t *row = (uint8_t *)c->data + slot * c->row_bytes;
@@ -137,6 +222,10 @@ void kvc_encode(const kvc_codes *c, int64_t slot, const float *x, int32_t model_
     uint16_t *scale = c->scale + slot * c->groups;
     if (c->dtype == KVC_FP8) {
         encode_fp8(x, row, scale, c->dim);
+        return;
+    }
+    if (kvc_rotated(c)) {
+        encode_levels(x, c->dim, c->dtype, row, scale);
         return;
     }
     const float levels = c->dtype == KVC_INT8 ? 255.0f : 15.0f;

@@ -137,6 +137,67 @@ static float half_to_float(uint16_t h) {
     return from_half(padded)[0];
 }
 
+/* ---- levels of rotated vectors */
+typedef uint8_t v16 __attribute__((vector_size(16)));
+
+static inline v16 load_16(const uint8_t *p) { v16 x; memcpy(&x, p, sizeof x); return x; }
+
+/* Places in a table of 16 bytes as the table has them. */
+static inline v16 look_up(v16 table, v16 place) {
+#if defined(__clang__)
+    for (int i = 0; i < 16; i++) place[i] = table[place[i]];
+    return place;
+#else
+    return __builtin_shuffle(table, place);
+#endif
+}
+
+/* Channels low to low + 15 have their third bits in two bytes; 4 where it is set. */
+static inline v16 third_bits(const uint8_t *p) {
+    const v16 bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    const v16 byte = {p[0], p[0], p[0], p[0], p[0], p[0], p[0], p[0],
+                      p[1], p[1], p[1], p[1], p[1], p[1], p[1], p[1]};
+    return (v16)((byte & bit) == bit) & 4;
+}
+
+/* A row of levels in rows of `wide` bits and, of rot3, a third one, as the bytes of `kvc_levels`. */
+static inline __attribute__((always_inline)) void levels_in(const uint8_t *row, const uint8_t *levels, int dim,
+                                                            int wide, int third, uint8_t *restrict out) {
+    const v16 table = load_16(levels), mask = {0};
+    const int part = dim * wide / 8, most = (1 << wide) - 1;
+    int i = 0;
+    for (; (!third || part % 16 == 0) && i + 16 <= part; i += 16) {
+        const v16 x = load_16(row + i);
+#pragma GCC unroll 4
+        for (int k = 0; k * wide < 8; k++) {
+            v16 place = (x >> (uint8_t)(wide * k)) & (mask + (uint8_t)most);
+            if (third) place |= third_bits(row + part + (k * part + i) / 8);
+            const v16 level = look_up(table, place);
+            memcpy(out + k * part + i, &level, 16);
+        }
+    }
+    for (; i < part; i++)
+        for (int k = 0; k * wide < 8; k++) {
+            const int channel = k * part + i, high = third ? row[part + channel / 8] >> channel % 8 & 1 : 0;
+            out[channel] = levels[(row[i] >> wide * k & most) | high << 2];
+        }
+}
+
+static inline void levels_of(const kvc_codes *c, const uint8_t *row, uint8_t *restrict out) {
+    const uint8_t *levels = kvc_levels[c->dtype - KVC_ROT4];
+    if (c->dtype == KVC_ROT4) levels_in(row, levels, c->dim, 4, 0, out);
+    else if (c->dtype == KVC_ROT3) levels_in(row, levels, c->dim, 2, 1, out);
+    else levels_in(row, levels, c->dim, 2, 0, out);
+}
+
+static inline void widen_levels(const kvc_codes *c, const uint8_t *row, float *restrict out) {
+    uint8_t level[KVC_MAX_DIM];
+    int i = 0;
+    levels_of(c, row, level);
+    for (; i + W <= c->dim; i += W) store(out + i, from_bytes(level + i) - all(128.0f));
+    for (; i < c->dim; i++) out[i] = (float)level[i] - 128.0f;
+}
+
 /* Row `slot` of uncoded vectors or of codes, without scale and minimum. */
 static void widen(const kvc_codes *c, int64_t slot, float *restrict out) {
     const uint8_t *row = (const uint8_t *)c->data + slot * c->row_bytes;
@@ -165,6 +226,11 @@ static void widen(const kvc_codes *c, int64_t slot, float *restrict out) {
     case KVC_INT4:
         for (; i < part; i++) out[i] = (float)(row[i] & 15);
         for (i = 0; i < part; i++) out[part + i] = (float)(row[i] >> 4);
+        break;
+    case KVC_ROT4:
+    case KVC_ROT3:
+    case KVC_ROT2:
+        widen_levels(c, row, out);
         break;
     default:
         for (; i + W <= dim; i += W) store(out + i, from_fp8s(row + i));

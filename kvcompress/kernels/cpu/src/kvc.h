@@ -14,7 +14,7 @@
 #define KVC_EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { KVC_F32, KVC_BF16, KVC_F16, KVC_INT8, KVC_INT4, KVC_FP8 };
+enum { KVC_F32, KVC_BF16, KVC_F16, KVC_INT8, KVC_INT4, KVC_FP8, KVC_ROT4, KVC_ROT3, KVC_ROT2 };
 
 enum {
     KVC_MAX_ROWS = 64,   /* query heads that share a KV head */
@@ -49,13 +49,19 @@ enum {
  * deviate from it, once the errors' sum times it has been added. */
 static inline float kvc_middle(const kvc_codes *c) { return c->dtype == KVC_INT4 ? 8.0f : 128.0f; }
 
+/* Codes of levels lie in rotated vectors, see quant/codes/rotated.py: a query is rotated before it
+ * meets them, and so is a sum of them. A level is a byte of `kvc_levels` less `kvc_middle`. */
+static inline int kvc_rotated(const kvc_codes *c) { return c->dtype >= KVC_ROT4; }
+extern const uint8_t kvc_levels[3][16]; /* of rot4, rot3 and rot2; small tables repeat themselves */
+
 /* Some query rows, ready to be multiplied with rows of codes. */
 typedef struct {
     int32_t rows, dim, padded; /* `padded`: dim rounded up to 64 */
     const float *value;        /* [rows, dim] */
     const int8_t *high, *low;  /* [rows, 4 padded] value ≈ unit (256 high + low), see kvc_place */
     float unit[KVC_MAX_ROWS];
-    float rest[KVC_MAX_ROWS];  /* the sum of what the 16 bits leave out, times `kvc_middle` */
+    float rest[KVC_MAX_ROWS];  /* the sum of what the 16 bits leave out, times `kvc_middle`; of levels
+                                * the sum of the 16 bits, times −`kvc_middle` */
     float sum[KVC_MAX_ROWS];   /* of `value` over the channels */
 } kvc_query;
 

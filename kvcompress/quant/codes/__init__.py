@@ -1,0 +1,1 @@
+"""Ways to code a vector, one a file."""
