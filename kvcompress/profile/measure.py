@@ -25,7 +25,7 @@ from kvcompress.profile.losses import Candidates, layer_losses
 from kvcompress.profile.masks import KeepMasks
 from kvcompress.profile.memory import SCRATCH_BYTES, rows_at_once
 from kvcompress.profile.sensitivity import path_gradients
-from kvcompress.quant.keystats import KVParams, Rotation
+from kvcompress.quant.keystats import KVParams, Rotation, positions_for
 from kvcompress.recipe import Keep
 
 LOW_QUANTILE: Final = 0.05
@@ -93,7 +93,8 @@ def measure_prompt(model: PreTrainedModel, setup: Setup, ids: list[int]) -> Prom
     with torch.no_grad():
         for rows, gradient in zip(layers, gradients, strict=True):
             recovery.append(_recovery(rows, KeepMasks(rows, setup.keep, special, punct), setup))
-            constants = setup.params.k_center[rows.layer], setup.params.k_scale[rows.layer]
+            positions = positions_for(rows.prompt_tokens, setup.shape.max_position)
+            constants = setup.params.constants(rows.layer, positions)
             settings = [
                 (candidates, KeepMasks(rows, keep, special, punct))
                 for keep, candidates in setup.losses

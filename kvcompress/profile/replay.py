@@ -18,7 +18,7 @@ from kvcompress.profile.collect import LayerRows
 from kvcompress.profile.hf import LayerInput, attention_through
 from kvcompress.profile.losses import StoredRows, some_heads
 from kvcompress.profile.masks import KeepMasks
-from kvcompress.quant.keystats import KVParams
+from kvcompress.quant.keystats import KVParams, positions_for
 from kvcompress.recipe import Keep
 
 Attention = Callable[[LayerRows], Tensor]
@@ -94,7 +94,8 @@ def planned_attention(
         alike: dict[HeadPlan, list[int]] = {}
         for number, head in enumerate(plan.heads[rows.layer]):
             alike.setdefault(head, []).append(number)
-        center, scale = params.k_center[rows.layer], params.k_scale[rows.layer]
+        positions = positions_for(rows.prompt_tokens, plan.max_position)
+        center, scale = params.constants(rows.layer, positions)
         for head, numbers in alike.items():
             part = some_heads(rows, numbers)
             masks = KeepMasks(part, keep, special, punct)

@@ -9,6 +9,10 @@ For a rotary pair (j, j') with frequency ω and m read as the complex number m_j
     scale² = (var_j + var_j') / 2 + |m|² (1 − |c|²) / 2
 A large bias goes into the centre where the rotation leaves it in place, and into the scale where
 the rotation spreads it over a circle. A pair shares one scale, which commutes with the rotation.
+
+How many positions there are matters: a channel that turns once in 30000 tokens stands still in the
+first 2000, where constants for all 32768 positions leave most of its bias in the codes. So a cache
+takes constants for the positions that it will use, see `positions_for`, from `KeyMoments`.
 """
 
 from __future__ import annotations
@@ -33,6 +37,52 @@ SCALES: Final = (2.0**-40, 2.0**40)
 LARGEST: Final = 2.0**40
 MAX_HIDDEN: Final = 2**17 + 1
 _SCORER: Final = "scorer."
+_MOMENTS: Final = ("k_mean", "k_partner", "k_spread", "k_frequency")
+FEWEST_POSITIONS: Final = 4096
+
+
+def positions_for(tokens: int, most: int) -> int:
+    """Positions that the constants of a cache are for, whose first prompt has so many tokens.
+
+    A power of two with a quarter of room for the answer, and no more than the model has.
+    """
+    return min(most, max(FEWEST_POSITIONS, 1 << (tokens + tokens // 4 - 1).bit_length()))
+
+
+@dataclass(frozen=True)
+class KeyMoments:
+    """What constants for any number of positions are derived from, each ``[Hkv, D]`` float32.
+
+    Attributes:
+        mean: of keys before the rotary embedding.
+        partner: what turning by a right angle would make of the mean: −m_j' in channel j of a pair
+            and m_j in channel j'; 0 where nothing turns.
+        spread: variance, the mean of a pair's.
+        frequency: radians per position, 0 where nothing turns; the same in every head.
+    """
+
+    mean: Tensor
+    partner: Tensor
+    spread: Tensor
+    frequency: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.mean, self.partner, self.spread, self.frequency
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> KeyMoments:
+        """The same moments with each of their tensors changed."""
+        return KeyMoments(*map(change, self.tensors()))
+
+    def constants(self, positions: int) -> tuple[Tensor, Tensor]:
+        """(centre, scale) ``[Hkv, D]`` for positions 0 to ``positions − 1``."""
+        mean, partner = self.mean.double(), self.partner.double()
+        turn = mean_turn(self.frequency, positions)
+        center = mean * turn.real + partner * turn.imag
+        moved = (1 - turn.abs() ** 2).clamp(min=0)
+        scale = (self.spread.double() + (mean**2 + partner**2) * moved / 2).sqrt()
+        median = float(scale.median())
+        scale = scale.clamp(min=SMALLEST_SCALE * median) if median > 0 else torch.ones_like(scale)
+        return center.float(), scale.float()
 
 
 @dataclass(frozen=True)
@@ -40,6 +90,8 @@ class KVParams:
     """Key constants of every layer, each ``[Hkv, D]`` float32.
 
     Attributes:
+        k_center, k_scale: for all positions of the model.
+        moments: of every layer, for constants of fewer positions; empty where only these are known.
         scorer: trained tensors of a scorer by name, one for each layer; their first dimension is
             the KV heads.
     """
@@ -47,13 +99,21 @@ class KVParams:
     k_center: tuple[Tensor, ...]
     k_scale: tuple[Tensor, ...]
     scorer: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    moments: tuple[KeyMoments, ...] = ()
+
+    def constants(self, layer: int, positions: int) -> tuple[Tensor, Tensor]:
+        """(centre, scale) ``[Hkv, D]`` of a layer, for positions 0 to ``positions − 1``."""
+        if not self.moments:
+            return self.k_center[layer], self.k_scale[layer]
+        return self.moments[layer].constants(positions)
 
     def tensors_of(self, layer: int) -> dict[str, Tensor]:
         """The scorer's trained tensors of one layer, by name."""
         return {name: parts[layer] for name, parts in self.scorer.items()}
 
     def save(self, path: Path | str) -> None:
-        """Write a safetensors file with ``layers.{i}.k_center`` and ``layers.{i}.k_scale``, and
+        """Write a safetensors file with ``layers.{i}.k_center`` and ``layers.{i}.k_scale``,
+        ``layers.{i}.k_mean`` and the other moments where they are known, and
         ``layers.{i}.scorer.{name}`` for what was trained."""
         from safetensors.torch import save_file
 
@@ -61,8 +121,11 @@ class KVParams:
         for i, (center, scale) in enumerate(zip(self.k_center, self.k_scale, strict=True)):
             tensors[f"layers.{i}.k_center"] = center.detach().cpu().float().contiguous()
             tensors[f"layers.{i}.k_scale"] = scale.detach().cpu().float().contiguous()
-            for name, value in self.tensors_of(i).items():
-                tensors[f"layers.{i}.scorer.{name}"] = value.detach().cpu().float().contiguous()
+            more = {f"{_SCORER}{name}": value for name, value in self.tensors_of(i).items()}
+            if self.moments:
+                more |= dict(zip(_MOMENTS, self.moments[i].tensors(), strict=True))
+            for name, value in more.items():
+                tensors[f"layers.{i}.{name}"] = value.detach().cpu().float().contiguous()
         save_file(tensors, str(path), metadata={"format": "pt"})
 
     @staticmethod
@@ -94,14 +157,19 @@ class KVParams:
             for kind in kinds
         }
         scorer = {k.removeprefix(_SCORER): p for k, p in parts.items() if k.startswith(_SCORER)}
-        return KVParams(parts["k_center"], parts["k_scale"], scorer)
+        moments: tuple[KeyMoments, ...] = ()
+        if _MOMENTS[0] in parts:
+            columns = zip(*(parts[name] for name in _MOMENTS), strict=True)
+            moments = tuple(KeyMoments(*own) for own in columns)
+        return KVParams(parts["k_center"], parts["k_scale"], scorer, moments)
 
 
 def _kinds(names: set[str], shape: ModelShape) -> list[str]:
     """The names of a layer's tensors, if every layer of the file has the same."""
     first = "layers.0."
     trained = sorted(n.removeprefix(first) for n in names if n.startswith(first + _SCORER))
-    kinds = ["k_center", "k_scale", *trained]
+    moments = _MOMENTS if first + _MOMENTS[0] in names else ()
+    kinds = ["k_center", "k_scale", *moments, *trained]
     wanted = {f"layers.{i}.{kind}" for i in range(shape.layers) for kind in kinds}
     odd = sorted(names ^ wanted)
     if odd:
@@ -133,6 +201,11 @@ def _scorer_size(name: str, size: Size, dtype: str, shape: ModelShape) -> str | 
 
 
 def _scale(name: str, value: Tensor) -> str | None:
+    if name.endswith((".k_spread", ".k_frequency")):
+        low, high = (float(end) for end in value.aminmax())
+        if 0 <= low and high <= LARGEST:
+            return None
+        return f"{name} has numbers from {low:g} to {high:g}, expected 0 to {LARGEST:g}"
     if not name.endswith(".k_scale"):
         return None
     low, high = (float(end) for end in value.aminmax())
@@ -236,36 +309,27 @@ class KeyStats:
 
 
 def derive(stats: list[KeyStats], rotations: list[Rotation | None], max_position: int) -> KVParams:
-    """Constants for positions 0 to ``max_position − 1``; see the module docstring.
+    """Constants for positions 0 to ``max_position − 1``, and what those of fewer are made from.
 
     Args:
         rotations: per layer, None where keys are stored as they leave their projection.
     """
-    constants = [
-        _constants(layer, rotation, max_position)
-        for layer, rotation in zip(stats, rotations, strict=True)
-    ]
-    return KVParams(tuple(c for c, _ in constants), tuple(s for _, s in constants))
+    moments = tuple(map(_moments, stats, rotations))
+    constants = [own.constants(max_position) for own in moments]
+    return KVParams(tuple(c for c, _ in constants), tuple(s for _, s in constants), {}, moments)
 
 
-def _constants(
-    stats: KeyStats, rotation: Rotation | None, max_position: int
-) -> tuple[Tensor, Tensor]:
-    center, square = stats.mean.clone(), stats.var.clone()
+def _moments(stats: KeyStats, rotation: Rotation | None) -> KeyMoments:
+    mean, spread = stats.mean.clone(), stats.var.clone()
+    partner, frequency = torch.zeros_like(mean), torch.zeros_like(mean)
     if rotation is not None:
         first, second = rotation.pairs()
-        mean = torch.complex(stats.mean[:, first], stats.mean[:, second])
-        turn = mean_turn(rotation.inv_freq, max_position)
-        stays = mean * turn
-        center[:, first], center[:, second] = stays.real, stays.imag
-        shared = (stats.var[:, first] + stats.var[:, second]) / 2
-        shared = shared + mean.abs() ** 2 * (1 - turn.abs() ** 2).clamp(min=0) / 2
-        square[:, first] = shared
-        square[:, second] = shared
-    scale = square.sqrt()
-    median = float(scale.median())
-    scale = scale.clamp(min=SMALLEST_SCALE * median) if median > 0 else torch.ones_like(scale)
-    return center.float(), scale.float()
+        partner[:, first], partner[:, second] = -mean[:, second], mean[:, first]
+        spread[:, first] = (stats.var[:, first] + stats.var[:, second]) / 2
+        spread[:, second] = spread[:, first]
+        inv_freq = rotation.inv_freq.detach().cpu().double()
+        frequency[:, first], frequency[:, second] = inv_freq, inv_freq
+    return KeyMoments(mean.float(), partner.float(), spread.float(), frequency.float())
 
 
 def mean_turn(inv_freq: Tensor, positions: int) -> Tensor:

@@ -201,7 +201,7 @@ def test_what_lies_elsewhere_is_named(told, dtype, tiny_llama):
 
 def test_other_key_constants_than_those_of_the_codes_are_noticed(tiny_llama):
     cache, given = read(tiny_llama, "int8")
-    settings = cache.layers[1].state.settings
-    center, scale = settings.key_constants(torch.device("cpu"))
-    settings._constants[torch.device("cpu")] = (center, 1.5 * scale)
+    state = cache.layers[1].state
+    center, scale = state.key_constants()
+    state.settings._constants[torch.device("cpu"), state.positions] = (center, 1.5 * scale)
     assert "layer 1 stores keys in int8" in stored_problem(cache, given)

@@ -16,7 +16,8 @@ from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach
 from kvcompress.runtime.names import as_argument, cache_of
-from kvcompress.runtime.store.state import LayerSettings, LayerState
+from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerState
 from tests.runtime.battery import EXACT, FULL, PUNCT, plan_for
 from tests.runtime.models import build, prompts, refused
 from tests.runtime.test_parity import KEEP_SETS, greedy
@@ -316,7 +317,9 @@ def test_a_layer_lies_where_its_keys_are():
         for group in state.groups:
             group.store.relayout([[3] * len(group.heads)] * 2, [0, 1])
         assert {t.device.type for t in state.tensors()} == {device}
-        assert {t.device.type for t in settings.key_constants(torch.device(device))} == {device}
+        assert {t.device.type for t in settings.key_constants(torch.device(device), 4096)} == {
+            device
+        }
 
 
 def test_a_model_spread_by_accelerate(tmp_path):

@@ -16,7 +16,7 @@ from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.step.cpu import EXCEPTIONS, refusal
-from kvcompress.runtime.store.state import LayerSettings
+from kvcompress.runtime.store.settings import LayerSettings
 from kvcompress.storage import STORAGES
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels were not built")
@@ -250,7 +250,7 @@ def test_attention_equals_float64(isa):
     query = (torch.randn(1, 1, 6, 96, generator=pair.generator) * 2 + 0.3).transpose(1, 2)
     key = (torch.randn(1, 1, 2, 96, generator=pair.generator) * 2 + 0.3).transpose(1, 2)
     value = (torch.randn(1, 1, 2, 96, generator=pair.generator) * 2 + 0.3).transpose(1, 2)
-    center, scale = state.settings.key_constants(query.device)
+    center, scale = state.key_constants()
     for group in state.groups:
         for bucket in group.store.buckets():
             keys, values = group.store.decoded(bucket)

@@ -19,7 +19,7 @@ from kvcompress.registry import SUMS
 from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.store.rules import broken
-from kvcompress.runtime.store.state import LayerSettings
+from kvcompress.runtime.store.settings import LayerSettings
 from kvcompress.storage import STORAGES
 
 CASES = 2000
@@ -71,7 +71,7 @@ def plans(draw):
     width = None if kind == "full" else draw(st.integers(3, 24))
     shape = ModelShape(
         model_type="tiny", config_hash="0", layers=1, query_heads=kv_heads, kv_heads=kv_heads,
-        head_dim=draw(st.sampled_from([4, 6, 16])), sliding_windows=(width,), layer_kinds=(kind,),
+        head_dim=draw(st.sampled_from([8, 16, 24])), sliding_windows=(width,), layer_kinds=(kind,),
         model_dtype_bytes=4, max_position=512,
     )  # fmt: skip
     scorer = draw(SCORERS)

@@ -28,7 +28,7 @@ from torch import Tensor
 from kvcompress.quant.codes.code import HALF_MAX, Code, Codes
 from kvcompress.quant.codes.steps import packed, unpacked
 
-# The upper half of the levels of N(0, 1), times UNITS. Of the whole numbers near the best ones these
+# The upper half of the levels of N(0, 1), times UNITS. Of the whole numbers near the best, these
 # lie on a curve, so that a GPU needs no table: level i is a u + b u⁵, rounded, with u = i + 1/2 and
 # a and b of CURVE.
 LEVELS: Final[dict[int, tuple[int, ...]]] = {

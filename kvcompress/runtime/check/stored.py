@@ -81,7 +81,7 @@ def _pairs(
 def _coded(
     state: LayerState, group: Group, whole: tuple[Tensor, Tensor]
 ) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    center, scale = state.settings.key_constants(state.start.device)
+    center, scale = state.key_constants()
     kind = group.store.kind
     for bucket in group.store.buckets():
         keys, values = group.store.decoded(bucket)

@@ -25,7 +25,8 @@ from kvcompress.runtime.layer.ready import Ready
 from kvcompress.runtime.prompt.score_queries import LateScoreQueries
 from kvcompress.runtime.store.attend import QUERY_BLOCK, Chunk, chunk_visible, voting_rows
 from kvcompress.runtime.store.segments import EMPTY
-from kvcompress.runtime.store.state import LayerSettings, LayerState
+from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerState
 from kvcompress.runtime.torch_modes import leaving_plain_tensors
 
 
@@ -98,7 +99,7 @@ class LatentAttention(AbstractAttention):
             return None
         keys, values = [state.exact_k], [state.exact_v]
         positions = [state.exact_position]
-        center, scale = state.settings.key_constants(key.device)
+        center, scale = state.key_constants()
         for store in (group.store for group in state.groups):
             longest = max(c for row in store.capacities for c in row)
             k = key.new_zeros(state.batch, 1, longest, key.shape[-1])

@@ -289,7 +289,7 @@ class _Numbering:
             query: ``[B, Hkv, R, D]`` turned, times the softmax scale.
             position: ``[n]`` of the query rows.
         """
-        center, scale = state.settings.key_constants(query.device)
+        center, scale = state.key_constants()
         scored = []
         for group in state.groups:
             kind = group.store.kind

@@ -112,7 +112,9 @@ def shard_params(params: KVParams | None, rank: int, size: int) -> KVParams | No
         return tensor[rank * local : (rank + 1) * local].clone()
 
     trained = {name: tuple(map(block, parts)) for name, parts in params.scorer.items()}
-    return KVParams(tuple(map(block, params.k_center)), tuple(map(block, params.k_scale)), trained)
+    moments = tuple(own.each(block) for own in params.moments)
+    center, scale = (tuple(map(block, t)) for t in (params.k_center, params.k_scale))
+    return KVParams(center, scale, trained, moments)
 
 
 def _share(heads: int, size: int, what: str) -> int:

@@ -224,7 +224,7 @@ def _keep_best(state: LayerState, group: Group, pool: Pool, found: Candidates) -
     new = kept[~is_old]
     fresh = found.index[new - found.stored]
     fresh_row, fresh_head = found.row[new], group.index[found.head[new]]
-    center, scale = state.settings.key_constants(state.start.device)
+    center, scale = state.key_constants()
     slots, position = slots[~is_old], found.position[new]
     score = None if found.score is None else found.score[new]
     if pool.is_first and store.notes is None:

@@ -110,7 +110,7 @@ class _Rows:
 
     def _add_group(self, group: RecallGroup) -> None:
         """The window, and the blocks that come back."""
-        center, scale = self.state.settings.key_constants(self.device)
+        center, scale = group.key_constants(self.device)
         plain = self.query[:, group.index]
         query = plain * scale[group.index, None]
         offset = (plain * center[group.index, None]).sum(-1)

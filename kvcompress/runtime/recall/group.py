@@ -22,7 +22,7 @@ from kvcompress.quant.codec import (
 )
 from kvcompress.runtime.recall.host import BlockLayout, HostPool
 from kvcompress.runtime.store.segments import StorageKind
-from kvcompress.runtime.store.state import LayerSettings
+from kvcompress.runtime.store.settings import LayerSettings
 
 DIGEST_DTYPE: Final = "int8"
 _WIDENED_TOKENS: Final = 4096  # of one row, widened to float32 at a time
@@ -64,6 +64,7 @@ class RecallGroup:
     """See the module docstring.
 
     Attributes:
+        positions: that the key constants are for.
         index: ``[Hg]`` KV head numbers.
         window: codes ``[B, Hg, allocated blocks · block tokens, …]``.
         digest: codes ``[B, Hg, vectors, E, …]`` of 8 bits, of centred and scaled keys.
@@ -71,6 +72,7 @@ class RecallGroup:
     """
 
     settings: LayerSettings
+    positions: int
     recall: Recall
     index: Tensor
     kind: StorageKind
@@ -85,6 +87,7 @@ class RecallGroup:
         recall = settings.plan.recall
         assert recall is not None
         batch, dim, value_dim = key.shape[0], key.shape[-1], value.shape[-1]
+        positions = settings.positions_for(key.shape[2])
         members: dict[StorageKind, list[int]] = {}
         for number, head in enumerate(settings.heads):
             kind = StorageKind(head.k_dtype, head.v_dtype, scored=False)
@@ -102,7 +105,7 @@ class RecallGroup:
             index = torch.tensor(own, device=key.device)
             groups.append(
                 RecallGroup(
-                    *(settings, recall, index, kind, window, digest, pool),
+                    *(settings, positions, recall, index, kind, window, digest, pool),
                     [[] for _ in range(batch)],
                 )
             )
@@ -116,9 +119,13 @@ class RecallGroup:
         assert self.digest.scale is not None and self.digest.minimum is not None
         return [self.digest.data, self.digest.scale, self.digest.minimum]
 
+    def key_constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(centre, scale) of all heads, each ``[Hkv, D]`` float32."""
+        return self.settings.key_constants(device, self.positions)
+
     def encode(self, key: Tensor, value: Tensor) -> Coded:
         """Codes of the group's heads ``[Hg, t, …]``, from tokens of all heads ``[Hkv, t, D]``."""
-        center, scale = self.settings.key_constants(key.device)
+        center, scale = self.key_constants(key.device)
         center, scale = center[self.index, None], scale[self.index, None]
         groups = value_groups(self.kind.v_dtype, value.shape[-1])
         parts = []
@@ -192,7 +199,7 @@ class RecallGroup:
         for line in self.table:
             self.pool.share(line)
         return RecallGroup(
-            *(self.settings, self.recall, self.index, self.kind),
+            *(self.settings, self.positions, self.recall, self.index, self.kind),
             self.window.of([t.clone() for t in self.window.tensors()]),
             Codes(*(t.clone() for t in self.digest_tensors())),
             self.pool,

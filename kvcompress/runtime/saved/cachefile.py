@@ -25,7 +25,7 @@ from kvcompress.errors import KVCompressError
 from kvcompress.strict import Json
 
 FORMAT: Final = "kvcompress-cache"
-SCHEMA_VERSION: Final = 2  # 1 had no digest of the weights
+SCHEMA_VERSION: Final = 3  # 1 had no digest of the weights, 2 no positions of key constants
 _UNSEALED: Final = b"0" * 64
 _OPENING: Final = b'{"__metadata__":{"sha256":"'
 _LENGTH_BYTES: Final = 8

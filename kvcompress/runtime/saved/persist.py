@@ -185,7 +185,8 @@ def params_hash(params: KVParams | None) -> str:
         return "none"
     digest = hashlib.sha256()
     trained = [part for name in sorted(params.scorer) for part in params.scorer[name]]
-    for tensor in (*params.k_center, *params.k_scale, *trained):
+    moments = [part for own in params.moments for part in own.tensors()]
+    for tensor in (*params.k_center, *params.k_scale, *trained, *moments):
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(cachefile.bytes_of(tensor.float()))
     return digest.hexdigest()

@@ -37,7 +37,8 @@ from kvcompress.runtime.static.triton_step import (
     step_tables,
     triton_step,
 )
-from kvcompress.runtime.store.state import MOST_TOKENS, LayerSettings
+from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import MOST_TOKENS
 
 __all__ = ["StaticCompressedCache", "static_cache_bytes"]
 

@@ -20,6 +20,9 @@ def freeze(source: LayerState, seen: int, into: StaticState) -> None:
     into.exact_v.copy_(source.exact_v[:, into.heads])
     into.exact_position.copy_(source.exact_position)
     into.start.copy_(source.start)
+    into.positions = source.positions
+    for target, constant in zip((into.center, into.scale), source.key_constants(), strict=True):
+        target.copy_(constant[into.heads])
     into.row_seen.copy_(torch.tensor(source.row_seen))
     into.budget_length.copy_(torch.tensor(source.budget_length))
     into.budget.copy_(torch.tensor(_budgets(source, into)))
@@ -52,6 +55,7 @@ def thaw(source: StaticState) -> LayerState:
     bounds = [[]] * source.batch if source.spans is None else source.spans.tolist()
     spans = [tuple(range(a, b) for a, b in row if b > a) for row in bounds]
     state = LayerState.empty(source.settings, source.exact_k, source.exact_v, spans)
+    state.positions = source.positions
     state.exact_k = source.exact_k[:, source.restore]
     state.exact_v = source.exact_v[:, source.restore]
     state.exact_position, state.start = source.exact_position.clone(), source.start.clone()

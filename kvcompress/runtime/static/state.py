@@ -30,7 +30,7 @@ from kvcompress.evict.keepset import HeadRules, class_mask
 from kvcompress.plan import HeadPlan, KVDtype, Plan
 from kvcompress.quant.codec import Codes, has_minimum, row_elements, row_torch_dtype, value_groups
 from kvcompress.runtime.store.segments import EMPTY
-from kvcompress.runtime.store.state import LayerSettings
+from kvcompress.runtime.store.settings import LayerSettings
 
 SEGMENT_BYTES: Final = 8  # per (row, head): local window and budget
 ROW_BYTES: Final = 8  # real tokens, now and when the last prompt ended
@@ -199,6 +199,7 @@ class StaticState:
         counter, first_vote: int64 scalars, tokens seen with padding, and as in `LayerState`.
         heads: ``[Hkv]`` KV head numbers in the order of the state; `restore` undoes the order.
         ordered: whether it is the model's own order.
+        positions: that the key constants are for.
         center, scale: ``[Hkv, D]`` key constants.
         capacity, cap: ``[Hkv]`` int32 slots, and most of them that protected tokens leave over.
         class_table: ``[4, Hkv]`` int32, 1 where a token with these flags is of the head's classes.
@@ -223,6 +224,7 @@ class StaticState:
     heads: Tensor
     restore: Tensor
     ordered: bool
+    positions: int
     center: Tensor
     scale: Tensor
     capacity: Tensor
@@ -242,7 +244,8 @@ class StaticState:
         order = [h for block in blocks for h in block.heads]
         plans = [settings.heads[h] for h in order]
         most = max(map(len, spans), default=0)
-        center, scale = settings.key_constants(device)
+        positions = settings.positions_for(sizes.max_tokens)
+        center, scale = settings.key_constants(device, positions)
 
         def ints(*shape: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.full(shape, fill, dtype=dtype, device=device)
@@ -270,6 +273,7 @@ class StaticState:
             heads=constant(order, torch.int64),
             restore=constant([order.index(h) for h in range(heads)], torch.int64),
             ordered=order == list(range(heads)),
+            positions=positions,
             center=center[order],
             scale=scale[order],
             capacity=constant([b.capacity for b in blocks for _ in b.heads]),

@@ -22,7 +22,8 @@ from kvcompress.kernels.cpu import layout
 from kvcompress.kernels.cpu.library import Library, library, why_not
 from kvcompress.kernels.view import CodesView, ExactView, GroupView, KeyConstants
 from kvcompress.runtime.store.attend import Chunk
-from kvcompress.runtime.store.state import Group, LayerSettings, LayerState
+from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import Group, LayerState
 
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -216,7 +217,7 @@ class _View:
 
     def __init__(self, state: LayerState, queries: int) -> None:
         self.alive: list[Tensor | None] = []
-        center, scale = state.settings.key_constants(state.start.device)
+        center, scale = state.key_constants()
         self._constants = KeyConstants(center.contiguous(), scale.contiguous())
         self._groups = (layout.GroupStruct * len(state.groups))()
         self._keeps = (layout.KeepStruct * len(state.groups))()

@@ -91,7 +91,7 @@ def _store_in_group(state: LayerState, group: Group, leaving: LeavingToken, now:
     if not sum(map(len, slots)):
         return
     slot, row, member = torch.cat(slots), torch.cat(rows), torch.cat(heads)
-    head, (center, scale) = group.index[member], state.settings.key_constants(slot.device)
+    head, (center, scale) = group.index[member], state.key_constants()
     kind, pair = group.store.kind, (leaving.key[row, head], leaving.value[row, head])
     codes = encoded(*pair, (center[head], scale[head]), kind.k_dtype, kind.v_dtype)
     own = None if score is None else score[row, member, 0]

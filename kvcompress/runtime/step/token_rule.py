@@ -20,7 +20,8 @@ from kvcompress.evict.keepset import HeadRules, class_score, priority
 from kvcompress.plan import KVDtype
 from kvcompress.quant.codec import Codes, encode, rounded, value_groups
 from kvcompress.runtime.store.segments import EMPTY
-from kvcompress.runtime.store.state import LayerSettings, in_spans
+from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import in_spans
 
 
 class ExactSlots(Protocol):

@@ -200,7 +200,7 @@ def _attend_codes(
     state: LayerState, query: Tensor, position: Tensor, softcap: float | None, combiner: Combiner
 ) -> list[tuple[Group, Bucket, Partial]]:
     """Add every coded segment; keeps the parts whose scores must be raised."""
-    center, scale = state.settings.key_constants(query.device)
+    center, scale = state.key_constants()
     scored = []
     for group in state.groups:
         for bucket in group.store.buckets():

@@ -79,6 +79,10 @@ def _lengths(state: LayerState, seen: int) -> bool:
     return seen < MOST_TOKENS and all(0 <= n <= seen for n in state.row_seen)
 
 
+def _constants(state: LayerState, seen: int) -> bool:
+    return 0 < state.positions <= state.settings.plan.max_position
+
+
 def _budgets(state: LayerState, seen: int) -> bool:
     return all(0 <= b <= n for b, n in zip(state.budget_length, state.row_seen, strict=True))
 
@@ -135,6 +139,7 @@ COUNTERS: Final[dict[str, Rule]] = {
     "its counters have the types that counters have": _types,
     "each list of its rows has one entry for a row": _rows,
     "a row has at most the tokens that were seen": _lengths,
+    "its key constants are for positions that the plan has": _constants,
     "a prompt ended within its row": _budgets,
     "class tokens are among the coded tokens": _classes,
     "votes begin at a token that was seen": _votes,

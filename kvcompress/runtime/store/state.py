@@ -3,146 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from kvcompress.accounting import (
-    GROW_TOKENS,
-    capacity_tokens,
-    keeps_classes,
-    keeps_scores,
-    sinks_of,
-)
-from kvcompress.errors import PlanError
-from kvcompress.evict.keep_set_ladder import fastgen_ladder
+from kvcompress.accounting import GROW_TOKENS, capacity_tokens
 from kvcompress.evict.keepset import HeadRules, class_mask
-from kvcompress.evict.scorers import Scorer, scorer
-from kvcompress.plan import Budget, FastGenChoice, HeadPlan, Plan, PooledBudget, Threshold
-from kvcompress.quant.codec import key_scale
-from kvcompress.quant.keystats import KVParams, Rotation
-from kvcompress.registry import SUMS
-from kvcompress.runtime.store.segments import EMPTY, SegmentStore, StorageKind
+from kvcompress.plan import HeadPlan
+from kvcompress.runtime.store.segments import EMPTY, SegmentStore
+from kvcompress.runtime.store.settings import LayerSettings
 from kvcompress.runtime.torch_modes import leaving_plain_tensors
 
 MOST_TOKENS: Final = 1 << 31  # positions are int32
-
-
-def needs_whole_prompt(plan: Plan) -> bool:
-    """Whether a prompt is held until it ends: its rule or its scorer looks at all of it at once."""
-    rule = plan.per_request
-    pools = isinstance(rule, PooledBudget) and rule.scope == "model"
-    return pools or isinstance(rule, FastGenChoice) or "repeat" in scorer(plan.scorer).needs
-
-
-class LayerSettings:
-    """The part of a plan that one layer needs; shared by every cache and never copied."""
-
-    def __init__(self, plan: Plan, params: KVParams | None, layer: int) -> None:
-        self.plan = plan
-        self.layer = layer
-        self.heads: tuple[HeadPlan, ...] = plan.heads[layer]
-        self.sink_tokens = sinks_of(plan, layer)
-        self.recent_tokens = plan.recent_tokens
-        kind, width = plan.model.kind(layer), plan.model.sliding_windows[layer]
-        self.kind = kind
-        self.window: int | None = width if kind == "sliding" else None
-        self.block: int | None = width if kind == "chunked" else None
-        self.readers = plan.model.readers(layer)
-        self.scorer: Scorer = scorer(plan.scorer)
-        self.sums = plan.scorer in SUMS
-        self.uses_classes = any(map(keeps_classes, self.heads))
-        self.relative = plan.positions == "relative"
-        rule = plan.per_request
-        self.chosen_by_head = isinstance(rule, FastGenChoice)
-        self.keep_if_above = rule.at_least if isinstance(rule, Threshold) else None
-        self.whole_prompt = needs_whole_prompt(plan)
-        if self.scorer.across_heads and len(set(self.heads)) > 1:
-            raise PlanError(
-                f"layer {layer}: the scorer {plan.scorer!r} keeps the same tokens in every head, "
-                "and the plan's heads differ; give all of a layer the same keep-set and storage"
-            )
-        tensors = {} if params is None else params.tensors_of(layer)
-        self._trained = {name: tensors[name] for name in self.scorer.trained if name in tensors}
-        if len(self._trained) < len(self.scorer.trained):
-            raise PlanError(
-                f"the scorer {plan.scorer!r} was not trained for this model: profile it with a "
-                f"recipe whose keep.scorer is {plan.scorer}, and use that profile's constants"
-            )
-        self.rotation: Rotation | None = None  # for relative positions; the model's forward sets it
-        self._params = params
-        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._on_device: dict[torch.device, dict[str, Tensor]] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LayerSettings:
-        return self
-
-    @property
-    def exact_tokens(self) -> int:
-        return self.sink_tokens + self.recent_tokens
-
-    @cached_property
-    def groups(self) -> list[tuple[StorageKind, list[int]]]:
-        """Heads that share storage, in a fixed order."""
-        found: dict[StorageKind, list[int]] = {}
-        for index, head in enumerate(self.heads):
-            kind = StorageKind(head.k_dtype, head.v_dtype, keeps_scores(head))
-            found.setdefault(kind, []).append(index)
-        return list(found.items())
-
-    def sees(self, query: Tensor | int, key: Tensor, start: Tensor) -> Tensor | None:
-        """Which keys the architecture lets a query see, among those not after it; None is all.
-
-        Args:
-            query, key: positions, broadcastable.
-            start: position of the row's first real token, broadcastable: aligned blocks of
-                tokens are counted from it.
-        """
-        if self.window is not None:
-            return key > query - self.window
-        if self.block is not None:
-            own, theirs = ((t - start).div(self.block, rounding_mode="floor") for t in (key, query))
-            return own == theirs
-        return None
-
-    def without_outdated(self, position: Tensor, now: int, start: Tensor) -> Tensor:
-        """`position`, −1 for tokens that no query after `now` can see."""
-        seen = self.sees(now + 1, position, start)
-        return position if seen is None else position.masked_fill(~seen, EMPTY)
-
-    def granted_head(self, head: int, granted: int) -> HeadPlan:
-        """The plan of a head with what the plan's rule granted it at a prompt's end.
-
-        Args:
-            granted: place in FastGen's chain, or tokens of the `frequent` budget.
-        """
-        base = self.heads[head]
-        if base.frequent is None:
-            return base
-        if self.chosen_by_head:
-            return fastgen_ladder(base.frequent, base.local, base.k_dtype, base.v_dtype)[granted]
-        return base.model_copy(update={"frequent": Budget(tokens=granted)})
-
-    def trained(self, device: torch.device) -> dict[str, Tensor]:
-        """The scorer's trained tensors of this layer on `device`."""
-        if device not in self._on_device:
-            self._on_device[device] = {n: t.to(device) for n, t in self._trained.items()}
-        return self._on_device[device]
-
-    def key_constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(centre, scale) that keys are coded with, each ``[Hkv, D]`` float32 on `device`."""
-        if device not in self._constants:
-            shape = (self.plan.model.kv_heads, self.plan.model.head_dim)
-            if self._params is None:
-                pair = (torch.zeros(shape), torch.ones(shape))
-            else:
-                scale = self._params.k_scale[self.layer]
-                own = [key_scale(s, h.k_dtype) for s, h in zip(scale, self.heads, strict=True)]
-                pair = (self._params.k_center[self.layer], torch.stack(own))
-            self._constants[device] = (pair[0].to(device).float(), pair[1].to(device).float())
-        return self._constants[device]
 
 
 def in_spans(number: Tensor, bounds: Tensor) -> Tensor:
@@ -193,6 +66,7 @@ class LayerState:
         first_vote: first position whose query votes for `frequent` tokens.
         spans: per row the protected tokens, numbered from the row's first real token.
         turn_starts: position at which each turn of the conversation began.
+        positions: that the key constants are for.
         granted: ``granted[row][head]``, what the plan's rule decided at the end of the prompt, see
             `LayerSettings.granted_head`; empty before that, and without a rule.
     """
@@ -204,6 +78,7 @@ class LayerState:
     exact_class: Tensor | None
     start: Tensor
     groups: list[Group]
+    positions: int
     row_seen: list[int]
     budget_length: list[int]
     class_counts: list[list[int]] = field(default_factory=list)
@@ -216,8 +91,8 @@ class LayerState:
     def empty(
         settings: LayerSettings, key: Tensor, value: Tensor, spans: list[tuple[range, ...]]
     ) -> LayerState:
-        """For keys like `key` ``[B, Hkv, T, D]`` and values ``[B, Hkv, T, Dv]``."""
-        batch, heads, _, dim = key.shape
+        """For a first prompt with keys ``[B, Hkv, T, D]`` and values ``[B, Hkv, T, Dv]``."""
+        batch, heads, tokens, dim = key.shape
         device, exact = key.device, settings.exact_tokens
         value_dim = value.shape[-1]
 
@@ -248,6 +123,7 @@ class LayerState:
             flags if settings.uses_classes else None,
             torch.full((batch,), EMPTY, dtype=torch.int32, device=device),
             groups,
+            settings.positions_for(tokens),
             [0] * batch,
             [0] * batch,
             [[0, 0, 0, 0] for _ in range(batch)],
@@ -262,6 +138,10 @@ class LayerState:
     def recent(self) -> slice:
         """The recent tokens' place among the exact slots."""
         return slice(self.settings.sink_tokens, None)
+
+    def key_constants(self) -> tuple[Tensor, Tensor]:
+        """(centre, scale) that keys are coded with, each ``[Hkv, D]`` float32."""
+        return self.settings.key_constants(self.start.device, self.positions)
 
     def rows(self) -> Tensor:
         """Batch rows ``[B]``, as an index."""
