@@ -57,6 +57,7 @@ def command(
     """
     from kvcompress.profile import report
     from kvcompress.profile.calibration import asked_for
+    from kvcompress.profile.code_costs import code_costs
     from kvcompress.profile.run import run_and_plan
     from kvcompress.profile.source import load_source
     from kvcompress.profile.store import PROFILE_FILE, Profile
@@ -96,5 +97,11 @@ def command(
         console().print(f"losses are measured without gradients: {profile.loss_note}")
     if profile.calibration_note:
         console().print(f"note: {profile.calibration_note}")
-    size = report.planned_size(wanted)
-    emit(report.summary(plan, *size) if json_ else report.table(plan, *size), json_)
+    size, costs = report.planned_size(wanted), code_costs(profile)
+    if json_:
+        facts = report.summary(plan, *size)
+        emit(facts if costs is None else facts | {"codes": costs.facts()}, json_)
+        return
+    if costs is not None:
+        console().print(costs.table())
+    emit(report.table(plan, *size), json_)

@@ -19,6 +19,7 @@ STORAGE: Final[tuple[tuple[KVDtype, KVDtype], ...]] = (
     ("int4", "int4"),
     ("fp8", "fp8"),
 )
+ALONE: Final[tuple[KVDtype, ...]] = ("int8", "rot4", "rot3", "rot2")  # of keys or values alone
 LOCAL_RATIOS: Final = (0.9, 0.75, 0.5, 0.25, 0.125, 0.0625, 0.03, 0.015)
 FREQUENT_RATIOS: Final = (0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625, 0.03, 0.015)
 ALONE_RATIOS: Final = (0.25, 0.125, 0.0625, 0.03, 0.015)  # `frequent` without `local`
@@ -48,6 +49,9 @@ def candidates(recipe: Recipe, head_dim: int) -> tuple[HeadPlan, ...]:
     found = [HeadPlan()]
     for keep_set in keep_sets:
         found += [with_storage(keep_set, *pair) for pair in STORAGE]
+    for code in ALONE:
+        found += [with_storage(HeadPlan(full=True), code, "model")]
+        found += [with_storage(HeadPlan(full=True), "model", code)]
     if isinstance(recipe.policy, UniformPolicy):
         found.append(recipe.policy.head)
     return _that_fit(found, head_dim)

@@ -82,7 +82,7 @@ class KeyMoments:
         scale = (self.spread.double() + (mean**2 + partner**2) * moved / 2).sqrt()
         median = float(scale.median())
         scale = scale.clamp(min=SMALLEST_SCALE * median) if median > 0 else torch.ones_like(scale)
-        return center.float(), scale.float()
+        return center.float(), scale.clamp(*SCALES).float()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,14 @@ from safetensors.torch import save_file
 
 from kvcompress.plan import ModelShape
 from kvcompress.quant.codec import roundtrip
-from kvcompress.quant.keystats import KeyStats, KVParams, Rotation, derive, mean_turn
+from kvcompress.quant.keystats import (
+    KeyStats,
+    KVParams,
+    Rotation,
+    derive,
+    mean_turn,
+    positions_for,
+)
 
 THETA = 1e4
 
@@ -162,8 +169,58 @@ def test_params_survive_a_save(tmp_path):
     assert torch.equal(loaded.tensors_of(1)["surrogate"], params.scorer["surrogate"][1])
 
 
+@pytest.mark.parametrize("convention", ["half-split", "interleaved"])
+def test_constants_of_fewer_positions_are_those_of_keys_at_these(convention, tmp_path):
+    """Against the moments of keys that are turned to every one of these positions, in float64."""
+    torch.manual_seed(0)
+    dim, turned = 12, 8  # the last four channels do not turn
+    rotation = Rotation(torch.tensor([1.0, 0.3, 0.02, 0.0004]), convention)
+    keys = torch.randn(2, 4000, dim, dtype=torch.float64) * torch.rand(dim) + torch.randn(dim) * 2
+    params = derive([KeyStats.of(keys)] * 2, [rotation, None], 100_000)
+    shape = SHAPE.model_copy(update={"head_dim": dim})
+    params.save(tmp_path / "kv.safetensors")
+    loaded = KVParams.load(tmp_path / "kv.safetensors", shape)
+    mean = keys.mean(1, keepdim=True)
+    for positions in (1, 50, 3000):
+        center, scale = loaded.constants(0, positions)
+        placed = rotation.turn(mean.expand(-1, positions, -1), torch.arange(positions))
+        torch.testing.assert_close(center.double(), placed.mean(1), atol=1e-4, rtol=1e-4)
+        own = keys.var(1, correction=0) + placed.var(1, correction=0)
+        first, second = rotation.pairs()
+        shared = (own[:, first] + own[:, second]) / 2
+        torch.testing.assert_close(scale[:, first].double() ** 2, shared, atol=1e-4, rtol=1e-4)
+        assert torch.equal(scale[:, first], scale[:, second])
+        still = scale[:, turned:].double() ** 2
+        torch.testing.assert_close(still, keys.var(1, correction=0)[:, turned:])
+        whole, spread = loaded.constants(1, positions)
+        torch.testing.assert_close(whole.double(), mean[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(spread.double() ** 2, keys.var(1, correction=0))
+    for layer in (0, 1):
+        for one, other in zip(
+            loaded.constants(layer, 100_000),
+            (params.k_center[layer], params.k_scale[layer]),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+
+
+def test_files_without_moments_have_one_set_of_constants():
+    params = KVParams((torch.zeros(2, 4),), (torch.ones(2, 4),))
+    for positions in (1, 4096):
+        assert params.constants(0, positions) == (params.k_center[0], params.k_scale[0])
+
+
+def test_positions_leave_room_for_an_answer():
+    assert [positions_for(tokens, 32768) for tokens in (0, 1, 3276, 3277, 6000, 30000)] == [
+        *(4096, 4096, 4096, 4096, 8192, 32768)
+    ]
+    assert positions_for(100, 2048) == 2048
+    assert positions_for(5000, 10_000) == 8192 and positions_for(8000, 10_000) == 10_000
+
+
 def _tensors() -> dict[str, torch.Tensor]:
     kinds = {"k_center": 4, "k_scale": 4, "scorer.surrogate": 9}
+    kinds |= dict.fromkeys(("k_mean", "k_partner", "k_spread", "k_frequency"), 4)
     return {f"layers.{i}.{k}": torch.ones(2, size) for i in range(2) for k, size in kinds.items()}
 
 
@@ -197,6 +254,13 @@ ODD_PARAMS = {
     "scale below": ({"layers.1.k_scale": _filled(-1.0)}, "k_scale has scales from -1 to 1"),
     "scale tiny": ({"layers.1.k_scale": _filled(1e-30)}, "k_scale has scales from 1e-30 to 1"),
     "scale huge": ({"layers.1.k_scale": _filled(1e30)}, r"k_scale has scales from 1 to 1e\+30"),
+    "mean missing": ({"layers.1.k_mean": None}, "'layers.1.k_mean' is missing"),
+    "spread missing": ({"layers.0.k_spread": None}, "'layers.0.k_spread' is missing"),
+    "partner nan": ({"layers.1.k_partner": _filled(math.nan)}, "k_partner holds NaN"),
+    "mean wide": ({"layers.0.k_mean": torch.ones(2, 8)}, r"has shape \(2, 8\), the model has"),
+    "spread below": ({"layers.1.k_spread": _filled(-1.0)}, "k_spread has numbers from -1 to 1"),
+    "spread nan": ({"layers.1.k_spread": _filled(math.nan)}, "k_spread has numbers from nan"),
+    "turning back": ({"layers.0.k_frequency": _filled(-0.1)}, "k_frequency has numbers from -0.1"),
     "scorer nan": ({"layers.0.scorer.surrogate": torch.full((2, 9), math.nan)}, "surrogate holds"),
 }
 
