@@ -2,7 +2,8 @@
  *
  * The including file sets the compiler's target and KVC_WIDTH, the floats of one vector. It may set
  * KVC_INTS_OF_BYTES(p), KVC_INTS_OF_HALVES(p), KVC_FLOATS_OF_HALVES(p) and KVC_FLOATS_OF_FP8S(p), which
- * load and widen that many numbers, where the compiler does not find the instruction by itself.
+ * load and widen that many numbers, where the compiler does not find the instruction by itself, and
+ * KVC_FLOATS_OF_LEVELS, which widens a row of levels or gives 0.
  */
 #include <math.h>
 #include <string.h>
@@ -191,6 +192,9 @@ static inline void levels_of(const kvc_codes *c, const uint8_t *row, uint8_t *re
 }
 
 static inline void widen_levels(const kvc_codes *c, const uint8_t *row, float *restrict out) {
+#ifdef KVC_FLOATS_OF_LEVELS
+    if (KVC_FLOATS_OF_LEVELS(c, row, out)) return;
+#endif
     uint8_t level[KVC_MAX_DIM];
     int i = 0;
     levels_of(c, row, level);
