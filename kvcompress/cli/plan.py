@@ -30,6 +30,10 @@ def command(
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens in each row.")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows at once.")] = None,
+    for_: Annotated[
+        str | None,
+        typer.Option("--for", help="Also the closest setting of vllm, llama.cpp or transformers."),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Solve PROFILE for another target or another recipe, without measuring again.
@@ -39,9 +43,12 @@ def command(
         kvcompress plan runs/fastgen --keep-ratio 0.25 --context 1024 -o plan.json
 
         kvcompress plan runs/fastgen -r recipes/eighth.yaml -o plan.json
+
+        kvcompress plan runs/fastgen --keep-ratio 0.25 --for vllm -o plan.json
     """
     from kvcompress.atomic import write_file
     from kvcompress.profile import report
+    from kvcompress.profile.engines import closest
     from kvcompress.profile.options import policy_from_options
     from kvcompress.profile.solve import solve_recipe
     from kvcompress.profile.store import Profile
@@ -59,8 +66,15 @@ def command(
     )
     with progress("planning"):
         plan = solve_recipe(measured, wanted, policy)
+    size = report.planned_size(measured.recipe, policy)
+    near = None if for_ is None else closest(measured, plan, for_, *size)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, plan.to_json())
     console().print(f"plan written to {out}")
-    size = report.planned_size(measured.recipe, policy)
-    emit(report.summary(plan, *size) if json_ else report.table(plan, *size), json_)
+    if json_:
+        facts = report.summary(plan, *size)
+        emit(facts if near is None else facts | {"closest": near.facts()}, json_)
+        return
+    emit(report.table(plan, *size), json_)
+    if near is not None:
+        console().print(near.said(measured.loss_unit), highlight=False, markup=False)

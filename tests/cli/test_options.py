@@ -47,6 +47,7 @@ VALUES = {
     "memory": "1MiB",
     "keep_ratio": "0.5",
     "recovery": "0.5",
+    "for_": "vllm",
     "context": "96",
     "batch": "3",
     "verify": None,
@@ -154,6 +155,7 @@ def observed(monkeypatch, tmp_path, capfd):
     watch("profile.run.run_and_plan", last=True)
     watch("profile.store.Profile.load", profile_of)
     watch("atomic.write_file", last=True)
+    watch("profile.engines.closest")
     watch("plan.Plan.load", "a plan")
     watch("bundle.write.export", last=True)
     watch("bundle.inspect.inspect", last=True)
