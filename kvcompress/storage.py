@@ -87,9 +87,9 @@ STORAGES: Final[dict[KVDtype, Storage]] = {
     "int8": Storage(8, "steps", "8", "8 bits for each number"),
     "int4": Storage(4, "steps", "4", "4 bits for each number", value_group=64),
     "fp8": Storage(8, "float", "f8", "8-bit floating point"),
-    "rot4": Storage(4, "levels", "r4", "4 bits for each number of a rotated vector"),
-    "rot3": Storage(3, "levels", "r3", "3 bits for each number of a rotated vector"),
-    "rot2": Storage(2, "levels", "r2", "2 bits for each number of a rotated vector"),
+    "rot4": Storage(4, "levels", "r4", "rotated, 4 bits for each number"),
+    "rot3": Storage(3, "levels", "r3", "rotated, 3 bits for each number"),
+    "rot2": Storage(2, "levels", "r2", "rotated, 2 bits for each number"),
 }
 # what a byte plan may give keys and values, unless a recipe says otherwise; keys need more bits
 PAIRS: Final[tuple[tuple[KVDtype, KVDtype], ...]] = (

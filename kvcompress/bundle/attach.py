@@ -34,8 +34,8 @@ def attach(model: Model, plan: Keeps, params: KVParams | None = None) -> Model:
 
     Args:
         model: of transformers, or wrapped by torch.compile or PEFT.
-        plan: a `Plan`; or ``"int8"``, ``"int4"``, ``"fp8"`` or ``"model"``, which keep every token
-            in that storage, ``"model"`` in the model's own dtype; or a `Recipe` with a uniform
+        plan: a `Plan`; or a storage such as ``"int8"``, ``"rot4"`` or ``"model"``, in which every
+            token is kept, ``"model"`` in the model's own dtype; or a `Recipe` with a uniform
             policy; or a `Bundle`, of which plan and key constants are taken and not the weights;
             or the path of a plan.json, recipe or bundle.
         params: key constants of a plan that was measured; a bundle brings its own.

@@ -22,7 +22,12 @@ MEANINGS: Final[dict[str, str]] = {
     "frequent": "the tokens that the scorer ranks highest",
     "local": "the newest tokens",
     **{name: storage.meaning for name, storage in STORAGES.items() if name != "model"},
-    "k8v4": "keys in 8 bits, values in 4",
+    **{
+        HeadPlan(k_dtype=k, v_dtype=v).storage: f"keys: {key.meaning}, values: {value.meaning}"
+        for k, key in STORAGES.items()
+        for v, value in STORAGES.items()
+        if k != v
+    },
     "model": STORAGES["model"].meaning,
 }
 
