@@ -65,6 +65,7 @@ def summary(plan: Plan, context_tokens: int, batch: int) -> dict[str, Any]:
         "kv_bytes": held,
         "bf16_kv_bytes": full,
         "keep_ratio": held / full,
+        "bits": 16 * held / full,
         "predicted_loss": plan.predicted_loss,
         "predicted_recall_loss": plan.predicted_recall_loss,
         "weights": list(plan.weights),
@@ -84,7 +85,7 @@ def table(plan: Plan, context_tokens: int, batch: int) -> RenderableType:
         f"plan: {facts['target']}\n"
         f"KV cache: {facts['kv_bytes']:,} bytes at {context_tokens} tokens in each of {batch} "
         f"rows, {100 * facts['keep_ratio']:.1f} % of the {facts['bf16_kv_bytes']:,} that 16 bits "
-        "take"
+        f"take: {facts['bits']:.2f} bits a number, scales, positions and uncoded tokens included"
     )
     if loss is not None:
         head += (
