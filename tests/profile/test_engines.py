@@ -34,9 +34,7 @@ def test_the_smallest_setting_that_loses_no_more():
 
 def test_vllm_leaves_the_layers_out_that_lose_most():
     offers = {words: rest for *rest, words, _ in _offers(profile_of(), "vllm", 1000, 1)}
-    size, loss = offers[
-        f"--kv-cache-dtype turboquant_3bit_nc --kv-cache-dtype-skip-layers {WORST}"
-    ]
+    size, loss = offers[f"--kv-cache-dtype turboquant_3bit_nc --kv-cache-dtype-skip-layers {WORST}"]
     assert loss == pytest.approx(of("rot3") * sum(NEEDS[1 - WORST]))
     assert size == 2 * 1000 * (128 * 3 + 2 * 16 + 128 * 16) / 8
     near = closest(profile_of(), plan_of(of("fp8") * NEED * 1.01), "vllm", 1000, 1)
