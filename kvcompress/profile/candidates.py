@@ -93,9 +93,14 @@ def _frequent(ratio: float, classes: bool) -> HeadPlan:
     )
 
 
+def fits(dtype: KVDtype, head_dim: int) -> bool:
+    """Whether the codes of so many channels fill whole bytes."""
+    return head_dim % STORAGES[dtype].multiple == 0
+
+
 def _that_fit(heads: list[HeadPlan], head_dim: int) -> tuple[HeadPlan, ...]:
-    """Without repeats; codes fill whole bytes."""
-    kinds = {kind for kind, storage in STORAGES.items() if head_dim % storage.multiple == 0}
+    """Without repeats."""
+    kinds = {kind for kind in STORAGES if fits(kind, head_dim)}
     return tuple(dict.fromkeys(h for h in heads if {h.k_dtype, h.v_dtype} <= kinds))
 
 

@@ -16,7 +16,7 @@ from kvcompress.errors import PlanError
 from kvcompress.plan import ROUNDED, WHOLE, Budget, HeadPlan, Plan, WeightScheme, uniform
 from kvcompress.profile.assemble import assemble, settings, summed_nats
 from kvcompress.profile.budget import Choice, minimum_bytes, spend
-from kvcompress.profile.candidates import codes_nothing
+from kvcompress.profile.candidates import codes_nothing, fits
 from kvcompress.profile.store import ExactSetting, Profile
 from kvcompress.recipe import BytesPolicy, Keep, parse_bytes
 
@@ -131,7 +131,7 @@ def _offers(
 ) -> Iterator[_Offer]:
     """One offer per setting of exact tokens and weight formats, the recipe's own first."""
     own, *fewer = profile.settings
-    _check_storage(own, policy)
+    _check_storage(own, policy, profile.shape.head_dim)
     formats = _mixed_formats(profile, policy, weights)
     for setting in (own, *(fewer if policy.fewer_exact else ())):
         exact = {"sink_tokens": setting.sink_tokens, "recent_tokens": setting.recent_tokens}
@@ -264,10 +264,13 @@ def _head_choices(
     return choices, shared + batch * shape.layers * exact
 
 
-def _check_storage(own: ExactSetting, policy: BytesPolicy) -> None:
+def _check_storage(own: ExactSetting, policy: BytesPolicy, head_dim: int) -> None:
+    """Codes that this width of heads cannot have are left out, where others are allowed."""
     known = {(h.k_dtype, h.v_dtype) for h in own.candidates if not codes_nothing(h)}
-    missing = [pair for pair in policy.dtypes if pair not in known]
-    if missing:
+    absent = [pair for pair in policy.dtypes if pair not in known]
+    missing = [pair for pair in absent if all(fits(dtype, head_dim) for dtype in pair)]
+    if missing or len(absent) == len(policy.dtypes):
+        missing = missing or absent
         names = ", ".join("/".join(pair) for pair in sorted(known))
         raise PlanError(
             f"dtypes {'/'.join(missing[0])} were not measured for this model; choose among {names}"

@@ -119,6 +119,25 @@ def test_only_the_listed_storage_is_used():
     assert all(h.full for row in plan.heads for h in row)
 
 
+def test_codes_that_a_width_cannot_have_are_left_out():
+    """Heads of 100 channels have no third bits and no four codes to a byte, as a default asks."""
+    few = candidates(Recipe(), 100)
+    columns = [CANDIDATES.index(head) for head in few]
+    assert {h.v_dtype for h in few} == {"model", "int8", "int4", "fp8", "rot4", "rot2"}
+    losses = tuple(
+        tuple(tuple(row[c] for c in columns) for row in layer) for layer in PROFILE.losses
+    )
+    shape = SHAPE.model_copy(update={"head_dim": 100})
+    narrow = {"shape": shape, "candidates": few, "losses": losses}
+    plan = solve(PROFILE.model_copy(update=narrow), bytes_policy(keep_ratio=0.3))
+    assert plan.heads
+    with pytest.raises(PlanError, match="dtypes rot3/rot3 were not measured"):
+        solve(
+            PROFILE.model_copy(update=narrow),
+            bytes_policy(keep_ratio=0.3, dtypes=(("rot3", "rot3"),)),
+        )
+
+
 def test_storage_that_was_not_measured_is_refused():
     with pytest.raises(PlanError, match="dtypes fp8/int4 were not measured"):
         solve(PROFILE, bytes_policy(keep_ratio=0.5, dtypes=(("fp8", "int4"),)))
