@@ -12,9 +12,9 @@ from kvcompress.plan import Budget, HeadPlan, KVDtype
 from kvcompress.recipe import FastGenPolicy, Keep, Recipe, UniformPolicy
 from kvcompress.storage import PAIRS, STORAGES
 
-STORAGE: Final[tuple[tuple[KVDtype, KVDtype], ...]] = (
-    ("model", "model"),
-    *PAIRS,
+STORAGE: Final[tuple[tuple[KVDtype, KVDtype], ...]] = (("model", "model"), *PAIRS)
+# measured for full heads and for `frequent` without classes alone, which published shapes ask for
+RARE: Final[tuple[tuple[KVDtype, KVDtype], ...]] = (
     ("int8", "int4"),
     ("int4", "int4"),
     ("fp8", "fp8"),
@@ -49,6 +49,10 @@ def candidates(recipe: Recipe, head_dim: int) -> tuple[HeadPlan, ...]:
     found = [HeadPlan()]
     for keep_set in keep_sets:
         found += [with_storage(keep_set, *pair) for pair in STORAGE]
+    rare = [HeadPlan(full=True), *(_frequent(r, classes=False) for r in FREQUENT_RATIOS)]
+    asked = set(getattr(recipe.policy, "dtypes", ())) & set(RARE)
+    for pair in RARE:
+        found += [with_storage(head, *pair) for head in (keep_sets if pair in asked else rare)]
     for code in ALONE:
         found += [with_storage(HeadPlan(full=True), code, "model")]
         found += [with_storage(HeadPlan(full=True), "model", code)]

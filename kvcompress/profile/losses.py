@@ -160,20 +160,22 @@ class _Effects:
         kept = [masks.kept(sets).expand(heads, -1, -1) for sets in candidates.sets]
         losses = rows.key.new_zeros(heads, len(candidates.heads))
         for group in candidates.groups:
+            columns, sets, values = map(list, zip(*group.columns, strict=True))
+            used = sorted({*sets})
+            own = [kept[place] for place in used]
             weights = self.stored.weights(group.k_dtype, masks)
-            width = len(kept) + groups * (2 + len(group.v_dtypes))
+            width = len(own) + groups * (2 + len(group.v_dtypes))
             at_once = max(1, self.scratch_bytes // (_FLOAT_BYTES * heads * tokens * width))
             sums = torch.cat(
                 [
-                    self._sums(slice(low, low + at_once), weights, group, masks, kept)
+                    self._sums(slice(low, low + at_once), weights, group, masks, own)
                     for low in range(0, count, at_once)
                 ],
                 dim=1,
             )
             total = sums[..., :1].clamp_min(_SMALLEST)
             change = (sums[..., 1:] / total).sum(3).abs().mean(1)  # [Hkv, C, v_dtypes]
-            columns, sets, values = map(list, zip(*group.columns, strict=True))
-            losses[:, columns] = change[:, sets, values]
+            losses[:, columns] = change[:, [used.index(place) for place in sets], values]
         return losses
 
     def _sums(

@@ -68,7 +68,7 @@ def test_numbers_are_sane(finished):
     )
     column = {(h.label, h.storage): i for i, h in enumerate(profile.candidates)}
     losses = torch.tensor(profile.losses)
-    ordered = [("full", "model"), ("full", "int8"), ("full", "int4"), ("local 0.03", "int4")]
+    ordered = [("full", "model"), ("full", "int8"), ("full", "rot3"), ("local 0.03", "rot3")]
     steps = losses[..., [column[name] for name in ordered]]
     assert (steps.diff(dim=-1) > 0).all()
 
