@@ -43,7 +43,7 @@ from kvcompress.recipe import Calibration, Recipe, UniformPolicy
 from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.model.families import shape_of
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 
 FOLDER: Final = RESULTS / "codes"
 PAGE: Final = ROOT / "docs" / "codes.md"

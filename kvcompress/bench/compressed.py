@@ -21,7 +21,7 @@ from kvcompress.runtime.layer.layer import AbstractLayer
 from kvcompress.runtime.prompt.attention_inputs import new_scores
 from kvcompress.runtime.prompt.store_prompt import store_prompt
 from kvcompress.runtime.store.attend import Chunk
-from kvcompress.runtime.store.settings import needs_whole_prompt
+from kvcompress.runtime.store.state import needs_whole_prompt
 
 
 def synthetic_refusal(plan: Plan) -> str | None:

@@ -29,13 +29,12 @@ from kvcompress.quant.codes.code import HALF_MAX as HALF_MAX
 from kvcompress.quant.codes.code import Code
 from kvcompress.quant.codes.code import Codes as Codes
 from kvcompress.quant.codes.fp8 import Float8
-from kvcompress.quant.codes.plain import Plain
 from kvcompress.quant.codes.rotated import Rotated
 from kvcompress.quant.codes.steps import Steps
 from kvcompress.storage import STORAGES, Coding, KVDtype
 
 _CLASSES: Final[dict[Coding, type[Code]]] = {
-    "plain": Plain,
+    "plain": Code,
     "steps": Steps,
     "float": Float8,
     "levels": Rotated,

@@ -16,8 +16,7 @@ from kvcompress.runtime.cache.cache import CompressedCache
 from kvcompress.runtime.cache.new import new_cache
 from kvcompress.runtime.hf.attach import attach
 from kvcompress.runtime.names import as_argument, cache_of
-from kvcompress.runtime.store.settings import LayerSettings
-from kvcompress.runtime.store.state import LayerState
+from kvcompress.runtime.store.state import LayerSettings, LayerState
 from tests.runtime.battery import EXACT, FULL, PUNCT, plan_for
 from tests.runtime.models import build, prompts, refused
 from tests.runtime.test_parity import KEEP_SETS, greedy

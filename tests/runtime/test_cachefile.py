@@ -84,8 +84,8 @@ def test_a_newer_schema_is_refused(small, tmp_path):
     del metadata["sha256"]
     cachefile.write(path, metadata, tensors)
     assert path.read_bytes() == data
-    cachefile.write(path, {**metadata, "schema_version": "3"}, tensors)
-    with pytest.raises(CacheFileError, match="schema 3 by kvcompress .*reads schema 2; upgrade"):
+    cachefile.write(path, {**metadata, "schema_version": "4"}, tensors)
+    with pytest.raises(CacheFileError, match="schema 4 by kvcompress .*reads schema 3; upgrade"):
         load_cache(CompressedCache, path, plan)
     cachefile.write(path, metadata, dict(list(tensors.items())[1:]))
     with pytest.raises(CacheFileError, match="layers.0.state.exact_k is None, not"):

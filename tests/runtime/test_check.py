@@ -149,11 +149,17 @@ def _vector(state: LayerState, seen: int) -> int:
     return seen
 
 
+def _no_positions(state: LayerState, seen: int) -> int:
+    state.positions = 0
+    return seen
+
+
 Bend = Callable[[LayerState, int], int]
 BENDS: dict[str, Bend] = dict(
     zip(
         [*COUNTERS, *TENSORS],
-        [_float, _row_more, _endless, _long_prompt, _odd_class, _early_vote, _mixed_spans]
+        [_float, _row_more, _endless, _no_positions, _long_prompt, _odd_class, _early_vote]
+        + [_mixed_spans]
         + [_turn_off, _granted, _slot_more, _segments, _start, _exact, _flag, _window, _twice]
         + [_score, _scale, _vector],
         strict=True,

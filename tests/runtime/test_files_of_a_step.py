@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tools.files_of_a_step import COMPILED, PROMPT, PYTORCH, files_of, measured
 
-MOST = {PROMPT: 33, PYTORCH: 23, COMPILED: 10}
+# a way to code vectors is a file of its own, and key constants fit the prompt
+MOST = {PROMPT: 35, PYTORCH: 25, COMPILED: 10}
 
 
 def test_a_forward_runs_through_few_files():

@@ -16,7 +16,7 @@ from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.step.cpu import EXCEPTIONS, refusal
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 from kvcompress.storage import STORAGES
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels were not built")

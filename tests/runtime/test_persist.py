@@ -24,7 +24,7 @@ from kvcompress.runtime.model.parallel import layer_devices
 from kvcompress.runtime.names import as_argument
 from kvcompress.runtime.saved.cachefile import CacheFileError
 from kvcompress.runtime.saved.persist import load_cache, save_cache
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 from tests.runtime.models import VOCAB, build, prompts
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,7 @@ from kvcompress.runtime.model.families import shape_of
 from kvcompress.runtime.names import as_argument
 from kvcompress.runtime.prompt.attention_inputs import new_scores
 from kvcompress.runtime.store.attend import Chunk
-from kvcompress.runtime.store.settings import LayerSettings
-from kvcompress.runtime.store.state import LayerState
+from kvcompress.runtime.store.state import LayerSettings, LayerState
 from tests.runtime.live import LiveBytes
 
 TOKENS = 1536

@@ -9,7 +9,7 @@ from kvcompress.runtime.hf import generate
 from kvcompress.runtime.hf.attach import attach
 from kvcompress.runtime.model.attached import attached
 from kvcompress.runtime.step import cpu
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 from tests.runtime.battery import FULL, plan_for
 from tests.runtime.models import build, refused
 

@@ -19,7 +19,7 @@ from kvcompress.registry import SUMS
 from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.store.rules import broken
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 from kvcompress.storage import STORAGES
 
 CASES = 2000

@@ -23,7 +23,7 @@ from kvcompress.runtime.recall import layer as runtime_recall
 from kvcompress.runtime.recall.layer import RecallReady
 from kvcompress.runtime.recall.state import RecallState
 from kvcompress.runtime.static.cache import StaticCompressedCache
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 from tests.runtime import oracle, recall_oracle
 from tests.runtime.battery import BAR, FULL, difference, plain_subject, plan_for
 from tests.runtime.models import PAD, build, prompts

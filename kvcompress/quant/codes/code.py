@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -36,8 +35,10 @@ class Codes:
         return Codes(data, scale, None if self.minimum is None else change(self.minimum))
 
 
-class Code(ABC):
+class Code:
     """A way to code a vector: a turned vector is scale · number (+ minimum), channel by channel.
+
+    This one, ``model``, is the vector itself.
 
     Attributes:
         storage: what needs no torch to be known of it.
@@ -48,19 +49,19 @@ class Code(ABC):
 
     def row(self, head_dim: int) -> int:
         """Elements of `Codes.data` for one vector."""
-        return self.storage.row_bytes(head_dim)
+        return head_dim if self.storage.bits is None else self.storage.row_bytes(head_dim)
 
     def element(self, model_dtype: torch.dtype) -> torch.dtype:
         """Element type of `Codes.data`."""
-        return torch.uint8
+        return model_dtype if self.storage.bits is None else torch.uint8
 
-    @abstractmethod
     def encode(self, x: Tensor, groups: int) -> Codes:
         """Codes of vectors ``[..., D]``, which `groups` and the storage's multiple divide."""
+        return Codes(x, None, None)
 
-    @abstractmethod
     def parts(self, data: Tensor) -> list[Tensor]:
         """The numbers of stored rows: all channels, or equal runs of channels one after another."""
+        return [data]
 
     def turned(self, x: Tensor) -> Tensor:
         """Vectors as they are coded, by a symmetric orthogonal matrix, which is its own inverse.

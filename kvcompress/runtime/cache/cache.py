@@ -31,7 +31,7 @@ from kvcompress.runtime.prompt.choose import pooled_over_layers
 from kvcompress.runtime.recall.layer import RecallReady, recall_layer
 from kvcompress.runtime.saved.cachefile import CacheFileError
 from kvcompress.runtime.saved.persist import load_cache, save_cache
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 from kvcompress.runtime.torch_modes import between_graphs, leaving_plain_tensors
 
 if TYPE_CHECKING:

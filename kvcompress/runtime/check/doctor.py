@@ -19,7 +19,7 @@ from kvcompress.plan import HOLDS_KV, Plan
 from kvcompress.quant.keystats import KVParams
 from kvcompress.runtime.static import triton_step
 from kvcompress.runtime.step.cpu import EXCEPTIONS, refusal
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 
 _OPTIONAL: Final = {
     "lm_eval": "eval",

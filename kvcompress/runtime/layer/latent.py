@@ -25,8 +25,7 @@ from kvcompress.runtime.layer.ready import Ready
 from kvcompress.runtime.prompt.score_queries import LateScoreQueries
 from kvcompress.runtime.store.attend import QUERY_BLOCK, Chunk, chunk_visible, voting_rows
 from kvcompress.runtime.store.segments import EMPTY
-from kvcompress.runtime.store.settings import LayerSettings
-from kvcompress.runtime.store.state import LayerState
+from kvcompress.runtime.store.state import LayerSettings, LayerState
 from kvcompress.runtime.torch_modes import leaving_plain_tensors
 
 

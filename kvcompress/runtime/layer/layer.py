@@ -16,8 +16,7 @@ from kvcompress.runtime.layer.call import AttentionCall, ForwardInfo, Progress, 
 from kvcompress.runtime.layer.ready import AbstractReady, Ready, refuse_crop
 from kvcompress.runtime.names import CACHE, cropped_tokens, release
 from kvcompress.runtime.prompt.store_prompt import PromptToStore
-from kvcompress.runtime.store.settings import LayerSettings
-from kvcompress.runtime.store.state import LayerState
+from kvcompress.runtime.store.state import LayerSettings, LayerState
 from kvcompress.runtime.torch_modes import between_graphs, leaving_plain_tensors
 
 # protected tokens of every row, or of each row

@@ -31,8 +31,8 @@ from kvcompress.quant.codec import Codes, decode
 from kvcompress.quant.keystats import Rotation
 from kvcompress.runtime.model.rotation import angles, find_rotations, turn
 from kvcompress.runtime.store.attend import Chunk, attend, first_positions, stored_visible
-from kvcompress.runtime.store.segments import Bucket
-from kvcompress.runtime.store.state import Group, LayerState
+from kvcompress.runtime.store.segments import Bucket, Group
+from kvcompress.runtime.store.state import LayerState
 
 MAX_PART_TOKENS: Final = 512
 LEAST_TILE_TOKENS: int = 64

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from kvcompress.evict.finish import finished, output_weight
 from kvcompress.evict.scorers import Tokens
 from kvcompress.runtime.store.attend import Chunk
-from kvcompress.runtime.store.state import Group, LayerState
+from kvcompress.runtime.store.segments import Group
+from kvcompress.runtime.store.state import LayerState
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from kvcompress.runtime.prompt.attention_inputs import NOTHING, AttentionInputs,
 from kvcompress.runtime.prompt.choose import Candidates, chosen_keep_sets, granted_tokens
 from kvcompress.runtime.prompt.prompt_kernels import encode_kept
 from kvcompress.runtime.store.attend import Chunk, first_positions
-from kvcompress.runtime.store.segments import EMPTY, place_segments
-from kvcompress.runtime.store.state import Group, LayerState, in_spans
+from kvcompress.runtime.store.segments import EMPTY, Group, in_spans, place_segments
+from kvcompress.runtime.store.state import LayerState
 
 
 class Pool:

@@ -22,7 +22,7 @@ from kvcompress.quant.codec import (
 )
 from kvcompress.runtime.recall.host import BlockLayout, HostPool
 from kvcompress.runtime.store.segments import StorageKind
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 
 DIGEST_DTYPE: Final = "int8"
 _WIDENED_TOKENS: Final = 4096  # of one row, widened to float32 at a time

@@ -24,7 +24,7 @@ from kvcompress.runtime.layer.ready import AbstractReady, refuse_crop, refuse_mo
 from kvcompress.runtime.recall.attend import attend
 from kvcompress.runtime.recall.state import RecallState
 from kvcompress.runtime.store.attend import Chunk
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 from kvcompress.runtime.torch_modes import leaving_plain_tensors
 
 _MOST_DRAFTED: Final = 256

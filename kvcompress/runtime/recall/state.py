@@ -18,7 +18,7 @@ from torch import Tensor
 from kvcompress.accounting import RecallBlocks, recall_blocks
 from kvcompress.plan import Recall
 from kvcompress.runtime.recall.group import RecallGroup, joined
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 
 
 @dataclass(slots=True)

@@ -21,8 +21,8 @@ from kvcompress.quant.codec import Codes
 from kvcompress.runtime.layer.layer import CompressedLayer
 from kvcompress.runtime.saved.cachefile import CacheFileError, Declared
 from kvcompress.runtime.store.rules import COUNTERS, TENSORS, first_broken, fits
-from kvcompress.runtime.store.segments import SegmentStore
-from kvcompress.runtime.store.state import Group, LayerState
+from kvcompress.runtime.store.segments import Group, SegmentStore
+from kvcompress.runtime.store.state import LayerState
 
 if TYPE_CHECKING:
     from kvcompress.runtime.cache.cache import CompressedCache

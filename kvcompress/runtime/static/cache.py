@@ -37,8 +37,7 @@ from kvcompress.runtime.static.triton_step import (
     step_tables,
     triton_step,
 )
-from kvcompress.runtime.store.settings import LayerSettings
-from kvcompress.runtime.store.state import MOST_TOKENS
+from kvcompress.runtime.store.state import MOST_TOKENS, LayerSettings
 
 __all__ = ["StaticCompressedCache", "static_cache_bytes"]
 

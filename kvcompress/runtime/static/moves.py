@@ -10,8 +10,8 @@ from torch import Tensor
 from kvcompress.accounting import budget_tokens
 from kvcompress.plan import HeadPlan
 from kvcompress.runtime.static.state import RowSpans, StaticGroup, StaticState
-from kvcompress.runtime.store.segments import EMPTY
-from kvcompress.runtime.store.state import Group, LayerState
+from kvcompress.runtime.store.segments import EMPTY, Group
+from kvcompress.runtime.store.state import LayerState
 
 
 def freeze(source: LayerState, seen: int, into: StaticState) -> None:

@@ -30,7 +30,7 @@ from kvcompress.evict.keepset import HeadRules, class_mask
 from kvcompress.plan import HeadPlan, KVDtype, Plan
 from kvcompress.quant.codec import Codes, has_minimum, row_elements, row_torch_dtype, value_groups
 from kvcompress.runtime.store.segments import EMPTY
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 
 SEGMENT_BYTES: Final = 8  # per (row, head): local window and budget
 ROW_BYTES: Final = 8  # real tokens, now and when the last prompt ended

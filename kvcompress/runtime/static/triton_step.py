@@ -40,7 +40,7 @@ from kvcompress.kernels.view import (
     TokenView,
 )
 from kvcompress.runtime.static.state import StaticGroup, StaticState
-from kvcompress.runtime.store.settings import LayerSettings
+from kvcompress.runtime.store.state import LayerSettings
 
 Kernels = Literal["auto", "torch", "triton"]
 

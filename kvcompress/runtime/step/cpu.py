@@ -22,8 +22,8 @@ from kvcompress.kernels.cpu import layout
 from kvcompress.kernels.cpu.library import Library, library, why_not
 from kvcompress.kernels.view import CodesView, ExactView, GroupView, KeyConstants
 from kvcompress.runtime.store.attend import Chunk
-from kvcompress.runtime.store.settings import LayerSettings
-from kvcompress.runtime.store.state import Group, LayerState
+from kvcompress.runtime.store.segments import Group
+from kvcompress.runtime.store.state import LayerSettings, LayerState
 
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -21,8 +21,8 @@ from kvcompress.runtime.step.token_rule import (
     weakest,
 )
 from kvcompress.runtime.store.attend import Chunk
-from kvcompress.runtime.store.segments import Bucket
-from kvcompress.runtime.store.state import Group, LayerState
+from kvcompress.runtime.store.segments import Bucket, Group
+from kvcompress.runtime.store.state import LayerState
 
 
 def decodes(state: LayerState, chunk: Chunk) -> bool:

@@ -19,9 +19,8 @@ from torch import Tensor
 from kvcompress.evict.keepset import HeadRules, class_score, priority
 from kvcompress.plan import KVDtype
 from kvcompress.quant.codec import Codes, encode, rounded, value_groups
-from kvcompress.runtime.store.segments import EMPTY
-from kvcompress.runtime.store.settings import LayerSettings
-from kvcompress.runtime.store.state import in_spans
+from kvcompress.runtime.store.segments import EMPTY, in_spans
+from kvcompress.runtime.store.state import LayerSettings
 
 
 class ExactSlots(Protocol):

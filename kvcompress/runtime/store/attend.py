@@ -14,8 +14,8 @@ from kvcompress.evict.scorers import QueryRows
 from kvcompress.kernels.decode_combine.reference import Combiner
 from kvcompress.kernels.decode_split.reference import Partial, decode_split
 from kvcompress.quant.codec import Codes
-from kvcompress.runtime.store.segments import EMPTY, Bucket
-from kvcompress.runtime.store.state import Group, LayerState
+from kvcompress.runtime.store.segments import EMPTY, Bucket, Group
+from kvcompress.runtime.store.state import LayerState
 
 QUERY_BLOCK: Final = 128  # rows of queries at a time: memory is O(block · keys), never O(T · keys)
 

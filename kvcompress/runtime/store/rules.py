@@ -21,8 +21,8 @@ from torch import Tensor
 from kvcompress.evict.keep_set_ladder import fastgen_ladder
 from kvcompress.evict.keepset import PUNCT_FLAG, SPECIAL_FLAG
 from kvcompress.quant.codec import Codes
-from kvcompress.runtime.store.segments import EMPTY, SegmentStore, place_segments
-from kvcompress.runtime.store.state import MOST_TOKENS, Group, LayerState
+from kvcompress.runtime.store.segments import EMPTY, Group, SegmentStore, place_segments
+from kvcompress.runtime.store.state import MOST_TOKENS, LayerState
 
 NEVER: Final = 1 << 60  # a first vote that no position reaches
 _WORD: Final = 1 << 63

@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kvcompress.evict.keepset import HeadRules
 from kvcompress.plan import KVDtype
 from kvcompress.quant.codec import (
     Codes,
@@ -305,3 +306,36 @@ def put_codes(target: Codes, source: Codes, slots: Tensor) -> None:
         if held.dtype == torch.float8_e4m3fn:  # as bytes, which every operation can move
             held, new = held.view(torch.uint8), new.view(torch.uint8)
         held.index_copy_(0, slots, new.reshape(-1, *held.shape[1:]))
+
+
+@dataclass(slots=True)
+class Group:
+    """Heads of a layer that share storage.
+
+    Attributes:
+        heads: KV head numbers; `index` is the same as a tensor.
+        recent_score: ``[B, Hg, recent]`` float32 scores of the recent tokens, or None.
+        windows: ``[B, Hg]`` int32 local window in tokens.
+    """
+
+    heads: list[int]
+    index: Tensor
+    rules: HeadRules
+    store: SegmentStore
+    windows: Tensor
+    recent_score: Tensor | None
+
+    def at(self, row: Tensor, head: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Index into `rules` of a row and a head, the same for every row or each its own."""
+        return head if self.rules.classes.ndim == 1 else (row, head)
+
+
+def in_spans(number: Tensor, bounds: Tensor) -> Tensor:
+    """Which tokens lie in a protected span.
+
+    Args:
+        number: of tokens, from their row's first real one.
+        bounds: ``[..., spans, 2]``, broadcastable to `number` and the spans.
+    """
+    number = number.unsqueeze(-1)
+    return ((number >= bounds[..., 0]) & (number < bounds[..., 1])).any(-1)
