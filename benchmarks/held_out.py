@@ -51,10 +51,12 @@ PARTS: Final = 100  # of a profile, on its bar
 POINTS: Final = (4, 8, 16)  # 1/4, 1/8, 1/16 of the 16-bit bytes
 CALIBRATIONS: Final = {
     "builtin": "our own prompts, the default",
+    "builtin, int8 and int4": "the same, planned among these two codes alone",
     "half prose": "prose as one's own text: half of the prompts, the others ask (`-d FILE`)",
     "prose": "plain prose alone (`--mix FILE=1`)",
     "code": "source code alone (`--mix FILE=1`)",
 }
+STEPS: Final = (("int8", "int8"), ("int8", "int4"), ("int4", "int4"))
 QUESTIONS: Final = (
     "Explain how a bicycle stays upright while it moves.",
     "Write a short story about a lighthouse keeper who finds a letter.",
@@ -75,6 +77,9 @@ KL is to the full cache, in nats per token: a text is read, its cache is compres
 tokens are fed. *Predicted* is what the profile says of text, *where it asks* what it says of
 questions about what stands far above. *Symbols* asks for constants of real source code, *facts* for
 facts in real prose, both after compression; nats are −log p of a token of the true answer.
+
+Rows of `builtin` with 16 prompts are planned among all pairs of codes. All others, and the answers,
+are planned among int8 and int4 alone, as plans were before there were rotated codes.
 """
 _ANSWERS: Final = f"""\
 {len(QUESTIONS)} questions of 30 to 60 tokens. Their answers, {ANSWER_TOKENS} tokens each that the \
@@ -89,7 +94,7 @@ settings of `budgets`
 
 def calibration_of(name: str, prompts: int, tokens: int, folder: Path) -> Calibration:
     """Where a profile's prompts come from; texts are of the split that calibration may read."""
-    if name == "builtin":
+    if name.startswith("builtin"):
         return Calibration(prompts=prompts, tokens=tokens)
     kind = name.removeprefix("half ")
     file = folder / f"{kind}.txt"
@@ -97,6 +102,15 @@ def calibration_of(name: str, prompts: int, tokens: int, folder: Path) -> Calibr
     write_file(file, {"prose": prose, "code": code}[kind]("calibration"))
     shares = {"recall": 0.5, str(file): 0.5} if name.startswith("half") else {str(file): 1.0}
     return Calibration(prompts=prompts, tokens=tokens, mix=shares)
+
+
+def recipe_of(name: str) -> Recipe:
+    """What is profiled and planned, but for the prompts."""
+    recipe = Recipe.load(ROOT / "recipes" / "quarter.yaml")
+    if not name.endswith("int4"):
+        return recipe
+    policy = recipe.policy.model_copy(update={"dtypes": STEPS})
+    return recipe.model_copy(update={"policy": policy})
 
 
 def measure(arguments: argparse.Namespace, directory: str) -> None:
@@ -127,9 +141,9 @@ def measure(arguments: argparse.Namespace, directory: str) -> None:
     def profile(calibrated: str) -> tuple[Profile, Any]:
         place = arguments.runs / name
         source = calibration_of(calibrated, arguments.prompts, arguments.tokens, place)
-        recipe = Recipe.load(ROOT / "recipes" / "quarter.yaml")
-        recipe = recipe.model_copy(update={"calibration": source})
-        where = place / f"{calibrated.replace(' ', '-')}-{arguments.prompts}x{arguments.tokens}"
+        recipe = recipe_of(calibrated).model_copy(update={"calibration": source})
+        words = calibrated.replace(",", "").replace(" ", "-")
+        where = place / f"{words}-{arguments.prompts}x{arguments.tokens}"
         with progress(f"{name}: profile on {calibrated}", PARTS) as told:
             steps = lambda done, total: told(PARTS * done // total)  # noqa: E731
             found = run(model, tokenizer, recipe, where, steps)
@@ -140,8 +154,8 @@ def measure(arguments: argparse.Namespace, directory: str) -> None:
         plan = params = None
         if calibrated is not None:
             known, params = profile(calibrated)
-            policy = BytesPolicy(kind="bytes", keep_ratio=1 / point, context=arguments.context)
-            plan = solve(known, policy)
+            asked = {"keep_ratio": 1 / point, "context": arguments.context}
+            plan = solve(known, known.recipe.policy.model_copy(update=asked))
         done = run_workload(model, tokenizer, drawn, plan, params, reference=logits)
         return {
             "kv_bytes": done.kv_bytes,
