@@ -69,7 +69,8 @@ are formulas of other projects on transformers' cache, which holds the first {SI
 {RECENT} tokens exactly, as ours does. *Bits* are of one number with its scales; *with everything*
 is the cache's own memory, with positions and exact tokens, as a share of 16 bits. KL is to the full
 cache, in nats per token behind a text, with its 95 % interval; *agree* is the share of tokens whose
-likeliest prediction is the full cache's.
+likeliest prediction is the full cache's. Tokens that come behind a text stay exact in the other
+rows, and are coded in ours once 16 newer ones have come.
 """
 
 
@@ -207,7 +208,7 @@ def page(folder: Path) -> str:
         if path.stem == "speed":
             lines += ["## Speed", "", *_speeds(cells)]
         else:
-            lines += [f"## {content['conditions']['model']}", "", *_losses(cells)]
+            lines += [f"## {content['conditions']['model']}", "", *_losses(cells), *_beaten(cells)]
         told = ", ".join(f"{name}: {value}" for name, value in content["conditions"].items())
         lines += [f"Conditions: {told}.", ""]
     known = [f"- **{name}**: {formula.about}" for name, formula in FORMULAS.items()]
@@ -230,6 +231,29 @@ def _losses(cells: dict[tuple[str, ...], Record]) -> list[str]:
             row += _found(cells.get((*text, code)))
         rows.append(row)
     return [markdown(heads, rows, numbers_from=1, tight=True), ""]
+
+
+def _beaten(cells: dict[tuple[str, ...], Record]) -> list[str]:
+    """Where another project's formula loses less than ours in no more bits."""
+    lines = []
+    for text in dict.fromkeys(key[:2] for key in cells):
+        here = {key[2]: cell for key, cell in cells.items() if key[:2] == text and cell["kl_nats"]}
+        for code, own in here.items():
+            if code in FORMULAS:
+                continue
+            better = [
+                f"{name} ({fmean(cell['kl_nats']):.4f})"
+                for name, cell in here.items()
+                if name in FORMULAS
+                and cell["bits"] <= own["bits"]
+                and fmean(cell["kl_nats"]) < fmean(own["kl_nats"])
+            ]
+            if better:
+                mean = fmean(own["kl_nats"])
+                lines.append(f"- {text[0]}, {code} ({mean:.4f}): {', '.join(better)}")
+    if not lines:
+        return []
+    return ["In no more bits, by the mean, another formula loses less than", "", *lines, ""]
 
 
 def _found(cell: Record | None) -> list[str]:
