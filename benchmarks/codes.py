@@ -34,7 +34,7 @@ from kvcompress.measure import machine
 from kvcompress.measure.cells import Book, load_json
 from kvcompress.measure.stats import interval
 from kvcompress.measure.tables import markdown
-from kvcompress.measure.timing import Case, interleave
+from kvcompress.measure.timing import case_of, interleave
 from kvcompress.plan import HeadPlan, ModelShape, Plan, uniform
 from kvcompress.profile.run import run
 from kvcompress.profile.source import load_source, weights_hash
@@ -159,8 +159,8 @@ def speed(arguments: argparse.Namespace) -> None:
 
 
 def _speed(dim: int) -> Record:
-    cases = [Case(code, _step(_layers(code, dim))) for code in SPEEDS]
-    found = interleave(cases, rounds=30, steps=2)
+    cases = [case_of(code, _step(_layers(code, dim))) for code in SPEEDS]
+    found = interleave(cases, rounds=20, steps=2)
     return {
         code: [round(1e3 * x / SPEED_LAYERS, 2) for x in found[code].wall_ms()] for code in SPEEDS
     }
