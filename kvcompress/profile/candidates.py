@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcompress.evict import keep_set_ladder
 from kvcompress.plan import Budget, HeadPlan, KVDtype
-from kvcompress.recipe import FastGenPolicy, Keep, Recipe, UniformPolicy
+from kvcompress.recipe import BytesPolicy, FastGenPolicy, Keep, Recipe, UniformPolicy
 from kvcompress.storage import PAIRS, STORAGES
 
 STORAGE: Final[tuple[tuple[KVDtype, KVDtype], ...]] = (("model", "model"), *PAIRS)
@@ -48,11 +48,10 @@ def candidates(recipe: Recipe, head_dim: int) -> tuple[HeadPlan, ...]:
     keep_sets += fastgen_ladder(fastgen_policy(recipe))
     found = [HeadPlan()]
     for keep_set in keep_sets:
-        found += [with_storage(keep_set, *pair) for pair in STORAGE]
+        found += [with_storage(keep_set, *pair) for pair in (*STORAGE, *_asked(recipe))]
     rare = [HeadPlan(full=True), *(_frequent(r, classes=False) for r in FREQUENT_RATIOS)]
-    asked = set(getattr(recipe.policy, "dtypes", ())) & set(RARE)
     for pair in RARE:
-        found += [with_storage(head, *pair) for head in (keep_sets if pair in asked else rare)]
+        found += [with_storage(head, *pair) for head in rare]
     for code in ALONE:
         found += [with_storage(HeadPlan(full=True), code, "model")]
         found += [with_storage(HeadPlan(full=True), "model", code)]
@@ -61,11 +60,16 @@ def candidates(recipe: Recipe, head_dim: int) -> tuple[HeadPlan, ...]:
     return _that_fit(found, head_dim)
 
 
-def small_candidates(head_dim: int) -> tuple[HeadPlan, ...]:
+def small_candidates(recipe: Recipe, head_dim: int) -> tuple[HeadPlan, ...]:
     """Candidates that are measured with `FEWER_EXACT` tokens: coded keep-sets without classes."""
-    sets = _plain_sets(FREQUENT_RATIOS[2:])
-    found = [with_storage(keep_set, *pair) for keep_set in sets for pair in PAIRS]
+    sets, pairs = _plain_sets(FREQUENT_RATIOS[2:]), (*PAIRS, *_asked(recipe))
+    found = [with_storage(keep_set, *pair) for keep_set in sets for pair in pairs]
     return _that_fit([HeadPlan(), *found], head_dim)
+
+
+def _asked(recipe: Recipe) -> tuple[tuple[KVDtype, KVDtype], ...]:
+    """The pairs of codes that a byte plan may choose from, whichever they are."""
+    return recipe.policy.dtypes if isinstance(recipe.policy, BytesPolicy) else ()
 
 
 def fewer_exact(keep: Keep) -> tuple[Keep, ...]:

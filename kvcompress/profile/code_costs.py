@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,19 +28,20 @@ class CodeCosts:
     Attributes:
         codes: those that were measured.
         unit: of losses, as in `Profile.loss_unit`.
-        layers: for each layer, of keys and of values, the losses of `codes`, its heads added up;
-            everything else is exact.
+        layers: for each layer, of keys and of values, the expected losses of `codes` where they
+            are stored so in this layer alone and everything else is exact.
+        whole: the same, in all layers at once.
         pairs: (keys' code, values' code, bits a number, expected loss), the most bits first.
     """
 
     codes: tuple[KVDtype, ...]
     unit: str
     layers: tuple[dict[str, tuple[float, ...]], ...]
+    whole: dict[str, tuple[float, ...]]
     pairs: tuple[tuple[KVDtype, KVDtype, float, float], ...]
 
     def total(self, part: str, code: KVDtype) -> float:
-        place = self.codes.index(code)
-        return sum(layer[part][place] for layer in self.layers)
+        return self.whole[part][self.codes.index(code)]
 
     def facts(self) -> dict[str, Any]:
         """For `--json`."""
@@ -68,15 +70,9 @@ class CodeCosts:
             more, less = ("keys", "values") if keys >= values else ("values", "keys")
             factor = max(keys, values) / min(keys, values)
             said.append(f"in {code}, {more} lose {factor:.1f} times what {less} do")
-        place = len(self.codes) - 1
-        worst = sorted(range(len(self.layers)), key=lambda i: -self._both(i, place))
-        whole = sum(self._both(i, place) for i in worst)
-        few = worst[: max(1, len(worst) // 8)]
-        if whole > 0:
-            share = sum(self._both(i, place) for i in few) / whole
-            names = ", ".join(map(str, sorted(few)))
-            said.append(f"layers {names} have {100 * share:.0f} % of the loss in {code}")
-        return said
+        worst = sorted(range(len(self.layers)), key=lambda i: -self._both(i, -1))
+        names = ", ".join(map(str, sorted(worst[: max(1, len(worst) // 8)])))
+        return [*said, f"in {code}, most is lost in layers {names}"]
 
     def table(self) -> RenderableType:
         """For a terminal: the layers that lose most, and all of them together."""
@@ -90,7 +86,7 @@ class CodeCosts:
             grid.add_row(str(number), *(f"{x:.2g}" for part in _PARTS for x in layer[part]))
         totals = [self.total(part, code) for part in _PARTS for code in self.codes]
         grid.add_row("all", *(f"{x:.2g}" for x in totals))
-        head = f"loss of each code where every token is kept, {self.unit}, heads added up"
+        head = f"expected loss of each code in one layer alone, every token kept, {self.unit}"
         if len(self.layers) > SHOWN_LAYERS:
             head += f"; the {SHOWN_LAYERS} layers that lose most"
         return Group(head, grid, *self.advice())
@@ -107,25 +103,26 @@ def code_costs(profile: Profile) -> CodeCosts | None:
     if not codes:
         return None
 
-    def lost(layer: int, head: HeadPlan) -> float:
-        return float(sum(row[found[head]] for row in profile.losses[layer]))
+    def lost(head: HeadPlan, layers: Sequence[int]) -> float:
+        rows = (row for layer in layers for row in profile.losses[layer])
+        return expected(profile, float(sum(row[found[head]] for row in rows)))
 
-    layers = tuple(
-        {
-            part: tuple(lost(number, alone[code][place]) for code in codes)
+    def parts(layers: Sequence[int]) -> dict[str, tuple[float, ...]]:
+        return {
+            part: tuple(lost(alone[code][place], layers) for code in codes)
             for place, part in enumerate(_PARTS)
         }
-        for number in range(len(profile.losses))
-    )
+
+    every = range(len(profile.losses))
     pairs = []
     for k, v in PAIRS:
         head = HeadPlan(full=True, k_dtype=k, v_dtype=v)
         if head in found:
-            whole = sum(lost(number, head) for number in range(len(layers)))
             numbers = profile.shape.head_dim + profile.shape.v_dim
             bits = 8 * slot_bytes(head, profile.shape) / numbers
-            pairs.append((k, v, bits, expected(profile, whole)))
-    return CodeCosts(codes, profile.loss_unit, layers, tuple(pairs))
+            pairs.append((k, v, bits, lost(head, every)))
+    layers = tuple(parts([number]) for number in every)
+    return CodeCosts(codes, profile.loss_unit, layers, parts(every), tuple(pairs))
 
 
 def _alone(code: KVDtype) -> tuple[HeadPlan, HeadPlan]:

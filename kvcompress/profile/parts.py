@@ -206,7 +206,7 @@ def _setup(job: Job, profile: Profile, missing: Collection[Part]) -> tuple[Setup
     note = ""
     if "losses" in missing:
         note = why_no_gradients(job.model, job.shape, recipe.keep, job.prompts[0])
-        fewer = [(keep, small_candidates(dim)) for keep in fewer_exact(recipe.keep)]
+        fewer = [(keep, small_candidates(recipe, dim)) for keep in fewer_exact(recipe.keep)]
         both = [(recipe.keep, candidates(recipe, dim)), *fewer]
         losses = tuple((keep, Candidates.of(heads)) for keep, heads in both)
     setup = Setup(

@@ -5,8 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompress.plan import Budget, HeadPlan
-from kvcompress.profile.candidates import candidates, codes_nothing, lower_envelope, within
-from kvcompress.recipe import Recipe, UniformPolicy
+from kvcompress.profile.candidates import (
+    candidates,
+    codes_nothing,
+    lower_envelope,
+    small_candidates,
+    within,
+)
+from kvcompress.recipe import BytesPolicy, Recipe, UniformPolicy
 
 HEADS = candidates(Recipe(), 64)
 
@@ -16,6 +22,11 @@ def test_candidates_are_distinct_and_cover_what_policies_ask_for():
     assert sum(map(codes_nothing, HEADS)) == 1
     own = HeadPlan(local=Budget(tokens=77), k_dtype="fp8", v_dtype="int8")
     assert own in candidates(Recipe(policy=UniformPolicy(kind="uniform", head=own)), 64)
+    pairs = (("fp8", "rot2"), ("int4", "int4"))  # whatever a byte plan may choose from
+    asked = Recipe(policy=BytesPolicy(kind="bytes", keep_ratio=0.5, dtypes=pairs))
+    for found in (candidates(asked, 64), small_candidates(asked, 64)):
+        for k, v in pairs:
+            assert HeadPlan(local=Budget(ratio=0.25), k_dtype=k, v_dtype=v) in found
     odd = candidates(Recipe(), 63)
     assert {d for head in odd for d in (head.k_dtype, head.v_dtype)} <= {"model", "int8", "fp8"}
 

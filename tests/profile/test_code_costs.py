@@ -34,6 +34,7 @@ def test_pairs_have_their_bits_and_advice_takes_the_fewest():
     losses = {(k, v): loss for k, v, _, loss in costs.pairs}
     assert losses["rot4", "rot2"] == pytest.approx(NEED * 0.108)
     assert any("in rot2, keys lose 1.0 times" in line for line in costs.advice())
+    assert "in rot2, most is lost in layers 1" in costs.advice()
     assert not any("at most 0.01 nats" in line for line in costs.advice())  # all lose more
     few = profile_of()
     small = tuple(tuple(tuple(x / 1e4 for x in row) for row in layer) for layer in few.losses)

@@ -261,7 +261,7 @@ def test_unusable_options_are_refused(given, message):
 
 def with_fewer_exact(profile=PROFILE):
     """A setting that predicts less, so that it is chosen wherever bytes are scarce."""
-    heads = small_candidates(64)
+    heads = small_candidates(Recipe(), 64)
     setting = ExactSetting(
         sink_tokens=1,
         recent_tokens=2,
